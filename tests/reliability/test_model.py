@@ -1,0 +1,511 @@
+"""Random calls of several workers against a model of the state machine in Python: no difference in any step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from gathering_pipeline import RunRepository
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import PipelineError
+from tests.integration.test_runs import done, store
+from tests.servers import connect
+
+EXAMPLES = int(os.environ.get("GATHERING_EXAMPLES", "20"))
+LEASE = timedelta(minutes=5)
+RETRIES = 1
+MAX_CLAIMS = 3
+GRAPHS = ("a", "a>b", "a b", "a>b a>c b>d c>d", "a>b b>c a>c x", "t>l t>r l>m m>j r>j j>e")
+WORKERS = 3
+OVER = ("completed", "failed", "skipped", "cancelled")
+
+
+class RefusedError(Exception):
+    """The model's refusal: the class that the database's must have."""
+
+
+@dataclass
+class Node:
+    status: str = "pending"
+    retries: int = 0
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """What 3.1 and 3.2 of the specification say of one run."""
+
+    pipeline: int
+    nodes: dict[str, Node]
+    status: str = "pending"
+    token: int = 0
+    claims: int = 0
+    leased: bool = False
+    lost: bool = False
+    late: bool = False
+    failed: bool = False
+
+    def held(self, token: int | None) -> None:
+        if (token != self.token) if token is not None else self.leased:
+            raise RefusedError("LeaseLostError")
+
+    def need(self, token: int | None, *statuses: str) -> None:
+        self.held(token)
+        if self.status not in statuses:
+            raise RefusedError("IllegalTransitionError")
+
+    def ready(self, name: str) -> bool:
+        node = self.nodes[name]
+        before = [self.nodes[other].status for other in node.before]
+        return (
+            node.status == "pending"
+            and all(status in ("completed", "skipped") for status in before)
+            and ("completed" in before or not before)
+        )
+
+    def may_start(self, name: str) -> bool:
+        return self.ready(name) and (not self.failed or self.nodes[name].retries > 0)
+
+    def end(self, status: str) -> None:
+        self.status, self.leased, self.lost = status, False, False
+        for node in self.nodes.values():
+            if node.status not in OVER:
+                node.status = "cancelled"
+
+    def end_if_over(self) -> bool:
+        nodes = self.nodes.values()
+        if any(node.status == "running" or (node.status == "pending" and node.retries) for node in nodes):
+            return False
+        if not self.failed and any(map(self.ready, self.nodes)):
+            return False
+        self.end("failed" if self.failed else "completed")
+        return True
+
+    def skip_on(self, names: list[str]) -> list[str]:
+        """Skip what follows from skipped nodes alone; returns what was looked at."""
+        seen = list(names)
+        while names:
+            skipped = [
+                name
+                for name in names
+                if self.nodes[name].status == "pending"
+                and all(self.nodes[other].status == "skipped" for other in self.nodes[name].before)
+            ]
+            for name in skipped:
+                self.nodes[name].status = "skipped"
+            names = [follower for name in skipped for follower in self.nodes[name].after]
+            seen += names
+        return seen
+
+    def record(self, results: list[tuple[str, str]]) -> list[str]:
+        if any(name not in self.nodes for name, _ in results):
+            raise RefusedError("NodeRunNotFoundError")
+        named = [name for name, _ in results]
+        for name, status in results:
+            live = self.nodes[name].status
+            if live in OVER or (live == "running" and status == "skipped") or named.count(name) > 1:
+                raise RefusedError("IllegalTransitionError")
+        for name, status in results:
+            self.nodes[name].status = status
+            self.failed |= status == "failed"
+        followers = [follower for name in named for follower in self.nodes[name].after]
+        if any(status == "skipped" for _, status in results):
+            followers = self.skip_on(followers)
+        return followers
+
+    def node(self, name: str, token: int | None) -> Node:
+        self.held(token)
+        if name not in self.nodes:
+            raise RefusedError("NodeRunNotFoundError")
+        return self.nodes[name]
+
+
+NAMES = st.sampled_from("abcdejlmrtx?")
+RESULTS = st.lists(st.tuples(NAMES, st.sampled_from(OVER)), max_size=3).filter(
+    # of two failures at once the first is told; which that is, is tested elsewhere
+    lambda results: sum(status == "failed" for _, status in results) < 2
+)
+TOKENS = st.sampled_from(["current", "current", "current", "older", "none", "newer"])
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """The model beside the database; ``workers`` are sessions on connections of their own."""
+
+    url: str
+    workers: list[RunRepository]
+    pipelines: list[int]
+    raw: psycopg.Connection
+
+    runs = Bundle("runs")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: dict[int, Run] = {}
+        self.turn = 0
+
+    @initialize()
+    def empty(self) -> None:
+        self.raw.execute("DELETE FROM circle.pipeline_runs")
+        self.raw.execute("UPDATE circle.pipelines SET run_count = 0, success_count = 0, error_count = 0")
+
+    @property
+    def worker(self) -> RunRepository:
+        self.turn += 1
+        return self.workers[self.turn % WORKERS]
+
+    def both(self, mine: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+        """Make the same call on the model and on the database; both do it, or both refuse it for the same reason."""
+        try:
+            wanted: Any = ("done", mine())
+        except RefusedError as error:
+            wanted = ("refused", str(error))
+        try:
+            found: Any = ("done", theirs())
+        except PipelineError as error:
+            found = ("refused", type(error).__name__)
+        assert found == wanted
+        return found[1]
+
+    def token(self, run: Run, kind: str) -> int | None:
+        return {"current": run.token, "older": run.token - 1, "newer": run.token + 1, "none": None}[kind]
+
+    # --- runs ---
+
+    @rule(target=runs, at=st.integers(0, len(GRAPHS) - 1))
+    def create(self, at: int) -> int:
+        run_id = self.worker.create(self.pipelines[at]).id
+        nodes = {name: Node() for item in GRAPHS[at].split() for name in item.split(">")}
+        for item in GRAPHS[at].split():
+            if ">" in item:
+                source, target = item.split(">")
+                nodes[source].after.append(target)
+                nodes[target].before.append(source)
+        self.model[run_id] = Run(self.pipelines[at], nodes)
+        return run_id
+
+    @rule(run_id=runs, kind=TOKENS)
+    def start(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def start() -> None:
+            run.need(token, "pending")
+            run.status = "running"
+
+        self.both(start, lambda: self.worker.start(run_id, token) and None)
+
+    @rule(run_id=runs, kind=TOKENS)
+    def complete(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def complete() -> str:
+            run.need(token, "running")
+            if any(node.status not in OVER or node.status == "failed" for node in run.nodes.values()):
+                raise RefusedError("IllegalTransitionError")
+            run.end("completed")
+            return "completed"
+
+        self.both(complete, lambda: self.worker.complete(run_id, token).status)
+
+    @rule(run_id=runs, kind=TOKENS)
+    def finish(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def finish() -> str:
+            run.need(token, "running")
+            if not run.end_if_over():
+                raise RefusedError("IllegalTransitionError")
+            return run.status
+
+        self.both(finish, lambda: self.worker.finish(run_id, token).status)
+
+    @rule(run_id=runs, kind=TOKENS)
+    def fail(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def fail() -> None:
+            run.need(token, "pending", "running")
+            run.end("failed")
+
+        self.both(fail, lambda: self.worker.fail(run_id, "x", token) and None)
+
+    @rule(run_id=runs)
+    def cancel(self, run_id: int) -> None:
+        run = self.model[run_id]
+
+        def cancel() -> None:
+            if run.status not in ("pending", "running"):
+                raise RefusedError("IllegalTransitionError")
+            run.end("cancelled")
+
+        self.both(cancel, lambda: self.worker.cancel(run_id) and None)
+
+    # --- nodes ---
+
+    @rule(run_id=runs, name=NAMES, kind=TOKENS)
+    def start_node(self, run_id: int, name: str, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def start_node() -> None:
+            node = run.node(name, token)
+            if run.status != "running" or node.status != "pending":
+                raise RefusedError("IllegalTransitionError")
+            if not run.may_start(name):
+                raise RefusedError("NodeNotReadyError")
+            node.status = "running"
+
+        self.both(start_node, lambda: self.worker.start_node(run_id, name, token=token) and None)
+
+    @rule(run_id=runs, name=NAMES, kind=TOKENS)
+    def complete_node(self, run_id: int, name: str, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def complete_node() -> None:
+            node = run.node(name, token)
+            if run.status != "running" or node.status in OVER:
+                raise RefusedError("IllegalTransitionError")
+            node.status = "completed"
+
+        self.both(complete_node, lambda: self.worker.complete_node(run_id, name, token=token) and None)
+
+    @rule(run_id=runs, name=NAMES, kind=TOKENS)
+    def skip_node(self, run_id: int, name: str, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def skip_node() -> None:
+            node = run.node(name, token)
+            if run.status != "running" or node.status != "pending":
+                raise RefusedError("IllegalTransitionError")
+            node.status = "skipped"
+            run.skip_on(node.after)
+
+        self.both(skip_node, lambda: self.worker.skip_node(run_id, name, token=token) and None)
+
+    @rule(run_id=runs, name=NAMES, kind=TOKENS, retryable=st.booleans())
+    def fail_node(self, run_id: int, name: str, kind: str, retryable: bool) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def fail_node() -> str:
+            node = run.node(name, token)
+            if run.status != "running" or node.status in OVER:
+                raise RefusedError("IllegalTransitionError")
+            self._attempt_failed(run, node, retryable)
+            return node.status
+
+        self.both(fail_node, lambda: self.worker.fail_node(run_id, name, "x", retryable, token).status)
+
+    def _attempt_failed(self, run: Run, node: Node, retryable: bool) -> None:
+        if retryable and node.status == "running" and node.retries < RETRIES:
+            node.status, node.retries = "pending", node.retries + 1
+        else:
+            node.status, run.failed = "failed", True
+
+    @rule(run_id=runs, results=RESULTS, kind=TOKENS)
+    def record(self, run_id: int, results: list[tuple[str, str]], kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def record() -> None:
+            run.need(token, "pending", "running")
+            run.record(results)
+            run.status = "running"
+
+        self.both(record, lambda: self.worker.record(run_id, [done(*result) for result in results], token))
+
+    @rule(run_id=runs, results=RESULTS, kind=TOKENS)
+    def advance(self, run_id: int, results: list[tuple[str, str]], kind: str) -> None:
+        self._advance(run_id, results, kind)
+
+    @rule(run_id=runs, status=st.sampled_from(["completed", "completed", "completed", "failed"]))
+    def advance_properly(self, run_id: int, status: str) -> None:
+        """What an executor does: report a node that runs, else begin."""
+        running = [name for name, node in self.model[run_id].nodes.items() if node.status == "running"]
+        self._advance(run_id, [(name, status) for name in running[:1]], "current")
+
+    def _advance(self, run_id: int, results: list[tuple[str, str]], kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+
+        def advance() -> list[str]:
+            run.need(token, "pending", "running")
+            followers = run.record(results)
+            run.status = "running"
+            if not results or run.failed:
+                followers = list(run.nodes)
+            started = sorted({name for name in followers if run.may_start(name)})
+            for name in started:
+                run.nodes[name].status = "running"
+            if not started:
+                run.end_if_over()
+            return started
+
+        self.both(
+            advance,
+            lambda: sorted(
+                node.node_id for node in self.worker.advance(run_id, [done(*result) for result in results], token)
+            ),
+        )
+
+    # --- leases and sweeps ---
+
+    @rule(limit=st.integers(1, 3))
+    def claim(self, limit: int) -> None:
+        def claim() -> list[tuple[int, int]]:
+            oldest = sorted(run_id for run_id, run in self.model.items() if run.status == "pending")[:limit]
+            for run_id in oldest:
+                run = self.model[run_id]
+                run.status, run.leased, run.lost = "running", True, False
+                run.token, run.claims = run.token + 1, run.claims + 1
+            return [(run_id, self.model[run_id].token) for run_id in oldest]
+
+        self.both(claim, lambda: [(run.id, run.claim_token) for run in self.worker.claim("w", LEASE, limit)])
+
+    @rule(run_id=runs, kind=TOKENS.filter(lambda kind: kind != "none"))
+    def heartbeat(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+        assert token is not None
+
+        def heartbeat() -> None:
+            if not run.leased or token != run.token:
+                raise RefusedError("LeaseLostError")
+            run.lost = False
+
+        self.both(heartbeat, lambda: self.worker.heartbeat(run_id, token, LEASE) and None)
+
+    @rule(run_id=runs, kind=TOKENS.filter(lambda kind: kind != "none"))
+    def release(self, run_id: int, kind: str) -> None:
+        run = self.model[run_id]
+        token = self.token(run, kind)
+        assert token is not None
+
+        def release() -> None:
+            if not run.leased or token != run.token:
+                raise RefusedError("LeaseLostError")
+            for node in run.nodes.values():
+                node.status = "pending" if node.status == "running" else node.status
+            run.status, run.leased, run.lost = "pending", False, False
+            run.token, run.claims = run.token + 1, run.claims - 1
+
+        self.both(release, lambda: self.worker.release(run_id, token) and None)
+
+    @rule(run_id=runs)
+    def lose_the_lease(self, run_id: int) -> None:
+        if self.model[run_id].leased:
+            self.model[run_id].lost = True
+            self.raw.execute(
+                "UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [run_id]
+            )
+
+    @rule()
+    def recover(self) -> None:
+        def recover() -> list[tuple[int, str]]:
+            lost = [(run_id, run) for run_id, run in sorted(self.model.items()) if run.lost]
+            for _, run in lost:
+                for node in run.nodes.values():
+                    if node.status == "running":
+                        self._attempt_failed(run, node, retryable=True)
+                if run.end_if_over():
+                    continue
+                if run.claims >= MAX_CLAIMS:
+                    run.end("failed")
+                else:
+                    run.status, run.leased, run.lost, run.token = "pending", False, False, run.token + 1
+            return [(run_id, run.status) for run_id, run in lost]
+
+        self.both(recover, lambda: [(run.id, run.status) for run in self.worker.recover(100, MAX_CLAIMS)])
+
+    @rule(run_id=runs)
+    def be_late(self, run_id: int) -> None:
+        if self.model[run_id].status == "running":
+            self.model[run_id].late = True
+            self.raw.execute(
+                "UPDATE circle.pipeline_runs SET started_at = now() - interval '2 h' WHERE id = %s", [run_id]
+            )
+
+    @rule()
+    def expire(self) -> None:
+        def expire() -> list[int]:
+            late = [run_id for run_id, run in sorted(self.model.items()) if run.late and run.status == "running"]
+            for run_id in late:
+                self.model[run_id].end("timeout")
+            return late
+
+        self.both(expire, lambda: [run.id for run in self.worker.expire()])
+
+    # --- and after each step ---
+
+    @invariant()
+    def everything_is_as_in_the_model(self) -> None:
+        found = self.raw.execute(
+            "SELECT id, status, claim_token, claim_count, lease_expires_at IS NOT NULL FROM circle.pipeline_runs ORDER BY id"
+        ).fetchall()
+        assert found == [
+            (run_id, run.status, run.token, run.claims, run.leased) for run_id, run in sorted(self.model.items())
+        ]
+        nodes = self.raw.execute(
+            "SELECT run_id, node_id, status, retry_count FROM circle.pipeline_node_runs"
+        ).fetchall()
+        assert sorted(nodes) == sorted(
+            (run_id, name, node.status, node.retries)
+            for run_id, run in self.model.items()
+            for name, node in run.nodes.items()
+        )
+        counters = self.raw.execute("SELECT id, run_count, success_count, error_count FROM circle.pipelines").fetchall()
+        assert sorted(counters) == [
+            (
+                pipeline,
+                *(
+                    sum(run.pipeline == pipeline and run.status in statuses for run in self.model.values())
+                    for statuses in (("pending", "running", *OVER, "timeout"), ("completed",), ("failed", "timeout"))
+                ),
+            )
+            for pipeline in self.pipelines
+        ]
+
+
+@pytest.fixture
+def machine(database: Database, database_url: str) -> Iterator[type[Lifecycle]]:
+    with database.session(autocommit=True) as session:
+        made = [store(session, spec, max_retries_per_node=RETRIES, retry_backoff_base=0) for spec in GRAPHS]
+    with ExitStack() as stack:
+
+        class Machine(Lifecycle):
+            raw = stack.enter_context(connect(database_url))
+            pipelines = made
+            workers = [  # noqa: RUF012 - one machine, one set of workers
+                RunRepository(stack.enter_context(database.session(autocommit=True))) for _ in range(WORKERS)
+            ]
+
+        yield Machine
+
+
+def test_the_database_does_what_the_model_does(machine: type[Lifecycle]) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,614 @@
+"""Races between connections. What must hold always is tried ``GATHERING_ROUNDS`` times, 40 unless that is set."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
+from threading import Barrier, Event
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    NodeStatus,
+    PipelineRepository,
+    PipelineStatus,
+    PipelineUpdate,
+    RunRead,
+    RunRepository,
+    RunStatus,
+)
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import (
+    IllegalTransitionError,
+    LeaseLostError,
+    PipelineError,
+    PipelineNotFoundError,
+    RunNotFoundError,
+)
+from gathering_pipeline.settings import DatabaseSettings
+from tests.integration.test_runs import chain, done, graph, store
+
+ROUNDS = int(os.environ.get("GATHERING_ROUNDS", "40"))
+LEASE = timedelta(minutes=5)
+THREADS = 16
+
+Call = Callable[[Session], Any]
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    with Database(database_url, settings=DatabaseSettings(pool_size=THREADS + 2)) as made:
+        yield made
+
+
+class Racers:
+    """Connections of their own, one a thread, that begin their calls at the same moment."""
+
+    def __init__(self, sessions: list[Session], threads: ThreadPoolExecutor) -> None:
+        self._sessions = sessions
+        self._threads = threads
+
+    def __call__(self, *calls: Call) -> list[Any]:
+        """What each call returned, or the ``PipelineError`` that it raised; anything else is raised here."""
+        barrier = Barrier(len(calls))
+
+        def run(session: Session, call: Call) -> Any:
+            barrier.wait(timeout=30)
+            try:
+                return call(session)
+            except PipelineError as error:
+                session.rollback()
+                return error
+
+        futures = [
+            self._threads.submit(run, session, call) for session, call in zip(self._sessions, calls, strict=False)
+        ]
+        return [future.result(timeout=60) for future in futures]
+
+
+@pytest.fixture
+def race(database: Database) -> Iterator[Racers]:
+    with ExitStack() as stack:
+        sessions = [stack.enter_context(database.session(autocommit=True)) for _ in range(THREADS)]
+        yield Racers(sessions, stack.enter_context(ThreadPoolExecutor(THREADS)))
+
+
+@pytest.fixture
+def session(database: Database) -> Iterator[Session]:
+    with database.session(autocommit=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def runs(session: Session) -> RunRepository:
+    return RunRepository(session)
+
+
+def names(nodes: Any) -> list[str]:
+    return [node.node_id for node in nodes]
+
+
+def check_counters(raw: psycopg.Connection) -> None:
+    """Nothing was purged, so the counters equal a recount."""
+    wrong = raw.execute(
+        """SELECT p.id, p.run_count, p.success_count, p.error_count, c.* FROM circle.pipelines p
+           CROSS JOIN LATERAL (SELECT count(*) AS runs, count(*) FILTER (WHERE status = 'completed') AS good,
+                                      count(*) FILTER (WHERE status IN ('failed', 'timeout')) AS bad
+                               FROM circle.pipeline_runs WHERE pipeline_id = p.id) c
+           WHERE (p.run_count, p.success_count, p.error_count) <> (c.runs, c.good, c.bad)"""
+    ).fetchall()
+    assert wrong == []
+
+
+# --- two ends of one run -----------------------------------------------------------------------------------------------
+
+
+def test_a_join_starts_once(runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a>j b>j")
+    for _ in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        assert names(runs.advance(run_id)) == ["a", "b"]
+        started = race(
+            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("a")])),
+            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("b")])),
+        )
+        assert sorted(started) == [[], ["j"]]
+        assert runs.advance(run_id, [done("j")]) == []
+        assert runs.get(run_id).status == RunStatus.COMPLETED
+    check_counters(raw)
+
+
+IN_ONE_STATEMENT = """
+WITH done AS (
+    UPDATE circle.pipeline_node_runs SET status = 'completed'
+    WHERE run_id = :run_id AND node_id = :node_id AND status = 'running' RETURNING run_id, position, successors
+)
+UPDATE circle.pipeline_node_runs n SET status = 'running' FROM done d
+WHERE n.run_id = d.run_id AND n.position = ANY (d.successors) AND n.status = 'pending'
+  AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors)
+                  AND p.position <> d.position AND p.status <> 'completed')
+RETURNING n.node_id"""
+
+
+def test_that_the_join_would_be_lost_in_one_statement(runs: RunRepository, session: Session, race: Racers) -> None:
+    """The race above can fail: with data-modifying CTEs each writer sees the other's node as it was before."""
+    pipeline = store(session, "a>j b>j")
+
+    def complete(session: Session, run_id: int, node_id: str) -> list[str]:
+        return list(session.execute(text(IN_ONE_STATEMENT), {"run_id": run_id, "node_id": node_id}).scalars())
+
+    lost = 0
+    for _ in range(max(ROUNDS, 100)):
+        run_id = runs.create(pipeline).id
+        runs.advance(run_id)
+        started = race(
+            lambda session, run_id=run_id: complete(session, run_id, "a"),
+            lambda session, run_id=run_id: complete(session, run_id, "b"),
+        )
+        assert sorted(started) in ([[], []], [[], ["j"]])
+        lost += sorted(started) == [[], []]
+    assert lost > 0
+
+
+def test_a_run_whose_last_two_nodes_end_at_once_ends_once(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "a b")
+    for at in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        runs.advance(run_id)
+        failing = at % 2 == 1
+        ends = race(
+            lambda session, run_id=run_id: RunRepository(session).advance(run_id, [done("a")]),
+            lambda session, run_id=run_id, failing=failing: RunRepository(session).advance(
+                run_id, [done("b", "failed" if failing else "completed")]
+            ),
+        )
+        assert ends == [[], []]
+        assert runs.get(run_id).status == ("failed" if failing else "completed")
+    check_counters(raw)
+
+
+def test_of_two_that_finish_after_their_node_one_succeeds(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "a b")
+
+    def end(session: Session, run_id: int, node_id: str) -> RunRead:
+        RunRepository(session).complete_node(run_id, node_id)
+        return RunRepository(session).finish(run_id)
+
+    for _ in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        runs.advance(run_id)
+        ends = race(
+            lambda session, run_id=run_id: end(session, run_id, "a"),
+            lambda session, run_id=run_id: end(session, run_id, "b"),
+        )
+        assert sorted(type(outcome).__name__ for outcome in ends) == ["IllegalTransitionError", "RunRead"]
+    check_counters(raw)
+
+
+def test_of_eight_that_end_a_run_one_wins(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "a b", timeout_seconds=1, retry_backoff_base=0)
+    winners: Counter[str] = Counter()
+    for at in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        (run,) = runs.claim("w", LEASE)
+        token = run.claim_token
+        runs.advance(run_id, token=token)
+        live = at % 3 == 0  # then it can't be completed
+        runs.record(run_id, [done("a")] if live else [done("a"), done("b")], token)
+        raw.execute(
+            "UPDATE circle.pipeline_runs SET started_at = now() - interval '1 h', lease_expires_at = now() - interval '1 s'"
+            " WHERE id = %s",
+            [run_id],
+        )
+        calls: dict[str, Callable[[RunRepository], Any]] = {
+            "complete": lambda runs, run_id=run_id, token=token: [runs.complete(run_id, token)],
+            "finish": lambda runs, run_id=run_id, token=token: [runs.finish(run_id, token)],
+            "fail": lambda runs, run_id=run_id, token=token: [runs.fail(run_id, "failed", token)],
+            "cancel": lambda runs, run_id=run_id: [runs.cancel(run_id, "cancelled")],
+            "cancel too": lambda runs, run_id=run_id: [runs.cancel(run_id, "cancelled too")],
+            "expire": lambda runs: runs.expire(),
+            "recover": lambda runs: runs.recover(max_claims=1),
+            "recover too": lambda runs: runs.recover(max_claims=1),
+        }
+        order = random.Random(at).sample(sorted(calls), 8)
+        outcomes = race(*(lambda session, name=name: calls[name](RunRepository(session)) for name in order))
+        won = {
+            name: outcome[0]
+            for name, outcome in zip(order, outcomes, strict=True)
+            if isinstance(outcome, list) and outcome
+        }
+        assert len(won) == 1
+        ((name, told),) = won.items()
+        winners[name] += 1
+        assert {type(outcome) for outcome in outcomes if not isinstance(outcome, list)} <= {IllegalTransitionError}
+        stored = runs.get(run_id)
+        assert stored == told
+        assert stored.status.is_terminal
+        assert all(node.status.is_terminal for node in runs.nodes(run_id))
+    assert sum(winners.values()) == ROUNDS
+    check_counters(raw)
+
+
+def test_a_retry_and_the_end_of_its_run(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    """A node that is to be retried beside the last one that completes: the run goes on."""
+    pipeline = store(session, "a b", retry_backoff_base=0)
+    for _ in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        runs.advance(run_id)
+        failed, started = race(
+            lambda session, run_id=run_id: RunRepository(session).fail_node(run_id, "a", "x"),
+            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("b")])),
+        )
+        assert (failed.status, started) == (NodeStatus.PENDING, [])
+        assert runs.get(run_id).status == RunStatus.RUNNING
+        assert names(runs.advance(run_id)) == ["a"]
+        runs.advance(run_id, [done("a")])
+    assert runs.counts()[RunStatus.COMPLETED] == ROUNDS
+    check_counters(raw)
+
+
+# --- beginnings --------------------------------------------------------------------------------------------------------
+
+
+def test_runs_created_beside_edits_have_all_the_nodes_of_their_version(
+    session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, chain(3))
+
+    def edit(session: Session) -> None:
+        for at in range(ROUNDS):
+            nodes, edges = graph(chain(2 + at % 5))
+            PipelineRepository(session).update(pipeline, PipelineUpdate(nodes=nodes, edges=edges))
+
+    def create(session: Session) -> list[RunRead]:
+        return [RunRepository(session).create(pipeline) for _ in range(ROUNDS)]
+
+    _, *created = race(edit, create, create)
+    assert all(isinstance(outcome, list) for outcome in created)
+    versions: dict[int, list[str]] = dict(
+        raw.execute(
+            "SELECT version, ARRAY(SELECT n ->> 'id' FROM jsonb_array_elements(nodes) n) FROM circle.pipeline_versions"
+        ).fetchall()
+    )
+    assert len(versions) == ROUNDS + 1
+    seen = set()
+    runs = RunRepository(session)
+    for run in (run for outcome in created for run in outcome):
+        assert names(runs.nodes(run.id)) == versions[run.pipeline_version]
+        seen.add(run.pipeline_version)
+    assert len(seen) > 1
+    check_counters(raw)
+
+
+def test_callers_with_one_key_get_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a>b")
+    for at in range(ROUNDS):
+        create: Call = lambda session, at=at: RunRepository(session).create(pipeline, {"n": at}, f"key {at}").id  # noqa: E731
+        assert len(set(race(create, create, create))) == 1
+    assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (ROUNDS,)
+    assert raw.execute("SELECT count(*) FROM circle.pipeline_node_runs").fetchone() == (ROUNDS * 2,)
+    check_counters(raw)
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_caller_waits_for_the_other_with_its_key(
+    database: Database, session: Session, race: Racers, commits: bool
+) -> None:
+    pipeline = store(session, "a")
+    with database.session() as first:
+        run = RunRepository(first).create(pipeline, idempotency_key="k")
+        begun = Event()
+
+        def second(session: Session) -> RunRead:
+            begun.set()
+            return RunRepository(session).create(pipeline, idempotency_key="k")
+
+        def end(_session: Session) -> None:
+            begun.wait()
+            wait_for_a_waiter(database)
+            if commits:
+                PipelineRepository(first).pause(pipeline)  # the key answers all the same
+                first.commit()
+            else:
+                first.rollback()
+
+        other, _ = race(second, end)
+    assert isinstance(other, RunRead)
+    assert (other.id == run.id) == commits
+    assert RunRepository(session).get(other.id).id == other.id
+
+
+def test_a_run_created_while_its_pipeline_is_deleted(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    for _ in range(ROUNDS):
+        pipeline = store(session, "a>b")
+        RunRepository(session).create(pipeline)
+        created, deleted = race(
+            lambda session, pipeline=pipeline: RunRepository(session).create(pipeline),
+            lambda session, pipeline=pipeline: PipelineRepository(session).delete(pipeline, force=True),
+        )
+        assert deleted is None
+        assert isinstance(created, RunRead | PipelineNotFoundError)
+        assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
+
+
+def test_a_run_created_after_its_pipeline_was_deleted_in_an_open_transaction(
+    database: Database, session: Session, race: Racers
+) -> None:
+    pipeline = store(session, "a>b")
+    with database.session() as deleting:
+        PipelineRepository(deleting).delete(pipeline)
+
+        def commit(_session: Session) -> None:
+            wait_for_a_waiter(database)
+            deleting.commit()
+
+        created, _ = race(lambda session: RunRepository(session).create(pipeline), commit)
+    assert isinstance(created, PipelineNotFoundError)
+
+
+def wait_for_a_waiter(database: Database) -> None:
+    """Until some connection of this database waits for a lock."""
+    with database.session(autocommit=True) as watch:
+        for _ in range(2_000):
+            waiting = watch.execute(
+                text(
+                    "SELECT count(*), pg_sleep(0.005) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                )
+            ).scalar_one()
+            if waiting:
+                return
+    raise AssertionError("nobody waits")
+
+
+# --- leases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stale_worker_against_recovery_and_the_next_owner(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "a>b", retry_backoff_base=0, max_retries_per_node=5)
+    won: Counter[str] = Counter()
+    for at in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        (stale,) = runs.claim("stale", LEASE)
+        old = stale.claim_token
+        runs.advance(run_id, token=old)
+        raw.execute("UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [run_id])
+
+        def take_over(session: Session) -> RunRead:
+            runs = RunRepository(session)
+            while not (claimed := runs.claim("next", LEASE)):
+                runs.recover()  # passes by what the stale worker has locked right now
+            (run,) = claimed
+            if runs.ready_nodes(run.id)[0].node_id == "a":
+                runs.start_node(run.id, "a", token=run.claim_token)
+                runs.complete_node(run.id, "a", {"by": "next"}, run.claim_token)
+            return run
+
+        writes: list[Callable[[RunRepository, int, int], object]] = [
+            lambda runs, run_id, old: runs.complete_node(run_id, "a", {"by": "stale"}, old),
+            lambda runs, run_id, old: runs.record(run_id, [done("a", output={"by": "stale"})], old),
+        ]
+        write = writes[at % 2]
+        late, run = race(
+            lambda session, run_id=run_id, old=old, write=write: write(RunRepository(session), run_id, old), take_over
+        )
+        assert isinstance(run, RunRead)
+        by = "next" if isinstance(late, LeaseLostError) else "stale"
+        assert isinstance(late, LeaseLostError) or not isinstance(late, PipelineError)
+        node = runs.nodes(run_id)[0]
+        assert (node.status, node.output_data) == ("completed", {"by": by})
+        won[by] += 1
+        for refused in (
+            lambda run_id=run_id, old=old: runs.heartbeat(run_id, old, LEASE),
+            lambda run_id=run_id, old=old: runs.release(run_id, old),
+            lambda run_id=run_id, old=old: runs.advance(run_id, [done("b")], old),
+            lambda run_id=run_id, old=old: runs.start_node(run_id, "b", token=old),
+            lambda run_id=run_id, old=old: runs.fail(run_id, "late", old),
+            lambda run_id=run_id: runs.finish(run_id),
+        ):
+            with pytest.raises(LeaseLostError):
+                refused()
+        runs.advance(run_id, [done("b")], run.claim_token)
+        assert runs.get(run_id).status == RunStatus.COMPLETED
+    check_counters(raw)
+
+
+def test_sixteen_claimers_get_each_run_once(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a")
+    raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) SELECT %s FROM generate_series(1, 2000)", [pipeline])
+
+    def claim(session: Session, name: int) -> list[tuple[int, int]]:
+        mine, chance = [], random.Random(name)
+        while claimed := RunRepository(session).claim(f"worker {name}", LEASE, chance.randint(1, 9)):
+            assert [run.id for run in claimed] == sorted(run.id for run in claimed)
+            mine += [(run.id, name) for run in claimed]
+        return mine
+
+    claims = race(*(lambda session, name=name: claim(session, name) for name in range(THREADS)))
+    owners = [pair for mine in claims for pair in mine]
+    assert len(owners) == len({run_id for run_id, _ in owners}) == 2000
+    assert sum(bool(mine) for mine in claims) > 1
+    rows = raw.execute("SELECT id, worker_id, claim_token, claim_count, status FROM circle.pipeline_runs").fetchall()
+    assert sorted(rows) == sorted((run_id, f"worker {name}", 1, 1, "running") for run_id, name in owners)
+
+
+def test_sweepers_beside_each_other(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    """Each lost run is taken once, by one of several; nobody waits, and no two deadlock."""
+    pipeline = store(session, "a", retry_backoff_base=0)
+    runs = RunRepository(session)
+    ids = {runs.create(pipeline).id for _ in range(60)}
+    for run in runs.claim("w", LEASE, 60):
+        runs.advance(run.id, token=run.claim_token)
+    raw.execute("UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s'")
+
+    def sweep(session: Session) -> list[int]:
+        taken = []
+        while found := RunRepository(session).recover(limit=7):
+            taken += [run.id for run in found]
+        return taken
+
+    swept = race(*[sweep] * 6)
+    assert sorted(run_id for taken in swept for run_id in taken) == sorted(ids)
+    assert [node.retry_count for run_id in ids for node in runs.nodes(run_id)] == [1] * 60
+
+
+# --- clocks and waits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["cancel", "fail"])
+def test_the_end_in_a_transaction_older_than_the_start_of_a_node(
+    database: Database, runs: RunRepository, session: Session, end: str
+) -> None:
+    run_id = runs.create(store(session, "a>b")).id
+    with database.session() as old:
+        old.execute(text("SELECT now()"))  # its clock stands from here on
+        runs.start(run_id)
+        node = runs.start_node(run_id, "a")
+        call = RunRepository(old).cancel if end == "cancel" else RunRepository(old).fail
+        run = call(run_id, "enough")
+        (ended, _) = RunRepository(old).nodes(run_id)
+        assert old.execute(text("SELECT now()")).scalar_one() < node.started_at
+    assert run.status == ("cancelled" if end == "cancel" else "failed")
+    assert ended.status == NodeStatus.CANCELLED
+    assert ended.completed_at is not None
+    assert ended.started_at is not None
+    assert run.completed_at is not None
+    assert run.started_at is not None
+    assert ended.completed_at >= ended.started_at
+    assert run.completed_at >= run.started_at
+
+
+@pytest.mark.parametrize("late", ["cancel", "expire", "complete_node", "release"])
+def test_a_call_that_waited_for_the_start_of_a_node(
+    database: Database, runs: RunRepository, session: Session, race: Racers, late: str
+) -> None:
+    run_id = runs.create(store(session, "a", timeout_seconds=1)).id
+    (run,) = runs.claim("w", LEASE)
+    session.execute(text("UPDATE circle.pipeline_runs SET started_at = now() - interval '1 h'"))
+    calls: dict[str, Callable[[RunRepository], object]] = {
+        "cancel": lambda runs: runs.cancel(run_id),
+        "expire": lambda runs: runs.expire(),
+        "complete_node": lambda runs: runs.complete_node(run_id, "a", token=run.claim_token),
+        "release": lambda runs: runs.release(run_id, run.claim_token),
+    }
+    with database.session() as starting:
+        RunRepository(starting).start_node(run_id, "a", token=run.claim_token)
+
+        def commit(_session: Session) -> None:
+            if late != "expire":  # sweeps don't wait
+                wait_for_a_waiter(database)
+            starting.commit()
+
+        outcome, _ = race(lambda session: calls[late](RunRepository(session)), commit)
+    assert not isinstance(outcome, PipelineError)
+    if late == "expire":
+        runs.expire()
+    (node,) = runs.nodes(run_id)
+    wanted = {"cancel": "cancelled", "expire": "cancelled", "complete_node": "completed", "release": "pending"}
+    assert node.status == wanted[late]
+    assert node.status == "pending" or (node.completed_at or node.started_at) >= node.started_at  # type: ignore[operator]
+
+
+def test_a_raw_start_of_a_node_beside_a_release(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection, database: Database
+) -> None:
+    """Nodes move only while their run is running, also when a writer that takes no lock is in between."""
+    run_id = runs.create(store(session, "a")).id
+    (run,) = runs.claim("w", LEASE)
+    with database.session() as starting:
+        starting.execute(text("UPDATE circle.pipeline_node_runs SET status = 'running'"))
+        given = Event()
+
+        def release(session: Session) -> RunRead:
+            try:
+                return RunRepository(session).release(run_id, run.claim_token)
+            finally:
+                given.set()
+
+        def commit(_session: Session) -> None:
+            given.wait(timeout=1)  # or it waits for the commit
+            starting.commit()
+
+        race(release, commit)
+    row = raw.execute(
+        "SELECT r.status, n.status FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id"
+    ).fetchone()
+    assert row != ("pending", "running")
+
+
+def test_mixed_calls_end_well(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    """Eight executors, cancellers and sweepers on the same few runs: typed errors only, and no deadlock."""
+    pipeline = store(session, "t>a t>b a>j b>j", retry_backoff_base=0, max_retries_per_node=1_000)
+    ids = [RunRepository(session).create(pipeline).id for _ in range(max(4, ROUNDS // 4))]
+
+    def executor(session: Session, seed: int) -> None:
+        runs, chance = RunRepository(session), random.Random(seed)
+        for run_id in ids * 2:
+            try:
+                for node in runs.advance(run_id):
+                    if chance.random() < 0.3:
+                        runs.fail_node(run_id, node.node_id, "x")
+                    else:
+                        runs.advance(run_id, [done(node.node_id)])
+            except (IllegalTransitionError, LeaseLostError):
+                session.rollback()
+
+    def canceller(session: Session) -> None:
+        for run_id in ids[::3]:
+            try:
+                RunRepository(session).cancel(run_id)
+            except IllegalTransitionError:
+                session.rollback()
+
+    def sweeper(session: Session) -> None:
+        for _ in range(10):
+            RunRepository(session).recover()
+            RunRepository(session).expire()
+            RunRepository(session).purge(timedelta(days=1))
+
+    outcomes = race(*(lambda session, seed=seed: executor(session, seed) for seed in range(6)), canceller, sweeper)
+    assert outcomes == [None] * 8
+    runs = RunRepository(session)
+    for run_id in ids:
+        while not runs.get(run_id).status.is_terminal:
+            running = [node.node_id for node in runs.nodes(run_id) if node.status == "running"]
+            runs.advance(run_id, [done(name) for name in running])
+        assert all(node.status.is_terminal for node in runs.nodes(run_id))
+    check_counters(raw)
+
+
+def test_what_is_deleted_beside_its_worker_is_not_found(runs: RunRepository, session: Session, race: Racers) -> None:
+    for _ in range(max(1, ROUNDS // 4)):
+        pipeline = store(session, chain(5), status=PipelineStatus.ACTIVE)
+        run_id = runs.create(pipeline).id
+
+        def work(session: Session, run_id: int = run_id) -> str:
+            nodes = RunRepository(session).advance(run_id)
+            while nodes:
+                nodes = RunRepository(session).advance(run_id, [done(node.node_id) for node in nodes])
+            return "completed"
+
+        worked, deleted = race(
+            work, lambda session, pipeline=pipeline: PipelineRepository(session).delete(pipeline, force=True)
+        )
+        assert deleted is None
+        assert worked == "completed" or isinstance(worked, RunNotFoundError)

@@ -1,0 +1,149 @@
+"""The PostgreSQL server of the tests. ``python -m tests.servers`` prints its kind: url, container or embedded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import psycopg
+from psycopg import sql
+from sqlalchemy.engine import make_url
+
+KINDS = ("container", "embedded")
+OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
+"""Data that live for one test need not outlive a power cut. All of them can be changed while the server runs."""
+
+_number = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server on which the tests may create databases.
+
+    Attributes:
+        kind: ``url``, ``container`` or ``embedded``.
+        url: SQLAlchemy URL of its maintenance database, with admin rights.
+    """
+
+    kind: str
+    url: str
+
+    def database_url(self, name: str) -> str:
+        """The URL of another database on this server."""
+        return make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
+    def connect(self) -> psycopg.Connection:
+        """An autocommit connection to the maintenance database."""
+        return connect(self.url)
+
+    def create(self, template: str = "template0") -> str:
+        """Create a database and return its name."""
+        name = f"gathering_test_{os.getpid()}_{next(_number)}"
+        with self.connect() as admin:
+            if template == "template0":
+                statement = "CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'"
+                admin.execute(sql.SQL(statement).format(sql.Identifier(name)))
+            else:
+                statement = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
+                admin.execute(sql.SQL(statement).format(sql.Identifier(name), sql.Identifier(template)))
+        return name
+
+    def drop(self, name: str) -> None:
+        """Drop a database, also under those who are still connected."""
+        with self.connect() as admin:
+            admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def connect(url: str) -> psycopg.Connection:
+    """An autocommit psycopg connection for a SQLAlchemy URL."""
+    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    return psycopg.connect(plain, autocommit=True, connect_timeout=10)
+
+
+def image() -> str:
+    return os.environ.get("GATHERING_TEST_IMAGE") or "postgres:17"
+
+
+def kind() -> str:
+    """What the environment asks for; unset: a container where docker and the image are at hand, else embedded."""
+    if os.environ.get("GATHERING_TEST_URL"):
+        return "url"
+    wanted = os.environ.get("GATHERING_TEST_SERVER") or ("container" if _container_at_hand() else "embedded")
+    if wanted not in KINDS:
+        raise ValueError(f"GATHERING_TEST_SERVER is {wanted!r}: container or embedded")
+    return wanted
+
+
+def _container_at_hand() -> bool:
+    from docker.client import DockerClient
+    from docker.errors import DockerException
+
+    try:
+        client = DockerClient.from_env(timeout=5)  # type: ignore[no-untyped-call]
+    except DockerException:
+        return False
+    try:
+        client.images.get(image())
+    except DockerException:
+        return False
+    finally:
+        client.close()
+    return True
+
+
+@contextmanager
+def start() -> Iterator[Server]:
+    """Start the server; what was asked for, or an error."""
+    wanted = kind()
+    if wanted == "url":
+        yield Server(
+            "url",
+            make_url(os.environ["GATHERING_TEST_URL"])
+            .set(drivername="postgresql+psycopg")
+            .render_as_string(hide_password=False),
+        )
+    elif wanted == "container":
+        yield from _container()
+    else:
+        yield from _embedded()
+
+
+def _container() -> Iterator[Server]:
+    # Its helper container would have to be fetched from a registry; this process removes what it starts.
+    os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
+    from testcontainers.community.postgres import PostgresContainer
+
+    options = " ".join(f"-c {name}={value}" for name, value in {**OPTIONS, "max_connections": "300"}.items())
+    container = PostgresContainer(image(), username="postgres", password="test", dbname="postgres", driver="psycopg")
+    # PGDATA by name: the usual place differs between the images of PostgreSQL 17 and 18.
+    container.with_env("PGDATA", "/pgdata").with_tmpfs_mount("/pgdata").with_command(f"postgres {options}")
+    with container:
+        yield Server("container", container.get_connection_url())
+
+
+def _embedded() -> Iterator[Server]:
+    from gathering_pipeline import embedded
+
+    folder = Path(tempfile.mkdtemp(prefix="gathering-test-"))
+    try:
+        running = embedded.start(folder / "data")
+        try:
+            with connect(running.url) as admin:
+                for name, value in OPTIONS.items():
+                    admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+                admin.execute("SELECT pg_reload_conf()")
+            yield Server("embedded", running.url)
+        finally:
+            running.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    print(kind())

@@ -1,0 +1,172 @@
+"""What a user writes, as mypy and pyright see it: each result has the type that its name promises.
+
+Nothing here is run. Both checkers report an ``assert_type`` that doesn't hold, and a ``type: ignore`` without need.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, assert_type
+
+from sqlalchemy import MetaData, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
+
+from gathering_pipeline import (
+    AsyncPipelineRepository,
+    AsyncRunRepository,
+    Database,
+    DatabaseSettings,
+    EventType,
+    InvalidPipelineError,
+    Issue,
+    NodeExecutionResult,
+    NodeRunRead,
+    NodeStatus,
+    Page,
+    Pipeline,
+    PipelineCreate,
+    PipelineDefinition,
+    PipelineEdge,
+    PipelineNode,
+    PipelineRead,
+    PipelineRepository,
+    PipelineRun,
+    PipelineStatus,
+    PipelineUpdate,
+    RunRead,
+    RunRepository,
+    RunStatistics,
+    RunStatus,
+    find_issues,
+    get_execution_order,
+    metadata,
+    parse_pipeline_definition,
+    validate_pipeline_dag,
+)
+
+
+def graphs() -> None:
+    definition = parse_pipeline_definition([{"id": "a", "type": "trigger", "name": "A"}], [])
+    assert_type(definition, PipelineDefinition)
+    assert_type(validate_pipeline_dag(definition), list[str])
+    assert_type(get_execution_order(definition), list[str])
+    assert_type(find_issues(definition), list[Issue])
+    assert_type(definition.nodes, list[PipelineNode])
+    assert_type(definition.node_map, dict[str, PipelineNode])
+    assert_type(definition.edges[0].from_node, str)
+    PipelineNode(id="b", type="agent", name="Run", config={})
+    PipelineNode(id="b", type="robot", name="Run")  # pyright: ignore[reportArgumentType]
+    PipelineEdge(id="e", from_node="a", to_node="b")
+    result = NodeExecutionResult(node_id="a", status="completed", output={"a": 1})
+    assert_type(result.output, dict[str, Any] | None)
+    wire: str = EventType.PIPELINE_RUN_STARTED
+    assert_type(EventType(wire), EventType)
+
+
+def pipelines(session: Session) -> None:
+    repository = PipelineRepository(session)
+    assert_type(repository.create(PipelineCreate(name="p")), PipelineRead)
+    assert_type(repository.create(PipelineCreate(name="p"), allow_incomplete=True), PipelineRead)
+    read = repository.get(1)
+    assert_type(read, PipelineRead)
+    assert_type(read.status, PipelineStatus)
+    assert_type(read.definition, PipelineDefinition)
+    assert_type(read.last_run, datetime | None)
+    page = repository.search(status=PipelineStatus.ACTIVE, name="x", after=None, limit=10)
+    assert_type(page, Page[PipelineRead])
+    assert_type(page.items, tuple[PipelineRead, ...])
+    assert_type(page.next_cursor, int | None)
+    assert_type(repository.update(1, PipelineUpdate(name="q"), expected_version=2), PipelineRead)
+    assert_type(repository.activate(1), PipelineRead)
+    assert_type(repository.pause(1), PipelineRead)
+    repository.delete(1, force=True)
+    repository.get("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    repository.create(PipelineCreate(name="p"), True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    try:
+        repository.activate(1)
+    except InvalidPipelineError as error:
+        assert_type(error.issues, tuple[Issue, ...])
+
+
+def runs(session: Session) -> None:
+    repository = RunRepository(session)
+    run = repository.create(1, {"by": "x"}, idempotency_key="k")
+    assert_type(run, RunRead)
+    assert_type(run.status, RunStatus)
+    assert_type(repository.start(1, token=None), RunRead)
+    assert_type(repository.finish(1), RunRead)
+    assert_type(repository.cancel(1, "enough"), RunRead)
+    node = repository.start_node(1, "a", {"in": 1}, token=3)
+    assert_type(node, NodeRunRead)
+    assert_type(node.status, NodeStatus)
+    assert_type(repository.complete_node(1, "a", output=[1]), NodeRunRead)
+    assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeRunRead)
+    assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), list[NodeRunRead])
+    assert_type(repository.claim("w", timedelta(minutes=1), limit=3), list[RunRead])
+    assert_type(repository.heartbeat(1, 2, timedelta(minutes=1)), datetime)
+    assert_type(repository.nodes(1), list[NodeRunRead])
+    assert_type(repository.search(pipeline_id=1), Page[RunRead])
+    assert_type(repository.definition(1), PipelineDefinition)
+    assert_type(repository.counts(), dict[RunStatus, int])
+    assert_type(repository.statistics(1), RunStatistics)
+    assert_type(repository.purge(timedelta(days=30)), int)
+    repository.record(1, [{"node_id": "a", "status": "completed"}])
+    repository.claim("w", 60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def async_pipelines(session: AsyncSession) -> None:
+    repository = AsyncPipelineRepository(session)
+    assert_type(await repository.create(PipelineCreate(name="p"), allow_incomplete=True), PipelineRead)
+    assert_type(await repository.get(1), PipelineRead)
+    assert_type(await repository.search(status=PipelineStatus.DRAFT, limit=3), Page[PipelineRead])
+    assert_type(await repository.update(1, PipelineUpdate(), expected_version=1), PipelineRead)
+    assert_type(await repository.activate(1), PipelineRead)
+    await repository.delete(1, force=True)
+    await repository.get("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await repository.get()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.search(state="x")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+async def async_runs(session: AsyncSession) -> None:
+    repository = AsyncRunRepository(session)
+    assert_type(await repository.create(1, idempotency_key="k"), RunRead)
+    assert_type(await repository.start_node(1, "a", token=3), NodeRunRead)
+    assert_type(await repository.advance(1), list[NodeRunRead])
+    assert_type(await repository.claim("w", timedelta(minutes=1)), list[RunRead])
+    assert_type(await repository.heartbeat(1, 2, timedelta(minutes=1)), datetime)
+    assert_type(await repository.search(status=RunStatus.FAILED), Page[RunRead])
+    assert_type(await repository.counts(), dict[RunStatus, int])
+    assert_type(await repository.purge(timedelta(days=1), limit=5), int)
+
+
+def orm(session: Session) -> None:
+    pipeline = Pipeline(name="p", nodes=[{"id": "a", "type": "trigger", "name": "A"}], allow_incomplete=True)
+    assert_type(pipeline.id, int)
+    assert_type(pipeline.definition, PipelineDefinition)
+    pipeline.definition = PipelineDefinition(nodes=[], edges=[])
+    pipeline.nodes.append({"id": "b"})
+    session.add(pipeline)
+    assert_type(session.scalars(select(Pipeline)).all(), Sequence[Pipeline])
+    assert_type(session.scalars(select(PipelineRun.status)).one(), str)
+    session.execute(insert(Pipeline), [{"name": "p"}])
+    session.execute(update(Pipeline).where(Pipeline.id == 1).values(status="paused"))
+    assert_type(metadata, MetaData)
+
+
+def databases() -> None:
+    with Database("postgresql://u:p@h/d", settings=DatabaseSettings(pool_size=3)) as database:
+        database.upgrade()
+        database.check()
+        with database.session() as session, database.session(autocommit=True) as fast:
+            assert_type(session, Session)
+            assert_type(fast, Session)
+        with sessionmaker(database.engine).begin() as own:
+            pipelines(own)
+
+
+async def async_databases() -> None:
+    async with Database() as database:
+        async with database.async_session(autocommit=True) as session:
+            assert_type(session, AsyncSession)
+        async with async_sessionmaker(database.async_engine).begin() as own:
+            await async_pipelines(own)
