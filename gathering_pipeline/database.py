@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Engine
 
 RV = TypeVar("RV")
+E = TypeVar("E", "Engine", AsyncEngine)
 
 OLDEST_SERVER = 15
 PROBE_SECONDS = 3
@@ -66,6 +67,7 @@ class Database:
         self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
+        self._autocommit: dict[type, tuple[Any, Any]] = {}
 
     @property
     def url(self) -> str:
@@ -109,7 +111,7 @@ class Database:
             DatabaseUnavailableError: There is no server, or it takes no connection now.
             CommitIndeterminateError: It is open whether the commit holds.
         """
-        engine = self.engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else self.engine
+        engine = self._in_autocommit(self.engine) if autocommit else self.engine
         with Session(engine, expire_on_commit=False) as session:
             yield session
             try:
@@ -121,7 +123,7 @@ class Database:
     @asynccontextmanager
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
         """The async twin of ``session``."""
-        engine = self.async_engine.execution_options(isolation_level="AUTOCOMMIT") if autocommit else self.async_engine
+        engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
         async with AsyncSession(engine, expire_on_commit=False) as session:
             yield session
             try:
@@ -179,6 +181,13 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.adispose()
+
+    def _in_autocommit(self, engine: E) -> E:
+        # kept, because to derive it takes as long as a statement
+        if self._autocommit.get(type(engine), (None, None))[0] is not engine:
+            self._autocommit[type(engine)] = (engine, engine.execution_options(isolation_level="AUTOCOMMIT"))
+        derived: E = self._autocommit[type(engine)][1]
+        return derived
 
     def _resolve(self) -> URL:
         with self._lock:

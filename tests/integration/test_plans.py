@@ -366,10 +366,11 @@ def test_statistics_read_the_runs_of_their_pipeline(history: Session) -> None:
     assert max(reads.rows, reads.entries) <= RUNS // PIPELINES + FEW
 
 
-def test_counting_reads_an_index_only(history: Session) -> None:
+def test_counting_reads_each_run_once(history: Session) -> None:
+    """By an index or not: the planner takes what has fewer pages, and every run is to be counted."""
     reads, counts = reads_of(history, lambda runs: runs.counts())
     assert sum(counts.values()) == RUNS
-    assert reads.table_scans == 0
+    assert max(reads.rows, reads.entries) <= 1.01 * RUNS
 
 
 def buffers(raw: psycopg.Connection, statement: str) -> int:

@@ -373,14 +373,15 @@ def test_the_ends_of_a_run_and_what_they_count(
             call()
         error = caught.value
         assert (error.entity, error.id, error.current, error.requested) == ("run", run_id, ended, requested)
-    for call, requested in (
-        (lambda: runs.start_node(run_id, "a"), "running"),
-        (lambda: runs.complete_node(run_id, "a"), "completed"),
-        (lambda: runs.skip_node(run_id, "a"), "skipped"),
-        (lambda: runs.fail_node(run_id, "a", "late"), "failed"),
-    ):
+    moves: dict[str, Callable[[], object]] = {
+        "running": lambda: runs.start_node(run_id, "a"),
+        "completed": lambda: runs.complete_node(run_id, "a"),
+        "skipped": lambda: runs.skip_node(run_id, "a"),
+        "failed": lambda: runs.fail_node(run_id, "a", "late"),
+    }
+    for requested, move in moves.items():
         with refuses(IllegalTransitionError) as caught:
-            call()
+            move()
         error = caught.value
         assert (error.entity, error.id) == ("node run", f"{run_id}/a")
         assert (error.current, error.requested) == ("completed", requested)
@@ -506,14 +507,15 @@ def test_nodes_move_only_while_their_run_is_running(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run_id = runs.create(store(session, "a")).id
-    for call, requested in (
-        (lambda: runs.start_node(run_id, "a"), "running"),
-        (lambda: runs.complete_node(run_id, "a"), "completed"),
-        (lambda: runs.skip_node(run_id, "a"), "skipped"),
-        (lambda: runs.fail_node(run_id, "a", "no"), "failed"),
-    ):
+    moves: dict[str, Callable[[], object]] = {
+        "running": lambda: runs.start_node(run_id, "a"),
+        "completed": lambda: runs.complete_node(run_id, "a"),
+        "skipped": lambda: runs.skip_node(run_id, "a"),
+        "failed": lambda: runs.fail_node(run_id, "a", "late"),
+    }
+    for requested, move in moves.items():
         with refuses(IllegalTransitionError) as caught:
-            call()
+            move()
         error = caught.value
         assert (error.entity, error.id, error.current) == ("node run", f"{run_id}/a", "pending")
         assert error.requested == requested
@@ -566,10 +568,10 @@ BY_RUN: dict[str, Callable[[RunRepository, int], object]] = {
 }
 
 
-def raised(call: Callable[[], object]) -> str:
+def raised(call: Callable[..., object], *arguments: object) -> str:
     """The class of what a call raises."""
     try:
-        call()
+        call(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told
         return type(error).__name__
     return "nothing"
@@ -577,7 +579,7 @@ def raised(call: Callable[[], object]) -> str:
 
 def test_an_id_that_no_bigint_holds_is_not_there_either(runs: RunRepository) -> None:
     for missing in (2**63, -(2**63) - 1, 10**30):
-        found = {name: raised(lambda call=call, missing=missing: call(runs, missing)) for name, call in BY_RUN.items()}
+        found = {name: raised(call, runs, missing) for name, call in BY_RUN.items()}
         assert found == dict.fromkeys(BY_RUN, "RunNotFoundError")
 
 
@@ -597,17 +599,18 @@ def test_what_is_not_there(runs: RunRepository, session: Session, refuses: Calla
             with refuses(RunNotFoundError) as caught:
                 call(runs, missing)
             assert caught.value.run_id == missing
+    by_nodes: list[Callable[[str], object]] = [
+        lambda node_id: runs.start_node(run_id, node_id),
+        lambda node_id: runs.complete_node(run_id, node_id),
+        lambda node_id: runs.skip_node(run_id, node_id),
+        lambda node_id: runs.fail_node(run_id, node_id, "x"),
+        lambda node_id: runs.advance(run_id, [done(node_id)]),
+        lambda node_id: runs.record(run_id, [done("a"), done(node_id)]),
+    ]
     for node_id in ("b", "", "A", "a ", "x" * 5_000, "'; --", "%s"):
-        for call in (
-            lambda node_id: runs.start_node(run_id, node_id),
-            lambda node_id: runs.complete_node(run_id, node_id),
-            lambda node_id: runs.skip_node(run_id, node_id),
-            lambda node_id: runs.fail_node(run_id, node_id, "x"),
-            lambda node_id: runs.advance(run_id, [done(node_id)]),
-            lambda node_id: runs.record(run_id, [done("a"), done(node_id)]),
-        ):
+        for by_node in by_nodes:
             with refuses(NodeRunNotFoundError) as caught:
-                call(node_id)
+                by_node(node_id)
             assert (caught.value.run_id, caught.value.node_id) == (run_id, node_id)
             assert len(str(caught.value)) < 1_100
 
@@ -638,6 +641,7 @@ def test_a_failed_node_is_retried_with_backoff(
                 assert runs.advance(run_id) == []
                 assert runs.get(run_id).status == RunStatus.RUNNING
             raw.execute("UPDATE circle.pipeline_node_runs SET available_at = clock_timestamp() WHERE node_id = 'a'")
+    (node, _) = runs.nodes(run_id)
     assert (node.status, node.retry_count, node.available_at) == ("failed", 3, None)
     assert runs.finish(run_id).error_message == "error 3"
     assert counters(raw, pipeline) == (1, 0, 1)
@@ -1086,9 +1090,7 @@ def test_every_write_on_a_claimed_run_needs_the_current_token(
 def test_a_token_that_no_bigint_holds_is_a_wrong_one(runs: RunRepository, session: Session) -> None:
     run = claimed(runs, session, "a b")
     for token in (2**63, -(10**30)):
-        found = {
-            name: raised(lambda call=call, token=token: call(runs, run.id, token)) for name, call in WRITES.items()
-        }
+        found = {name: raised(call, runs, run.id, token) for name, call in WRITES.items()}
         assert found == dict.fromkeys(WRITES, "LeaseLostError")
 
 
@@ -1125,6 +1127,7 @@ def test_recover_counts_a_failed_attempt(runs: RunRepository, session: Session, 
             _, b, c, d = runs.nodes(run_id)
             assert [(n.status, n.retry_count) for n in (b, c, d)] == [("pending", attempt + 1)] * 2 + [("pending", 0)]
             assert "lease" in (b.error_message or "")
+    recovered = runs.get(run_id)
     assert recovered.status == RunStatus.FAILED
     assert "lease" in (recovered.error_message or "")
     assert statuses(runs, run_id) == {"a": "completed", "b": "failed", "c": "failed", "d": "cancelled"}
@@ -1141,7 +1144,7 @@ def test_a_run_that_was_claimed_too_often_fails(runs: RunRepository, session: Se
         lose_lease(raw, run_id)
         (run,) = runs.recover()
         assert run.status == ("failed" if count == 10 else "pending")
-    assert "10 times" in (run.error_message or "")
+    assert "10 times" in (runs.get(run_id).error_message or "")
     assert statuses(runs, run_id) == {"a": "cancelled"}
     assert counters(raw, pipeline) == (1, 0, 1)
     runs.create(pipeline)
@@ -1282,7 +1285,7 @@ def test_pages_of_the_history(runs: RunRepository, session: Session) -> None:
         for limit in (1, 3, len(expected) or 1, 100):
             pages, cursor = [], None
             while True:
-                page = runs.search(**filters, after=cursor, limit=limit)  # type: ignore[arg-type]
+                page = runs.search(**filters, after=cursor, limit=limit)
                 pages.append(list(page.items))
                 cursor = page.next_cursor
                 if cursor is None:
@@ -1317,7 +1320,7 @@ def test_counts_and_statistics(runs: RunRepository, session: Session, raw: psyco
     assert read.runs == {"completed": 100, "failed": 20, "timeout": 5, "cancelled": 30, "pending": 1, "running": 0}
     assert read.success_rate == pytest.approx(100 / 125)
     assert (read.duration_p50, read.duration_p95) == (timedelta(seconds=50.5), timedelta(seconds=95.05))
-    assert runs.counts() == {**read.runs, "running": 1}
+    assert runs.counts() == read.runs | {RunStatus.RUNNING: 1}
 
 
 # --- real workflows ----------------------------------------------------------------------------------------------------
@@ -1414,6 +1417,7 @@ def test_round_trips_of_a_run(wire: tuple[Session, Callable[[], int]], length: i
     session, count = wire
     runs = RunRepository(session)
     pipeline = store(session, chain(length))
+    step_by_step, by_advance = [], []
     for _ in range(8):  # in the end every statement is prepared, as in a worker that has run for a second
         since = count()
         run_id = runs.create(pipeline).id
@@ -1422,17 +1426,17 @@ def test_round_trips_of_a_run(wire: tuple[Session, Callable[[], int]], length: i
             runs.start_node(run_id, f"n{at}")
             runs.complete_node(run_id, f"n{at}", {"n": at})
         assert runs.finish(run_id).status == RunStatus.COMPLETED
-        step_by_step = count() - since
+        step_by_step.append(count() - since)
 
         since = count()
         run_id = runs.create(pipeline).id
         nodes = runs.advance(run_id)
         while nodes:
             nodes = runs.advance(run_id, [done(node.node_id, output={}) for node in nodes])
-        by_advance = count() - since
+        by_advance.append(count() - since)
         assert runs.get(run_id).status == RunStatus.COMPLETED
-    assert step_by_step <= 2 * length + 3
-    assert by_advance <= length + 2
+    assert step_by_step[-1] <= 2 * length + 3
+    assert by_advance[-1] <= length + 2
 
     since = count()
     run_id = runs.create(pipeline).id

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import psycopg
@@ -22,7 +23,8 @@ from gathering_pipeline.lifecycle import INITIAL_RUN_STATUSES, NODE_TRANSITIONS,
 from tests.integration.test_runs import contents, done, store
 from tests.servers import Server, connect
 
-Row = type[PipelineRun] | type[PipelineNodeRun]
+Row = type[Any]
+"""``PipelineRun`` or ``PipelineNodeRun``."""
 
 RUN_CELLS = {(old, new): new in RUN_TRANSITIONS[old] for old in RunStatus for new in RunStatus}
 NODE_CELLS = {(old, new): new in NODE_TRANSITIONS[old] for old in NodeStatus for new in NodeStatus}
@@ -233,10 +235,10 @@ def name_of(way: object) -> str:
     return getattr(way, "__name__", "")
 
 
-def attempt(ways: Ways, call: Callable[[], object]) -> str:
+def attempt(ways: Ways, call: Callable[..., object], *arguments: object) -> str:
     """``done`` or ``refused``; what else happened is told as it is, and matches no cell."""
     try:
-        call()
+        call(*arguments)
     except (DBAPIError, psycopg.Error) as error:
         sqlstate = getattr(getattr(error, "orig", error), "sqlstate", None)
         return "refused" if sqlstate == "PL001" else f"{sqlstate}: {error}"
@@ -251,7 +253,7 @@ def stored(raw: psycopg.Connection, table: Row, row_id: int) -> tuple[Any, ...] 
 
 
 def wrong_cells(
-    ways: Ways, raw: psycopg.Connection, table: Row, way: Way, rows: dict[tuple[str, str], dict[str, Any]]
+    ways: Ways, raw: psycopg.Connection, table: Row, way: Way, rows: Mapping[tuple[Any, Any], dict[str, Any]]
 ) -> dict[tuple[str, str], str]:
     """Try each pair of statuses on its row; returns what came out otherwise than ``lifecycle`` says."""
     wrong = {}
@@ -260,7 +262,7 @@ def wrong_cells(
         before = stored(raw, table, row["id"])
         assert before is not None
         assert before[0] == old
-        outcome = attempt(ways, lambda row=row, new=new: way(ways, table, row, new))
+        outcome = attempt(ways, way, ways, table, row, new)
         after = stored(raw, table, row["id"])
         assert after is not None
         if outcome == "done" and after[0] != new:
@@ -334,7 +336,7 @@ def test_new_runs(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) 
     expected = dict.fromkeys(RunStatus, True) if ways.role == "replica" else NEW_RUNS
     for at, (status, legal) in enumerate(expected.items()):
         row = {"id": 1_000 + at, "pipeline_id": pipeline}
-        outcome = attempt(ways, lambda row=row, status=status: way(ways, PipelineRun, row, status))
+        outcome = attempt(ways, way, ways, PipelineRun, row, status)
         found = stored(raw, PipelineRun, row["id"])
         assert (status, outcome, found and found[0]) == (status, *(("done", status) if legal else ("refused", None)))
 
@@ -352,7 +354,7 @@ def test_new_nodes(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way)
                 or (status == "pending" and run_status == "pending")
             )
             row = {"id": run_id * 100 + at, "run_id": run_id, "node_id": status.value, "node_type": "agent"}
-            outcome = attempt(ways, lambda row=row, status=status: way(ways, PipelineNodeRun, row, status))
+            outcome = attempt(ways, way, ways, PipelineNodeRun, row, status)
             found = stored(raw, PipelineNodeRun, row["id"])
             wanted = ("done", status) if legal else ("refused", None)
             assert (run_status, status, outcome, found and found[0]) == (run_status, status, *wanted)
@@ -367,7 +369,7 @@ def test_nodes_move_only_while_their_run_is_running(
     rows = [make_node(raw, run_id, old, f"{old}-{new}") for old, new in NODE_CELLS]
     raw.execute("RESET session_replication_role")
     for (old, new), row in zip(NODE_CELLS, rows, strict=True):
-        outcome = attempt(ways, lambda row=row, new=new: way(ways, PipelineNodeRun, row, new))
+        outcome = attempt(ways, way, ways, PipelineNodeRun, row, new)
         legal = ways.role == "replica" and NODE_CELLS[old, new]
         found = stored(raw, PipelineNodeRun, row["id"])
         assert found is not None
@@ -432,14 +434,14 @@ def node_calls(runs: RunRepository, run_id: int, token: int) -> dict[str, dict[N
             NodeStatus.CANCELLED: lambda: runs.record(run_id, [done("a", "cancelled")], token),
         },
         "record": {
-            status: lambda status=status: runs.record(run_id, [done("a", status)], token)
+            status: partial(runs.record, run_id, [done("a", status)], token)
             for status in NodeStatus
             if status.is_terminal
         },
         "advance": {
             NodeStatus.RUNNING: lambda: runs.advance(run_id, token=token),
             **{
-                status: lambda status=status: runs.advance(run_id, [done("a", status)], token)
+                status: partial(runs.advance, run_id, [done("a", status)], token)
                 for status in NodeStatus
                 if status.is_terminal
             },
@@ -494,19 +496,18 @@ def test_the_end_of_a_run_and_its_live_nodes(
         run = make_run(raw, pipeline)
         make_node(raw, run["id"], live, "live")
         make_node(raw, run["id"], "completed", "over")
-        outcome = attempt(ways, lambda run=run, end=end: way(ways, PipelineRun, run, end))
-        found = dict(
+        outcome = attempt(ways, way, ways, PipelineRun, run, end)
+        found: dict[str, str] = dict(
             raw.execute(
                 "SELECT node_id, status FROM circle.pipeline_node_runs WHERE run_id = %s", [run["id"]]
             ).fetchall()
         )
         status = raw.execute("SELECT status FROM circle.pipeline_runs WHERE id = %s", [run["id"]]).fetchone()
+        wanted: tuple[str, str, str] = ("done", end, "cancelled")
         if ways.role == "replica":  # neither refused nor taken along: the origin has seen to both
             wanted = ("done", end, live)
         elif end == "completed":
             wanted = ("refused", "running", live)
-        else:
-            wanted = ("done", end, "cancelled")
         assert status is not None
         assert (outcome, status[0], found) == (*wanted[:2], {"live": wanted[2], "over": "completed"})
 

@@ -131,6 +131,10 @@ class Run:
         return self.nodes[name]
 
 
+def nothing(_: object) -> None:
+    """What a call returns that is compared with the rest of the database after the step."""
+
+
 NAMES = st.sampled_from("abcdejlmrtx?")
 RESULTS = st.lists(st.tuples(NAMES, st.sampled_from(OVER)), max_size=3).filter(
     # of two failures at once the first is told; which that is, is tested elsewhere
@@ -203,7 +207,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.need(token, "pending")
             run.status = "running"
 
-        self.both(start, lambda: self.worker.start(run_id, token) and None)
+        self.both(start, lambda: nothing(self.worker.start(run_id, token)))
 
     @rule(run_id=runs, kind=TOKENS)
     def complete(self, run_id: int, kind: str) -> None:
@@ -241,7 +245,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.need(token, "pending", "running")
             run.end("failed")
 
-        self.both(fail, lambda: self.worker.fail(run_id, "x", token) and None)
+        self.both(fail, lambda: nothing(self.worker.fail(run_id, "x", token)))
 
     @rule(run_id=runs)
     def cancel(self, run_id: int) -> None:
@@ -252,7 +256,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("IllegalTransitionError")
             run.end("cancelled")
 
-        self.both(cancel, lambda: self.worker.cancel(run_id) and None)
+        self.both(cancel, lambda: nothing(self.worker.cancel(run_id)))
 
     # --- nodes ---
 
@@ -269,7 +273,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("NodeNotReadyError")
             node.status = "running"
 
-        self.both(start_node, lambda: self.worker.start_node(run_id, name, token=token) and None)
+        self.both(start_node, lambda: nothing(self.worker.start_node(run_id, name, token=token)))
 
     @rule(run_id=runs, name=NAMES, kind=TOKENS)
     def complete_node(self, run_id: int, name: str, kind: str) -> None:
@@ -282,7 +286,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("IllegalTransitionError")
             node.status = "completed"
 
-        self.both(complete_node, lambda: self.worker.complete_node(run_id, name, token=token) and None)
+        self.both(complete_node, lambda: nothing(self.worker.complete_node(run_id, name, token=token)))
 
     @rule(run_id=runs, name=NAMES, kind=TOKENS)
     def skip_node(self, run_id: int, name: str, kind: str) -> None:
@@ -296,7 +300,7 @@ class Lifecycle(RuleBasedStateMachine):
             node.status = "skipped"
             run.skip_on(node.after)
 
-        self.both(skip_node, lambda: self.worker.skip_node(run_id, name, token=token) and None)
+        self.both(skip_node, lambda: nothing(self.worker.skip_node(run_id, name, token=token)))
 
     @rule(run_id=runs, name=NAMES, kind=TOKENS, retryable=st.booleans())
     def fail_node(self, run_id: int, name: str, kind: str, retryable: bool) -> None:
@@ -389,7 +393,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("LeaseLostError")
             run.lost = False
 
-        self.both(heartbeat, lambda: self.worker.heartbeat(run_id, token, LEASE) and None)
+        self.both(heartbeat, lambda: nothing(self.worker.heartbeat(run_id, token, LEASE)))
 
     @rule(run_id=runs, kind=TOKENS.filter(lambda kind: kind != "none"))
     def release(self, run_id: int, kind: str) -> None:
@@ -405,7 +409,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.status, run.leased, run.lost = "pending", False, False
             run.token, run.claims = run.token + 1, run.claims - 1
 
-        self.both(release, lambda: self.worker.release(run_id, token) and None)
+        self.both(release, lambda: nothing(self.worker.release(run_id, token)))
 
     @rule(run_id=runs)
     def lose_the_lease(self, run_id: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from threading import Barrier, Event
 from typing import Any
 
@@ -93,6 +94,15 @@ def runs(session: Session) -> RunRepository:
     return RunRepository(session)
 
 
+def on(call: Callable[..., Any], *arguments: object) -> Call:
+    """A call of the repository on the racer's own connection."""
+    return lambda session: call(RunRepository(session), *arguments)
+
+
+def delete(session: Session, pipeline_id: int) -> None:
+    PipelineRepository(session).delete(pipeline_id, force=True)
+
+
 def names(nodes: Any) -> list[str]:
     return [node.node_id for node in nodes]
 
@@ -118,8 +128,8 @@ def test_a_join_starts_once(runs: RunRepository, session: Session, race: Racers,
         run_id = runs.create(pipeline).id
         assert names(runs.advance(run_id)) == ["a", "b"]
         started = race(
-            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("a")])),
-            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("b")])),
+            on(lambda runs, run_id: names(runs.advance(run_id, [done("a")])), run_id),
+            on(lambda runs, run_id: names(runs.advance(run_id, [done("b")])), run_id),
         )
         assert sorted(started) == [[], ["j"]]
         assert runs.advance(run_id, [done("j")]) == []
@@ -151,8 +161,8 @@ def test_that_the_join_would_be_lost_in_one_statement(runs: RunRepository, sessi
         run_id = runs.create(pipeline).id
         runs.advance(run_id)
         started = race(
-            lambda session, run_id=run_id: complete(session, run_id, "a"),
-            lambda session, run_id=run_id: complete(session, run_id, "b"),
+            partial(complete, run_id=run_id, node_id="a"),
+            partial(complete, run_id=run_id, node_id="b"),
         )
         assert sorted(started) in ([[], []], [[], ["j"]])
         lost += sorted(started) == [[], []]
@@ -166,15 +176,13 @@ def test_a_run_whose_last_two_nodes_end_at_once_ends_once(
     for at in range(ROUNDS):
         run_id = runs.create(pipeline).id
         runs.advance(run_id)
-        failing = at % 2 == 1
+        last = "failed" if at % 2 else "completed"
         ends = race(
-            lambda session, run_id=run_id: RunRepository(session).advance(run_id, [done("a")]),
-            lambda session, run_id=run_id, failing=failing: RunRepository(session).advance(
-                run_id, [done("b", "failed" if failing else "completed")]
-            ),
+            on(lambda runs, run_id: runs.advance(run_id, [done("a")]), run_id),
+            on(lambda runs, run_id, status: runs.advance(run_id, [done("b", status)]), run_id, last),
         )
         assert ends == [[], []]
-        assert runs.get(run_id).status == ("failed" if failing else "completed")
+        assert runs.get(run_id).status == last
     check_counters(raw)
 
 
@@ -191,8 +199,8 @@ def test_of_two_that_finish_after_their_node_one_succeeds(
         run_id = runs.create(pipeline).id
         runs.advance(run_id)
         ends = race(
-            lambda session, run_id=run_id: end(session, run_id, "a"),
-            lambda session, run_id=run_id: end(session, run_id, "b"),
+            partial(end, run_id=run_id, node_id="a"),
+            partial(end, run_id=run_id, node_id="b"),
         )
         assert sorted(type(outcome).__name__ for outcome in ends) == ["IllegalTransitionError", "RunRead"]
     check_counters(raw)
@@ -203,6 +211,16 @@ def test_of_eight_that_end_a_run_one_wins(
 ) -> None:
     pipeline = store(session, "a b", timeout_seconds=1, retry_backoff_base=0)
     winners: Counter[str] = Counter()
+    calls: dict[str, Callable[[RunRepository, int, int], list[RunRead]]] = {
+        "complete": lambda runs, run_id, token: [runs.complete(run_id, token)],
+        "finish": lambda runs, run_id, token: [runs.finish(run_id, token)],
+        "fail": lambda runs, run_id, token: [runs.fail(run_id, "failed", token)],
+        "cancel": lambda runs, run_id, _: [runs.cancel(run_id, "cancelled")],
+        "cancel too": lambda runs, run_id, _: [runs.cancel(run_id, "cancelled too")],
+        "expire": lambda runs, _, __: runs.expire(),
+        "recover": lambda runs, _, __: runs.recover(max_claims=1),
+        "recover too": lambda runs, _, __: runs.recover(max_claims=1),
+    }
     for at in range(ROUNDS):
         run_id = runs.create(pipeline).id
         (run,) = runs.claim("w", LEASE)
@@ -215,18 +233,8 @@ def test_of_eight_that_end_a_run_one_wins(
             " WHERE id = %s",
             [run_id],
         )
-        calls: dict[str, Callable[[RunRepository], Any]] = {
-            "complete": lambda runs, run_id=run_id, token=token: [runs.complete(run_id, token)],
-            "finish": lambda runs, run_id=run_id, token=token: [runs.finish(run_id, token)],
-            "fail": lambda runs, run_id=run_id, token=token: [runs.fail(run_id, "failed", token)],
-            "cancel": lambda runs, run_id=run_id: [runs.cancel(run_id, "cancelled")],
-            "cancel too": lambda runs, run_id=run_id: [runs.cancel(run_id, "cancelled too")],
-            "expire": lambda runs: runs.expire(),
-            "recover": lambda runs: runs.recover(max_claims=1),
-            "recover too": lambda runs: runs.recover(max_claims=1),
-        }
         order = random.Random(at).sample(sorted(calls), 8)
-        outcomes = race(*(lambda session, name=name: calls[name](RunRepository(session)) for name in order))
+        outcomes = race(*(on(calls[name], run_id, token) for name in order))
         won = {
             name: outcome[0]
             for name, outcome in zip(order, outcomes, strict=True)
@@ -253,8 +261,8 @@ def test_a_retry_and_the_end_of_its_run(
         run_id = runs.create(pipeline).id
         runs.advance(run_id)
         failed, started = race(
-            lambda session, run_id=run_id: RunRepository(session).fail_node(run_id, "a", "x"),
-            lambda session, run_id=run_id: names(RunRepository(session).advance(run_id, [done("b")])),
+            on(lambda runs, run_id: runs.fail_node(run_id, "a", "x"), run_id),
+            on(lambda runs, run_id: names(runs.advance(run_id, [done("b")])), run_id),
         )
         assert (failed.status, started) == (NodeStatus.PENDING, [])
         assert runs.get(run_id).status == RunStatus.RUNNING
@@ -300,7 +308,7 @@ def test_runs_created_beside_edits_have_all_the_nodes_of_their_version(
 def test_callers_with_one_key_get_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a>b")
     for at in range(ROUNDS):
-        create: Call = lambda session, at=at: RunRepository(session).create(pipeline, {"n": at}, f"key {at}").id  # noqa: E731
+        create = on(lambda runs, at: runs.create(pipeline, {"n": at}, f"key {at}").id, at)
         assert len(set(race(create, create, create))) == 1
     assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (ROUNDS,)
     assert raw.execute("SELECT count(*) FROM circle.pipeline_node_runs").fetchone() == (ROUNDS * 2,)
@@ -340,8 +348,8 @@ def test_a_run_created_while_its_pipeline_is_deleted(session: Session, race: Rac
         pipeline = store(session, "a>b")
         RunRepository(session).create(pipeline)
         created, deleted = race(
-            lambda session, pipeline=pipeline: RunRepository(session).create(pipeline),
-            lambda session, pipeline=pipeline: PipelineRepository(session).delete(pipeline, force=True),
+            on(lambda runs, pipeline: runs.create(pipeline), pipeline),
+            partial(delete, pipeline_id=pipeline),
         )
         assert deleted is None
         assert isinstance(created, RunRead | PipelineNotFoundError)
@@ -359,7 +367,7 @@ def test_a_run_created_after_its_pipeline_was_deleted_in_an_open_transaction(
             wait_for_a_waiter(database)
             deleting.commit()
 
-        created, _ = race(lambda session: RunRepository(session).create(pipeline), commit)
+        created, _ = race(on(lambda runs: runs.create(pipeline)), commit)
     assert isinstance(created, PipelineNotFoundError)
 
 
@@ -385,6 +393,14 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a>b", retry_backoff_base=0, max_retries_per_node=5)
+    stale_writes: list[Callable[[int, int], object]] = [
+        lambda run_id, old: runs.heartbeat(run_id, old, LEASE),
+        lambda run_id, old: runs.release(run_id, old),
+        lambda run_id, old: runs.advance(run_id, [done("b")], old),
+        lambda run_id, old: runs.start_node(run_id, "b", token=old),
+        lambda run_id, old: runs.fail(run_id, "late", old),
+        lambda run_id, _: runs.finish(run_id),
+    ]
     won: Counter[str] = Counter()
     for at in range(ROUNDS):
         run_id = runs.create(pipeline).id
@@ -408,25 +424,16 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
             lambda runs, run_id, old: runs.record(run_id, [done("a", output={"by": "stale"})], old),
         ]
         write = writes[at % 2]
-        late, run = race(
-            lambda session, run_id=run_id, old=old, write=write: write(RunRepository(session), run_id, old), take_over
-        )
+        late, run = race(on(write, run_id, old), take_over)
         assert isinstance(run, RunRead)
         by = "next" if isinstance(late, LeaseLostError) else "stale"
         assert isinstance(late, LeaseLostError) or not isinstance(late, PipelineError)
         node = runs.nodes(run_id)[0]
         assert (node.status, node.output_data) == ("completed", {"by": by})
         won[by] += 1
-        for refused in (
-            lambda run_id=run_id, old=old: runs.heartbeat(run_id, old, LEASE),
-            lambda run_id=run_id, old=old: runs.release(run_id, old),
-            lambda run_id=run_id, old=old: runs.advance(run_id, [done("b")], old),
-            lambda run_id=run_id, old=old: runs.start_node(run_id, "b", token=old),
-            lambda run_id=run_id, old=old: runs.fail(run_id, "late", old),
-            lambda run_id=run_id: runs.finish(run_id),
-        ):
+        for refused in stale_writes:
             with pytest.raises(LeaseLostError):
-                refused()
+                refused(run_id, old)
         runs.advance(run_id, [done("b")], run.claim_token)
         assert runs.get(run_id).status == RunStatus.COMPLETED
     check_counters(raw)
@@ -443,7 +450,7 @@ def test_sixteen_claimers_get_each_run_once(session: Session, race: Racers, raw:
             mine += [(run.id, name) for run in claimed]
         return mine
 
-    claims = race(*(lambda session, name=name: claim(session, name) for name in range(THREADS)))
+    claims = race(*(partial(claim, name=name) for name in range(THREADS)))
     owners = [pair for mine in claims for pair in mine]
     assert len(owners) == len({run_id for run_id, _ in owners}) == 2000
     assert sum(bool(mine) for mine in claims) > 1
@@ -518,7 +525,7 @@ def test_a_call_that_waited_for_the_start_of_a_node(
                 wait_for_a_waiter(database)
             starting.commit()
 
-        outcome, _ = race(lambda session: calls[late](RunRepository(session)), commit)
+        outcome, _ = race(on(calls[late]), commit)
     assert not isinstance(outcome, PipelineError)
     if late == "expire":
         runs.expire()
@@ -585,7 +592,7 @@ def test_mixed_calls_end_well(session: Session, race: Racers, raw: psycopg.Conne
             RunRepository(session).expire()
             RunRepository(session).purge(timedelta(days=1))
 
-    outcomes = race(*(lambda session, seed=seed: executor(session, seed) for seed in range(6)), canceller, sweeper)
+    outcomes = race(*(partial(executor, seed=seed) for seed in range(6)), canceller, sweeper)
     assert outcomes == [None] * 8
     runs = RunRepository(session)
     for run_id in ids:
@@ -607,8 +614,6 @@ def test_what_is_deleted_beside_its_worker_is_not_found(runs: RunRepository, ses
                 nodes = RunRepository(session).advance(run_id, [done(node.node_id) for node in nodes])
             return "completed"
 
-        worked, deleted = race(
-            work, lambda session, pipeline=pipeline: PipelineRepository(session).delete(pipeline, force=True)
-        )
+        worked, deleted = race(work, partial(delete, pipeline_id=pipeline))
         assert deleted is None
         assert worked == "completed" or isinstance(worked, RunNotFoundError)
