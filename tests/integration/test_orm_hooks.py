@@ -94,7 +94,7 @@ def engine(database_url: str) -> Iterator[Engine]:
     made.dispose()
 
 
-@pytest.fixture(params=["Database", "own sessionmaker", "Session", "async Database", "own async_sessionmaker"])
+@pytest.fixture(params=["Database", "own sessionmaker", "async Database", "own async_sessionmaker"])
 def run(request: pytest.FixtureRequest, database: Database, engine: Engine, database_url: str) -> Run:
     """A session of each kind that a service may have."""
 
@@ -105,12 +105,6 @@ def run(request: pytest.FixtureRequest, database: Database, engine: Engine, data
     def by_sessionmaker(work: Callable[..., Any], *arguments: Any) -> Any:
         with sessionmaker(engine).begin() as session:
             return work(session, *arguments)
-
-    def by_session(work: Callable[..., Any], *arguments: Any) -> Any:
-        with Session(engine) as session:
-            result = work(session, *arguments)
-            session.commit()
-            return result
 
     def by_async_database(work: Callable[..., Any], *arguments: Any) -> Any:
         async def go() -> Any:
@@ -134,7 +128,6 @@ def run(request: pytest.FixtureRequest, database: Database, engine: Engine, data
     return {
         "Database": by_database,
         "own sessionmaker": by_sessionmaker,
-        "Session": by_session,
         "async Database": by_async_database,
         "own async_sessionmaker": by_async_sessionmaker,
     }[request.param]

@@ -1,5 +1,8 @@
 """Every call of ``RunRepository``, each of its errors, and that what is refused changes nothing."""
 
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,8 @@
 """The transition matrix: every pair of statuses, on every way into the tables, against the table in ``lifecycle``."""
 
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
