@@ -15,7 +15,7 @@ from typing import Any
 
 import psycopg
 
-from benchmarks.stage import Row, Stage, chain, connect, database, duel, fan_out, floor, milliseconds, store
+from benchmarks.stage import Row, Stage, chain, connect, database, duel, fan_out, floor, milliseconds, store, worker
 from gathering_pipeline import Database, NodeExecutionResult, NodeRunRead, RunRepository
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -80,33 +80,27 @@ def done(node: NodeRunRead) -> NodeExecutionResult:
     return NodeExecutionResult(node_id=node.node_id, status="completed", output=OUTPUT, duration_ms=5)
 
 
-def steps_run(db: Database, pipeline_id: int, count: int) -> None:
+def steps_run(runs: RunRepository, pipeline_id: int, count: int) -> None:
     """One run, step by step: 2n + 3 calls."""
-    with db.session(autocommit=True) as session:
-        runs = RunRepository(session)
-        run = runs.create(pipeline_id)
-        runs.start(run.id)
-        by_steps(runs, run.id, count)
+    run = runs.create(pipeline_id)
+    runs.start(run.id)
+    by_steps(runs, run.id, count)
 
 
-def advance_run(db: Database, pipeline_id: int) -> None:
+def advance_run(runs: RunRepository, pipeline_id: int) -> None:
     """One run by ``advance``."""
-    with db.session(autocommit=True) as session:
-        runs = RunRepository(session)
-        by_advance(runs, runs.create(pipeline_id).id)
+    by_advance(runs, runs.create(pipeline_id).id)
 
 
-def record_run(db: Database, pipeline_id: int, count: int) -> None:
+def record_run(runs: RunRepository, pipeline_id: int, count: int) -> None:
     """One run, reported in one batch: 3 calls."""
     results = [
         NodeExecutionResult(node_id=f"node-{at}", status="completed", output=OUTPUT, duration_ms=5)
         for at in range(count)
     ]
-    with db.session(autocommit=True) as session:
-        runs = RunRepository(session)
-        run = runs.create(pipeline_id)
-        runs.record(run.id, results)
-        runs.finish(run.id)
+    run = runs.create(pipeline_id)
+    runs.record(run.id, results)
+    runs.finish(run.id)
 
 
 # The rows
@@ -114,11 +108,11 @@ def record_run(db: Database, pipeline_id: int, count: int) -> None:
 
 def steps(stage: Stage) -> Iterator[Row]:
     """Step by step."""
-    db, base = database(stage), floor(stage)
+    runs, base = worker(stage), floor(stage)
     for count, repeats in ((10, 80), (100, 15)):
         pipeline_id = store(stage, chain(count))
         mine, other, ratio = duel(
-            partial(steps_run, db, pipeline_id, count),
+            partial(steps_run, runs, pipeline_id, count),
             partial(floor_run, base, pipeline_id, count),
             repeats,
         )
@@ -127,7 +121,7 @@ def steps(stage: Stage) -> Iterator[Row]:
 
 def advance(stage: Stage) -> Iterator[Row]:
     """By ``advance``."""
-    db, base = database(stage), floor(stage)
+    runs, base = worker(stage), floor(stage)
     for what, graph, repeats, bar in (
         ("a chain of 10", chain(10), 80, 1.2),
         ("a chain of 100", chain(100), 15, 1.2),
@@ -135,18 +129,18 @@ def advance(stage: Stage) -> Iterator[Row]:
     ):
         pipeline_id, count = store(stage, graph), len(graph[0])
         mine, other, ratio = duel(
-            partial(advance_run, db, pipeline_id), partial(floor_run, base, pipeline_id, count), repeats
+            partial(advance_run, runs, pipeline_id), partial(floor_run, base, pipeline_id, count), repeats
         )
         yield Row(f"the same by advance, {what}", milliseconds(mine), milliseconds(other), ratio, bar)
 
 
 def record(stage: Stage) -> Iterator[Row]:
     """In one batch."""
-    db, base = database(stage), floor(stage)
+    runs, base = worker(stage), floor(stage)
     for count, repeats, bar in ((10, 80, 3.0), (100, 15, 12.0)):
         pipeline_id = store(stage, chain(count))
         mine, other, ratio = duel(
-            partial(record_run, db, pipeline_id, count),
+            partial(record_run, runs, pipeline_id, count),
             partial(floor_run, base, pipeline_id, count),
             repeats,
         )
@@ -156,7 +150,7 @@ def record(stage: Stage) -> Iterator[Row]:
 
 def create(stage: Stage) -> Iterator[Row]:
     """A run with its nodes, against as many bare rows."""
-    db, base = database(stage), floor(stage)
+    runs, base = worker(stage), floor(stage)
     base.execute("CREATE TABLE IF NOT EXISTS public.source (run_id int, node_id text, node_type text)", prepare=False)
     for count, repeats in ((10, 150), (1_000, 25), (10_000, 7)):
         pipeline_id = store(stage, chain(count))
@@ -170,8 +164,7 @@ def create(stage: Stage) -> Iterator[Row]:
         base.execute("ANALYZE public.source", prepare=False)
 
         def ours(p: int = pipeline_id) -> None:
-            with db.session(autocommit=True) as session:
-                RunRepository(session).create(p)
+            runs.create(p)
 
         def bare() -> None:
             base.execute(
@@ -185,7 +178,7 @@ def create(stage: Stage) -> Iterator[Row]:
 
 def wal(stage: Stage) -> Iterator[Row]:
     """Bytes of write-ahead log, without the full pages that follow a checkpoint."""
-    db, base = database(stage), floor(stage)
+    runs, base = worker(stage), floor(stage)
     pipeline_id = store(stage, chain(100))
 
     def written(action: Callable[[], object]) -> float:
@@ -201,9 +194,9 @@ def wal(stage: Stage) -> Iterator[Row]:
 
     base_kb = written(lambda: floor_run(base, pipeline_id, 100))
     for what, action in (
-        ("step by step", lambda: steps_run(db, pipeline_id, 100)),
-        ("by advance", lambda: advance_run(db, pipeline_id)),
-        ("by record", lambda: record_run(db, pipeline_id, 100)),
+        ("step by step", lambda: steps_run(runs, pipeline_id, 100)),
+        ("by advance", lambda: advance_run(runs, pipeline_id)),
+        ("by record", lambda: record_run(runs, pipeline_id, 100)),
     ):
         mine = written(action)
         name = f"write-ahead log of a run of 100 nodes, {what}"
@@ -212,27 +205,26 @@ def wal(stage: Stage) -> Iterator[Row]:
 
 def trips(stage: Stage) -> Iterator[Row]:
     """Round trips; the floor's figure is the number allowed."""
-    db = database(stage)
+    runs = worker(stage)
     for count in (10, 100):
         pipeline_id = store(stage, chain(count))
         actions: tuple[tuple[str, Callable[[], None], int], ...] = (
-            ("step by step", partial(steps_run, db, pipeline_id, count), 2 * count + 3),
-            ("by advance on a chain", partial(advance_run, db, pipeline_id), count + 2),
-            ("by record", partial(record_run, db, pipeline_id, count), 3),
+            ("step by step", partial(steps_run, runs, pipeline_id, count), 2 * count + 3),
+            ("by advance on a chain", partial(advance_run, runs, pipeline_id), count + 2),
+            ("by record", partial(record_run, runs, pipeline_id, count), 3),
         )
         for what, action, allowed in actions:
             for _ in range(8):  # statements are prepared by then
                 action()
-            counted = _round_trips(db, action)
+            counted = _round_trips(runs, action)
             name = f"round trips of a run of {count} nodes, {what}"
             yield Row(name, str(counted), f"{allowed} allowed", counted / allowed, 1)
 
 
-def _round_trips(db: Database, action: Callable[[], object]) -> int:
+def _round_trips(runs: RunRepository, action: Callable[[], object]) -> int:
     """How often libpq asks the server while an action runs: its trace shows every message that ends a request."""
-    with db.session() as session:  # the pool has this one connection, so the action gets it, too
-        connection = session.connection().connection.driver_connection
-        assert isinstance(connection, psycopg.Connection)
+    connection = runs._session.connection().connection.driver_connection  # noqa: SLF001
+    assert isinstance(connection, psycopg.Connection)
     with tempfile.TemporaryFile() as trace:
         connection.pgconn.trace(trace.fileno())
         try:

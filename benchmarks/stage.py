@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import psycopg
 from psycopg import sql
 from sqlalchemy.engine import make_url
 
-from gathering_pipeline import Database, PipelineCreate, PipelineRepository, embedded, migrations
+from gathering_pipeline import Database, PipelineCreate, PipelineRepository, RunRepository, embedded, migrations
 
 Json = dict[str, Any]
 Graph = tuple[list[Json], list[Json]]
@@ -58,6 +58,10 @@ class Stage:
     floor: str
 
 
+_open = ExitStack()
+"""The sessions of ``worker``."""
+
+
 @contextmanager
 def open_stage() -> Iterator[Stage]:
     """Two databases on the server of GATHERING_TEST_URL, or on an embedded one that syncs as in production."""
@@ -71,6 +75,7 @@ def open_stage() -> Iterator[Stage]:
             migrations.upgrade(floor, "007_pipeline_execution")
             yield Stage(ours, floor)
         finally:
+            _open.close()
             for name in names:
                 admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
@@ -128,6 +133,12 @@ def fan_out(count: int) -> Graph:
 def database(stage: Stage) -> Database:
     """Our side; the engine is made once."""
     return Database(stage.ours)
+
+
+@cache
+def worker(stage: Stage) -> RunRepository:
+    """Our side as a worker has it: one session in autocommit, and so one connection, as the floor's script has one."""
+    return RunRepository(_open.enter_context(database(stage).session(autocommit=True)))
 
 
 @cache

@@ -1,7 +1,9 @@
 -- Revision 009: versions of the graph, leases, and the lifecycle as functions.
 --
 -- Every function that reads rows other than the one it changes locks the run first (FOR NO KEY UPDATE) and acts then, each
--- statement with a snapshot of its own. Lock order: run, nodes, and the pipeline's counters last.
+-- statement with a snapshot of its own. Lock order: run, nodes, and the pipeline's counters last; sweeps end their runs
+-- pipeline by pipeline. A raw UPDATE of a node run locks the node before its run, so it can deadlock with these functions:
+-- PostgreSQL then breaks off one of the two with 40P01.
 -- Functions keep generic plans: to plan a statement anew takes longer than to run it, and all of them go by indexes.
 --
 -- SQLSTATEs raised here; DETAIL is a JSON object with the values:
@@ -119,7 +121,9 @@ BEGIN
             DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id, 'waiting_for', waiting, 'reason', CASE
                 WHEN waiting <> '[]' THEN ''
                 WHEN n.available_at > clock_timestamp() THEN 'its retry is due at ' || n.available_at
-                ELSE 'node ' || quote_literal(r.failed_node) || ' failed, and nothing new starts after that' END);
+                WHEN r.failed_node IS NOT NULL AND n.retry_count = 0
+                    THEN 'node ' || quote_literal(r.failed_node) || ' failed, and nothing new starts after that'
+                ELSE 'it has become ready just now: try again' END);
     END IF;
     RAISE EXCEPTION 'node % of run % is % and can''t become %', p_node_id, p_run_id, n.status, p_requested
         USING ERRCODE = 'PL001', DETAIL = jsonb_build_object(
@@ -507,7 +511,8 @@ SELECT n.id, n.run_id, n.node_id, n.node_type, n.status, n.input_data, n.output_
        n.started_at, n.completed_at, n.duration_ms, n.position, n.predecessors, n.successors, n.available_at
 FROM circle.pipeline_node_runs n
 WHERE n.status = 'pending' AND (n.available_at IS NULL OR n.available_at <= clock_timestamp())
-  -- every predecessor completed or skipped, at least one of them completed; or none at all
+  -- every predecessor completed or skipped, at least one of them completed; or none at all, as a node run has that was
+  -- inserted raw or before there were versions: its executor knows the order
   AND (coalesce(n.predecessors, '{}') = '{}'
        OR (SELECT bool_and(p.status IN ('completed', 'skipped')) AND bool_or(p.status = 'completed')
            FROM circle.pipeline_node_runs p WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors)));
@@ -547,20 +552,25 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.end_run_if_over(p_run_id bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql AS $$
 DECLARE
-    failed text;
+    r record;
 BEGIN
-    SELECT r.failed_node INTO failed FROM circle.pipeline_runs r WHERE r.id = p_run_id;
-    IF EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id
-               AND (status = 'running' OR status = 'pending' AND retry_count > 0)) THEN
+    SELECT t.failed_node,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id
+                   AND (status = 'running' OR status = 'pending' AND retry_count > 0)) AS busy,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending') AS pending
+    INTO r FROM circle.pipeline_runs t WHERE t.id = p_run_id;
+    IF r.busy THEN
         RETURN NULL;
-    ELSIF failed IS NOT NULL THEN
+    ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
-                                                   WHERE run_id = p_run_id AND node_id = failed));
-    ELSIF EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
-        RETURN NULL;
+                                                   WHERE run_id = p_run_id AND node_id = r.failed_node));
+    ELSIF r.pending THEN
+        IF EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
+            RETURN NULL;
+        END IF;
+        -- what is left waits for a node that was cancelled
+        UPDATE circle.pipeline_node_runs SET status = 'cancelled' WHERE run_id = p_run_id AND status = 'pending';
     END IF;
-    -- what is left waits for a node that was cancelled
-    UPDATE circle.pipeline_node_runs SET status = 'cancelled' WHERE run_id = p_run_id AND status = 'pending';
     RETURN circle.end_run(p_run_id, 'completed', NULL);
 END $$;
 -- A node all of whose predecessors are skipped is skipped, transitively, beginning with the nodes at these positions.
@@ -590,9 +600,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     done record;
     bad record;
-    failed_before text;
 BEGIN
-    SELECT failed_node INTO failed_before FROM circle.pipeline_runs WHERE id = p_run_id;
     WITH results AS (
         SELECT x.* FROM jsonb_to_recordset(p_results)
             AS x (node_id text, status text, output jsonb, error text, duration_ms integer, retry_count integer)
@@ -605,12 +613,14 @@ BEGIN
                 clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END)
         FROM results x
         WHERE n.run_id = p_run_id AND n.node_id = x.node_id
-          AND (n.status = 'running' AND x.status IN ('completed', 'failed', 'cancelled')
-               OR n.status = 'pending' AND x.status IN ('completed', 'failed', 'skipped', 'cancelled'))
+          -- in this form the condition says nothing of x alone: the planner would expect few results, and compare each
+          -- with each
+          AND x.status = ANY (CASE n.status WHEN 'running' THEN ARRAY['completed', 'failed', 'cancelled']
+                                            WHEN 'pending' THEN ARRAY['completed', 'failed', 'skipped', 'cancelled'] END)
         RETURNING n.node_id, n.status, n.successors
     )
     SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
-           bool_or(u.status = 'skipped') AS skipped, bool_or(u.status = 'failed') AS failed
+           bool_or(u.status = 'skipped') AS skipped, array_agg(u.node_id) FILTER (WHERE u.status = 'failed') AS failed
     INTO done FROM updated u LEFT JOIN unnest(u.successors) WITH ORDINALITY s (position, ord) ON true;
     IF coalesce(cardinality(done.nodes), 0) <> jsonb_array_length(p_results) THEN
         SELECT x.node_id, x.status, n.status AS current, count(*) OVER (PARTITION BY x.node_id) AS times INTO bad
@@ -626,12 +636,12 @@ BEGIN
                 'entity', 'node run', 'id', p_run_id || '/' || bad.node_id, 'current', bad.current, 'requested', bad.status,
                 'reason', CASE WHEN bad.times > 1 THEN 'the batch has more than one result for it' ELSE '' END);
     END IF;
-    IF done.failed AND failed_before IS NULL THEN
-        -- of one batch the first in execution order counts, whatever order the rows were updated in
+    IF done.failed IS NOT NULL THEN
+        -- of the first batch with failures the first in execution order counts, whatever order the rows were updated in
         UPDATE circle.pipeline_runs SET failed_node = (
             SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed'
             ORDER BY position, id LIMIT 1)
-        WHERE id = p_run_id;
+        WHERE id = p_run_id AND failed_node = ANY (done.failed);
     END IF;
     IF done.skipped THEN
         RETURN circle.skip_followers(p_run_id, done.following);
@@ -648,6 +658,8 @@ DECLARE
     created integer;
     expected integer;
 BEGIN
+    -- shared among creators: delete_pipeline waits here, where it holds nothing yet, and not between them
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
     -- the first run with this key is the answer, also when the pipeline is paused by now
     FOR attempt IN 1 .. 2 LOOP
         IF p_key IS NOT NULL THEN
@@ -950,9 +962,12 @@ DECLARE
     r record;
     result circle.pipeline_runs;
 BEGIN
-    FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
-             WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-             ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
+    -- pipeline by pipeline, so that two sweeps bump counters in one order
+    FOR r IN SELECT id, claim_count FROM (
+                 SELECT id, pipeline_id, claim_count FROM circle.pipeline_runs
+                 WHERE status = 'running' AND lease_expires_at < clock_timestamp()
+                 ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) t
+             ORDER BY pipeline_id, id LOOP
         PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true);
         result := circle.end_run_if_over(r.id);
         IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
@@ -967,10 +982,13 @@ CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer) RETURNS SETOF cir
 DECLARE
     r record;
 BEGIN
-    FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
-             WHERE t.status = 'running' AND p.timeout_seconds > 0
-               AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-             ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+    FOR r IN SELECT id, timeout_seconds FROM (
+                 SELECT t.id, t.pipeline_id, p.timeout_seconds FROM circle.pipeline_runs t
+                 JOIN circle.pipelines p ON p.id = t.pipeline_id
+                 WHERE t.status = 'running' AND p.timeout_seconds > 0
+                   AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
+                 ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED) t
+             ORDER BY pipeline_id, id LOOP
         RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
     END LOOP;
 END $$;
@@ -1008,39 +1026,29 @@ BEGIN
         RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
     END IF;
 END $$;
--- Runs before their pipeline, as everywhere. A run that begins while the pipeline's lock is awaited sends us back.
-CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean) RETURNS void LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+-- Runs before their pipeline, as everywhere; create_run is kept out meanwhile by the advisory lock.
+CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean) RETURNS void
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
-    newest bigint;
     live bigint;
 BEGIN
-    LOOP
-        BEGIN
-            IF p_force THEN
-                PERFORM FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
-                ORDER BY id FOR UPDATE;
-                SELECT max(id) INTO newest FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id;
-            END IF;
-            PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
-            IF NOT FOUND THEN
-                RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
-                    USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
-            END IF;
-            SELECT count(*) INTO live FROM circle.pipeline_runs
-            WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
-              AND (NOT p_force OR id > coalesce(newest, 0));
-            IF live = 0 THEN
-                DELETE FROM circle.pipelines WHERE id = p_pipeline_id;
-                RETURN;
-            END IF;
-            RAISE EXCEPTION 'pipeline % has % live runs', p_pipeline_id, live USING ERRCODE = 'PL010',
-                DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'live_runs', live);
-        EXCEPTION WHEN SQLSTATE 'PL010' THEN
-            IF NOT p_force THEN
-                RAISE;
-            END IF;
-        END;
-    END LOOP;
+    PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));
+    IF p_force THEN
+        PERFORM FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
+        ORDER BY id FOR UPDATE;
+    END IF;
+    PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
+            USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+    END IF;
+    SELECT count(*) INTO live FROM circle.pipeline_runs
+    WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running');
+    IF live > 0 AND NOT p_force THEN
+        RAISE EXCEPTION 'pipeline % has % live runs', p_pipeline_id, live USING ERRCODE = 'PL010',
+            DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'live_runs', live);
+    END IF;
+    DELETE FROM circle.pipelines WHERE id = p_pipeline_id;
 END $$;
 
 -- == upgrade index: circle.idx_pipeline_runs_idempotency_key

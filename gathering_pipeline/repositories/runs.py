@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import (
@@ -20,6 +19,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
+from gathering_pipeline.json_values import json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
 from gathering_pipeline.repositories._call import (
@@ -36,18 +36,14 @@ from gathering_pipeline.repositories._call import (
 
 # The functions are in alembic/sql/009_lifecycle.sql. A row comes as one JSON text, which Pydantic parses in one go: far
 # quicker than sixteen columns are from the server through the driver and validation.
-_CREATE = "SELECT to_json(r)::text FROM circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s) r"
-_START = "SELECT to_json(r)::text FROM circle.start_run(%(run_id)s, %(token)s) r"
-_CONCLUDE = "SELECT to_json(r)::text FROM circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s) r"
-_FINISH = "SELECT to_json(r)::text FROM circle.finish_run(%(run_id)s, %(token)s) r"
-_START_NODE = "SELECT to_json(n)::text FROM circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s) n"
-_COMPLETE_NODE = (
-    "SELECT to_json(n)::text FROM circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s) n"
-)
-_SKIP_NODE = "SELECT to_json(n)::text FROM circle.skip_node(%(run_id)s, %(node_id)s, %(token)s) n"
-_FAIL_NODE = (
-    "SELECT to_json(n)::text FROM circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s) n"
-)
+_CREATE = "SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
+_START = "SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text"
+_CONCLUDE = "SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
+_FINISH = "SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text"
+_START_NODE = "SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+_COMPLETE_NODE = "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+_SKIP_NODE = "SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text"
+_FAIL_NODE = "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
 _ADVANCE = """
 SELECT to_json(n)::text FROM circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s) n
 ORDER BY n.position, n.id"""
@@ -56,7 +52,7 @@ _CLAIM = """
 SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
 ORDER BY r.id"""
 _HEARTBEAT = "SELECT circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s))"
-_RELEASE = "SELECT to_json(r)::text FROM circle.release_run(%(run_id)s, %(token)s) r"
+_RELEASE = "SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text"
 _RECOVER = "SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
 _EXPIRE = "SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id"
 _APPEND_LOG = "SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)"
@@ -432,12 +428,15 @@ class RunRepository:
         return nodes
 
 
+_RESULTS = TypeAdapter(list[NodeExecutionResult])
+
+
 def _results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) -> str:
     try:
-        items = [NodeExecutionResult.model_validate(result).model_dump() for result in results]
+        items = _RESULTS.validate_python(results)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InvalidDataError(f"results: {place}: {shorten(first['msg'], 200)}") from None
-    check_storable_json(items, "results")
-    return json.dumps(items, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        place = json_path("results", first["loc"])
+        raise InvalidDataError(f"{place}: {shorten(first['msg'], 200)}") from None
+    check_storable_json(_RESULTS.dump_python(items), "results")
+    return _RESULTS.dump_json(items).decode()

@@ -47,7 +47,7 @@ Call = Callable[[Session], Any]
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    with Database(database_url, settings=DatabaseSettings(pool_size=THREADS + 2)) as made:
+    with Database(database_url, settings=DatabaseSettings(pool_size=THREADS + 10)) as made:
         yield made
 
 
@@ -356,6 +356,30 @@ def test_a_run_created_while_its_pipeline_is_deleted(session: Session, race: Rac
         assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
 
 
+def test_a_pipeline_is_deleted_among_busy_creators(
+    database: Database, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    """Creators share a lock on the pipeline and then bump its counters: who deletes it neither starves nor deadlocks."""
+    for _ in range(max(2, ROUNDS // 10)):
+        pipeline = store(session, "a>b")
+
+        def create(_session: Session, pipeline: int = pipeline) -> int:
+            created = 0
+            while True:
+                try:
+                    with database.session() as longer:
+                        RunRepository(longer).create(pipeline)
+                        longer.execute(text("SELECT pg_sleep(0.002)"))
+                except PipelineNotFoundError:
+                    return created
+                created += 1
+
+        *created, deleted = race(*[create] * 7, partial(delete, pipeline_id=pipeline))
+        assert deleted is None
+        assert all(isinstance(count, int) for count in created)
+        assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
+
+
 def test_a_run_created_after_its_pipeline_was_deleted_in_an_open_transaction(
     database: Database, session: Session, race: Racers
 ) -> None:
@@ -476,6 +500,27 @@ def test_sweepers_beside_each_other(session: Session, race: Racers, raw: psycopg
     swept = race(*[sweep] * 6)
     assert sorted(run_id for taken in swept for run_id in taken) == sorted(ids)
     assert [node.retry_count for run_id in ids for node in runs.nodes(run_id)] == [1] * 60
+
+
+def test_sweepers_end_runs_of_many_pipelines_without_a_deadlock(
+    session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
+    """Their counters are bumped in one order, whatever order the runs were created in."""
+    first, second = (store(session, "a", timeout_seconds=1) for _ in range(2))
+    runs = RunRepository(session)
+    for _ in range(max(5, ROUNDS // 4)):
+        ids = [runs.create(pipeline).id for pipeline in [first, second, second, first] * 8]
+        runs.claim("w", LEASE, len(ids))
+        raw.execute(
+            "UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE status = 'running'"
+        )
+        raw.execute("UPDATE circle.pipeline_runs SET started_at = now() - interval '9 s' WHERE status = 'running'")
+        swept = race(
+            *[on(lambda runs: [run.id for run in runs.recover(limit=2, max_claims=1)])] * 8,
+            *[on(lambda runs: [run.id for run in runs.expire(limit=2)])] * 8,
+        )
+        assert sorted(run_id for taken in swept for run_id in taken) == sorted(ids)
+    check_counters(raw)
 
 
 # --- clocks and waits --------------------------------------------------------------------------------------------------
