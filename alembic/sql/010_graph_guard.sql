@@ -6,76 +6,98 @@
 CREATE OR REPLACE FUNCTION circle.trimmed(p_text text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
 $$;
--- What is wrong with the values of each node, and what a draft may still lack. A row for each finding.
-CREATE OR REPLACE FUNCTION circle.node_findings(p_nodes jsonb)
-RETURNS TABLE (place bigint, node_id text, code text, message text) LANGUAGE sql STABLE AS $$
-    SELECT n.ord - 1, n.id #>> '{}', f.code, format('nodes[%s]%s', n.ord - 1, f.message)
-    FROM ROWS FROM (jsonb_to_recordset(p_nodes) AS (id jsonb, type jsonb, name jsonb, config jsonb, "position" jsonb, next jsonb))
-         WITH ORDINALITY n (id, type, name, config, pos, next, ord)
-    CROSS JOIN LATERAL (VALUES
-        (jsonb_typeof(n.id) IS DISTINCT FROM 'string', 'invalid_id', '.id is not a string'),
-        (jsonb_typeof(n.id) = 'string' AND circle.trimmed(n.id #>> '{}') = '', 'invalid_id', '.id is empty or blank'),
-        (circle.trimmed(n.id #>> '{}') NOT IN ('', n.id #>> '{}'), 'invalid_id', '.id has leading or trailing blanks'),
-        (char_length(n.id #>> '{}') > 100, 'invalid_id', '.id is longer than 100 characters'),
-        ((jsonb_typeof(n.type) = 'string' AND n.type #>> '{}' IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay'))
-         IS NOT TRUE, 'invalid_type', format(' has invalid type %s', coalesce(left(n.type::text, 80), 'null'))),
-        (jsonb_typeof(n.name) IS DISTINCT FROM 'string', 'invalid_node', '.name is not a string'),
-        (jsonb_typeof(n.config) <> 'object', 'invalid_node', '.config is not an object'),
-        (jsonb_typeof(n.pos) NOT IN ('object', 'null'), 'invalid_node', '.position is not an object'),
-        (jsonb_typeof(n.next) NOT IN ('array', 'null')
-         OR jsonb_path_exists(n.next, 'strict $[*] ? (@.type() != "string")', '{}', true),
-         'invalid_node', '.next is not a list of strings'),
-        (n.type = '"agent"' AND jsonb_typeof(n.config -> 'agent_id') NOT IN ('string', 'number', 'null'),
-         'invalid_config', '.config.agent_id is neither a string nor a number'),
-        (n.type = '"agent"' AND jsonb_typeof(n.config -> 'task') NOT IN ('string', 'null'),
-         'invalid_config', '.config.task is not a string'),
-        (n.type = '"condition"' AND jsonb_typeof(n.config -> 'condition') NOT IN ('string', 'null'),
-         'invalid_config', '.config.condition is not a string'),
-        (n.type = '"action"' AND jsonb_typeof(n.config -> 'action') NOT IN ('string', 'null'),
-         'invalid_config', '.config.action is not a string'),
-        (n.type = '"delay"' AND jsonb_typeof(n.config -> 'seconds') <> 'null'
-         AND NOT jsonb_path_exists(n.config, '$.seconds ? (@.type() == "number" && @ >= 0)'),
-         'invalid_config', '.config.seconds is not a number of seconds from 0'),
-        (n.type = '"agent"' AND coalesce(circle.trimmed(n.config ->> 'agent_id'), '') = '',
-         'missing_config', '.config.agent_id is missing'),
-        (n.type = '"agent"' AND coalesce(circle.trimmed(n.config ->> 'task'), '') = '',
-         'missing_config', '.config.task is missing'),
-        (n.type = '"condition"' AND (n.config ->> 'condition') IS NULL, 'missing_config', '.config.condition is missing')
-    ) f (wrong, code, message)
-    WHERE f.wrong
-$$;
-CREATE OR REPLACE FUNCTION circle.edge_findings(p_edges jsonb)
-RETURNS TABLE (place bigint, edge_id text, code text, message text) LANGUAGE sql STABLE AS $$
-    SELECT e.ord - 1, e.id #>> '{}', f.code, format('edges[%s]%s', e.ord - 1, f.message)
-    FROM ROWS FROM (jsonb_to_recordset(p_edges) AS (id jsonb, "from" jsonb, "to" jsonb, condition jsonb))
-         WITH ORDINALITY e (id, source, target, condition, ord)
-    CROSS JOIN LATERAL (VALUES
-        (jsonb_typeof(e.id) IS DISTINCT FROM 'string', 'invalid_id', '.id is not a string'),
-        (jsonb_typeof(e.id) = 'string' AND circle.trimmed(e.id #>> '{}') = '', 'invalid_id', '.id is empty or blank'),
-        (circle.trimmed(e.id #>> '{}') NOT IN ('', e.id #>> '{}'), 'invalid_id', '.id has leading or trailing blanks'),
-        (char_length(e.id #>> '{}') > 100, 'invalid_id', '.id is longer than 100 characters'),
-        (jsonb_typeof(e.source) IS DISTINCT FROM 'string', 'invalid_edge', '.from is not a string'),
-        (jsonb_typeof(e.target) IS DISTINCT FROM 'string', 'invalid_edge', '.to is not a string'),
-        (jsonb_typeof(e.condition) NOT IN ('string', 'null'), 'invalid_edge', '.condition is not a string')
-    ) f (wrong, code, message)
-    WHERE f.wrong
-$$;
 -- Whether a text surely begins with something else than a blank, by the order of code points.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT p_text COLLATE "C" BETWEEN '!' AND U&'\007E\FFFD' OR p_text COLLATE "C" >= U&'\3001'
         OR p_text COLLATE "C" >= U&'\00A1' AND p_text COLLATE "C" < U&'\1680'
 $$;
--- Raises PL008 with the findings, at most 20. One pass over all nodes, and one over all edges, asks whether each is surely
--- good: it is all that most graphs cost. Else they are looked at one by one.
+-- What is wrong with the values of each node, and what a draft may still lack. A row for each finding; the first condition
+-- passes by the nodes that are surely good, which is all that most graphs cost.
+CREATE OR REPLACE FUNCTION circle.node_findings(p_nodes jsonb)
+RETURNS TABLE (place bigint, node_id text, code text, message text) LANGUAGE sql STABLE AS $$
+    SELECT n.ord - 1, n.id, f.code, format('nodes[%s]%s', n.ord - 1, f.message)
+    FROM (
+        SELECT ord, node, node ->> 'id' AS id, node ->> 'type' AS type, node -> 'config' AS config,
+               node -> 'config' ->> 'agent_id' AS agent_id, node -> 'config' ->> 'task' AS task
+        FROM jsonb_array_elements(p_nodes) WITH ORDINALITY e (node, ord) OFFSET 0
+    ) n
+    CROSS JOIN LATERAL (VALUES
+        (jsonb_typeof(n.node) <> 'object', 'invalid_node', ' is not an object'),
+        (jsonb_typeof(n.node -> 'id') IS DISTINCT FROM 'string', 'invalid_id', '.id is not a string'),
+        (jsonb_typeof(n.node -> 'id') = 'string' AND circle.trimmed(n.id) = '', 'invalid_id', '.id is empty or blank'),
+        (circle.trimmed(n.id) NOT IN ('', n.id), 'invalid_id', '.id has leading or trailing blanks'),
+        (char_length(n.id) > 100, 'invalid_id', '.id is longer than 100 characters'),
+        ((jsonb_typeof(n.node -> 'type') = 'string' AND n.type IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay'))
+         IS NOT TRUE, 'invalid_type', format(' has invalid type %s', coalesce(left((n.node -> 'type')::text, 80), 'null'))),
+        (jsonb_typeof(n.node -> 'name') IS DISTINCT FROM 'string', 'invalid_node', '.name is not a string'),
+        (jsonb_typeof(n.config) <> 'object', 'invalid_node', '.config is not an object'),
+        (jsonb_typeof(n.node -> 'position') NOT IN ('object', 'null'), 'invalid_node', '.position is not an object'),
+        (jsonb_typeof(n.node -> 'next') NOT IN ('array', 'null')
+         OR jsonb_path_exists(n.node -> 'next', 'strict $[*] ? (@.type() != "string")', '{}', true),
+         'invalid_node', '.next is not a list of strings'),
+        (n.type = 'agent' AND jsonb_typeof(n.config -> 'agent_id') NOT IN ('string', 'number', 'null'),
+         'invalid_config', '.config.agent_id is neither a string nor a number'),
+        (n.type = 'agent' AND jsonb_typeof(n.config -> 'task') NOT IN ('string', 'null'),
+         'invalid_config', '.config.task is not a string'),
+        (n.type = 'condition' AND jsonb_typeof(n.config -> 'condition') NOT IN ('string', 'null'),
+         'invalid_config', '.config.condition is not a string'),
+        (n.type = 'action' AND jsonb_typeof(n.config -> 'action') NOT IN ('string', 'null'),
+         'invalid_config', '.config.action is not a string'),
+        (n.type = 'delay' AND jsonb_typeof(n.config -> 'seconds') <> 'null'
+         AND NOT jsonb_path_exists(n.config, '$.seconds ? (@.type() == "number" && @ >= 0)'),
+         'invalid_config', '.config.seconds is not a number of seconds from 0'),
+        (n.type = 'agent' AND coalesce(circle.trimmed(n.agent_id), '') = '', 'missing_config', '.config.agent_id is missing'),
+        (n.type = 'agent' AND coalesce(circle.trimmed(n.task), '') = '', 'missing_config', '.config.task is missing'),
+        (n.type = 'condition' AND (n.config ->> 'condition') IS NULL, 'missing_config', '.config.condition is missing')
+    ) f (wrong, code, message)
+    WHERE (
+        jsonb_typeof(n.node -> 'id') = 'string' AND char_length(n.id) <= 100
+        AND circle.begins_well(n.id) AND circle.begins_well(right(n.id, 1))
+        AND jsonb_typeof(n.node -> 'name') = 'string' AND coalesce(jsonb_typeof(n.config), 'object') = 'object'
+        AND coalesce(jsonb_typeof(n.node -> 'position'), 'null') IN ('object', 'null') AND (n.node ->> 'next') IS NULL
+        AND CASE n.type
+            WHEN 'agent' THEN jsonb_typeof(n.config -> 'agent_id') IN ('string', 'number')
+                AND jsonb_typeof(n.config -> 'task') = 'string'
+                AND circle.begins_well(n.agent_id) AND circle.begins_well(n.task)
+            WHEN 'action' THEN coalesce(jsonb_typeof(n.config -> 'action'), 'null') IN ('string', 'null')
+            WHEN 'condition' THEN jsonb_typeof(n.config -> 'condition') = 'string'
+            WHEN 'trigger' THEN true
+            WHEN 'parallel' THEN true
+            ELSE false END
+    ) IS NOT TRUE AND f.wrong
+$$;
+CREATE OR REPLACE FUNCTION circle.edge_findings(p_edges jsonb)
+RETURNS TABLE (place bigint, edge_id text, code text, message text) LANGUAGE sql STABLE AS $$
+    SELECT e.ord - 1, e.id, f.code, format('edges[%s]%s', e.ord - 1, f.message)
+    FROM (
+        SELECT ord, edge, edge ->> 'id' AS id FROM jsonb_array_elements(p_edges) WITH ORDINALITY e (edge, ord) OFFSET 0
+    ) e
+    CROSS JOIN LATERAL (VALUES
+        (jsonb_typeof(e.edge) <> 'object', 'invalid_edge', ' is not an object'),
+        (jsonb_typeof(e.edge -> 'id') IS DISTINCT FROM 'string', 'invalid_id', '.id is not a string'),
+        (jsonb_typeof(e.edge -> 'id') = 'string' AND circle.trimmed(e.id) = '', 'invalid_id', '.id is empty or blank'),
+        (circle.trimmed(e.id) NOT IN ('', e.id), 'invalid_id', '.id has leading or trailing blanks'),
+        (char_length(e.id) > 100, 'invalid_id', '.id is longer than 100 characters'),
+        (jsonb_typeof(e.edge -> 'from') IS DISTINCT FROM 'string', 'invalid_edge', '.from is not a string'),
+        (jsonb_typeof(e.edge -> 'to') IS DISTINCT FROM 'string', 'invalid_edge', '.to is not a string'),
+        (jsonb_typeof(e.edge -> 'condition') NOT IN ('string', 'null'), 'invalid_edge', '.condition is not a string')
+    ) f (wrong, code, message)
+    WHERE (
+        jsonb_typeof(e.edge -> 'id') = 'string' AND char_length(e.id) <= 100
+        AND circle.begins_well(e.id) AND circle.begins_well(right(e.id, 1))
+        AND jsonb_typeof(e.edge -> 'from') = 'string' AND jsonb_typeof(e.edge -> 'to') = 'string'
+        AND coalesce(jsonb_typeof(e.edge -> 'condition'), 'null') IN ('string', 'null')
+    ) IS NOT TRUE AND f.wrong
+$$;
+-- Raises PL008 with the findings, at most 20 of nodes and 20 of edges.
 CREATE OR REPLACE FUNCTION circle.check_graph(p_nodes jsonb, p_edges jsonb, p_active boolean) RETURNS void
 LANGUAGE plpgsql STABLE SET jit = off AS $$
 DECLARE
-    good boolean;
     issues jsonb;
+    of_edges jsonb;
+    distinct_ids integer;
 BEGIN
-    IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array'
-       OR jsonb_path_exists(p_nodes, 'strict $[*] ? (@.type() != "object")')
-       OR jsonb_path_exists(p_edges, 'strict $[*] ? (@.type() != "object")') THEN
+    IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
         PERFORM circle.refuse_graph('invalid_shape', 'nodes and edges must be JSON arrays of objects', NULL, NULL);
     ELSIF jsonb_array_length(p_nodes) > 100000 OR jsonb_array_length(p_edges) > 1000000 THEN
         PERFORM circle.refuse_graph('too_large', 'Pipeline has more than 100000 nodes or 1000000 edges', NULL, NULL);
@@ -83,56 +105,41 @@ BEGIN
         PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', NULL, NULL);
     END IF;
 
-    SELECT bool_and((
-        jsonb_typeof(n -> 'id') = 'string' AND char_length(n ->> 'id') <= 100
-        AND circle.begins_well(n ->> 'id') AND circle.begins_well(right(n ->> 'id', 1))
-        AND jsonb_typeof(n -> 'name') = 'string' AND coalesce(jsonb_typeof(n -> 'config'), 'object') = 'object'
-        AND coalesce(jsonb_typeof(n -> 'position'), 'null') IN ('object', 'null') AND (n ->> 'next') IS NULL
-        AND CASE n ->> 'type'
-            WHEN 'agent' THEN jsonb_typeof(n -> 'config' -> 'agent_id') IN ('string', 'number')
-                AND jsonb_typeof(n -> 'config' -> 'task') = 'string'
-                AND circle.begins_well(n -> 'config' ->> 'agent_id') AND circle.begins_well(n -> 'config' ->> 'task')
-            WHEN 'action' THEN coalesce(jsonb_typeof(n -> 'config' -> 'action'), 'null') IN ('string', 'null')
-            WHEN 'condition' THEN jsonb_typeof(n -> 'config' -> 'condition') = 'string'
-            WHEN 'delay' THEN (n -> 'config' ->> 'seconds') IS NULL
-                OR jsonb_path_exists(n, '$.config.seconds ? (@.type() == "number" && @ >= 0)')
-            ELSE n ->> 'type' IN ('trigger', 'parallel') END
-    ) IS TRUE) INTO good FROM jsonb_array_elements(p_nodes) n;
-    IF NOT good THEN
-        SELECT jsonb_agg(jsonb_build_object('code', f.code, 'message', left(f.message, 300),
-                                            'node_id', left(f.node_id, 200), 'edge_id', NULL) ORDER BY f.place) INTO issues
-        FROM (SELECT * FROM circle.node_findings(p_nodes) WHERE p_active OR code <> 'missing_config'
-              ORDER BY place LIMIT 20) f;
-    END IF;
-    SELECT bool_and((
-        jsonb_typeof(e -> 'id') = 'string' AND char_length(e ->> 'id') <= 100
-        AND circle.begins_well(e ->> 'id') AND circle.begins_well(right(e ->> 'id', 1))
-        AND jsonb_typeof(e -> 'from') = 'string' AND jsonb_typeof(e -> 'to') = 'string'
-        AND coalesce(jsonb_typeof(e -> 'condition'), 'null') IN ('string', 'null')
-    ) IS TRUE) AND count(DISTINCT (e ->> 'id') COLLATE "C") = count(*) INTO good FROM jsonb_array_elements(p_edges) e;
-    IF NOT good THEN
-        SELECT coalesce(issues, '[]') || coalesce(jsonb_agg(jsonb_build_object(
-            'code', f.code, 'message', left(f.message, 300), 'node_id', NULL, 'edge_id', left(f.edge_id, 200))
-            ORDER BY f.place), '[]') INTO issues
-        FROM (SELECT * FROM circle.edge_findings(p_edges)
-              UNION ALL
-              SELECT min(d.ord) - 1, d.edge ->> 'id', 'duplicate_edge', format('Duplicate edge id %L', d.edge ->> 'id')
-              FROM jsonb_array_elements(p_edges) WITH ORDINALITY d (edge, ord)
-              GROUP BY d.edge ->> 'id' HAVING count(*) > 1
-              ORDER BY 1 LIMIT 20) f;
-    END IF;
-    IF coalesce(jsonb_array_length(issues), 0) > 0 THEN
+    SELECT coalesce(jsonb_agg(jsonb_build_object('code', f.code, 'message', left(f.message, 300),
+                                                 'node_id', left(f.node_id, 200), 'edge_id', NULL) ORDER BY f.place), '[]')
+    INTO issues FROM (SELECT * FROM circle.node_findings(p_nodes) WHERE p_active OR code <> 'missing_config'
+                      ORDER BY place LIMIT 20) f;
+    SELECT count(*) INTO distinct_ids
+    FROM (SELECT DISTINCT (e ->> 'id') COLLATE "C" FROM jsonb_array_elements(p_edges) e) d;
+    SELECT coalesce(jsonb_agg(jsonb_build_object('code', f.code, 'message', left(f.message, 300), 'node_id', NULL,
+                                                 'edge_id', left(f.edge_id, 200)) ORDER BY f.place), '[]')
+    INTO of_edges
+    FROM (SELECT * FROM circle.edge_findings(p_edges)
+          UNION ALL
+          SELECT min(d.ord) - 1, d.edge ->> 'id', 'duplicate_edge', format('Duplicate edge id %L', d.edge ->> 'id')
+          FROM jsonb_array_elements(p_edges) WITH ORDINALITY d (edge, ord)
+          WHERE distinct_ids < jsonb_array_length(p_edges)
+          GROUP BY d.edge ->> 'id' HAVING count(*) > 1
+          ORDER BY 1 LIMIT 20) f;
+    issues := issues || of_edges;
+    IF issues <> '[]' THEN
         RAISE EXCEPTION '%', left(issues -> 0 ->> 'message', 1000)
             USING ERRCODE = 'PL008', DETAIL = jsonb_build_object('issues', issues);
     END IF;
 
-    -- the list of nodes is the first of 64 levels; a number has to fit a float
-    IF jsonb_path_exists(p_nodes, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")')
-       OR jsonb_path_exists(p_edges, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")') THEN
-        PERFORM circle.refuse_graph('invalid_json', 'nodes or edges are nested deeper than 64', NULL, NULL);
-    ELSIF jsonb_path_exists(p_nodes, 'strict $.** ? (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308)')
-       OR jsonb_path_exists(p_edges, 'strict $.** ? (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308)') THEN
-        PERFORM circle.refuse_graph('invalid_json', 'nodes or edges hold a number too large for a float', NULL, NULL);
+    -- the list of nodes is the first of 64 levels; a number has to fit a float. Most edges hold texts only.
+    IF jsonb_path_exists(p_nodes, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")') THEN
+        PERFORM circle.refuse_graph('invalid_json', 'nodes are nested deeper than 64', NULL, NULL);
+    ELSIF jsonb_path_exists(p_nodes, 'strict $.** ? (@.type() == "number" &&
+                                      (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))') THEN
+        PERFORM circle.refuse_graph('invalid_json', 'nodes hold a number too large for a float', NULL, NULL);
+    ELSIF jsonb_path_exists(p_edges, '$[*].* ? (@.type() != "string")') THEN
+        IF jsonb_path_exists(p_edges, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")') THEN
+            PERFORM circle.refuse_graph('invalid_json', 'edges are nested deeper than 64', NULL, NULL);
+        ELSIF jsonb_path_exists(p_edges, 'strict $.** ? (@.type() == "number" &&
+                                          (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308))') THEN
+            PERFORM circle.refuse_graph('invalid_json', 'edges hold a number too large for a float', NULL, NULL);
+        END IF;
     END IF;
 END $$;
 CREATE OR REPLACE FUNCTION circle.pipelines_accept() RETURNS trigger LANGUAGE plpgsql AS $$
