@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
-from benchmarks import reads, runs, validation
+from benchmarks import guard, reads, runs, validation
 from benchmarks.stage import Row, Stage, head, milliseconds, open_stage, show
 
 
@@ -32,6 +32,7 @@ ROWS: dict[str, Callable[[Stage], Iterator[Row]]] = {
     "load": reads.load,
     "history": reads.history,
     "validate": validate,
+    "guard": guard.guard,
 }
 
 
