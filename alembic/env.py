@@ -4,7 +4,7 @@ The database is, in this order: ``config.attributes["connection"]`` (an Engine, 
 ``config.attributes["url"]``, GATHERING_MIGRATION_URL (a direct URL, where the usual one leads through a pooler),
 GATHERING_DATABASE_URL, DATABASE_URL, the embedded server.
 
-Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 200ms), the longest
+Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 100ms), the longest
 time for which a step may wait for a lock, and so make others wait behind it; ``patience`` (default 600, in seconds),
 for how long a step is tried again, and another migrator is waited for.
 """
@@ -50,7 +50,7 @@ def option(name: str, default: str) -> str:
     return str(given.get(name, config.attributes.get(name, default)))
 
 
-LOCK_TIMEOUT = option("lock_timeout", "200ms")
+LOCK_TIMEOUT = option("lock_timeout", "100ms")
 PATIENCE = float(option("patience", "600"))
 
 

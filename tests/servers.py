@@ -98,8 +98,8 @@ def _container_at_hand() -> bool:
 
 
 @contextmanager
-def start() -> Iterator[Server]:
-    """Start the server; what was asked for, or an error."""
+def start(*, durable: bool = False) -> Iterator[Server]:
+    """Start the server; what was asked for, or an error. A durable one writes to the disk as a server does by default."""
     wanted = kind()
     if wanted == "url":
         yield Server(
@@ -109,25 +109,28 @@ def start() -> Iterator[Server]:
             .render_as_string(hide_password=False),
         )
     elif wanted == "container":
-        yield from _container()
+        yield from _container(durable)
     else:
-        yield from _embedded()
+        yield from _embedded(durable)
 
 
-def _container() -> Iterator[Server]:
+def _container(durable: bool) -> Iterator[Server]:
     # Its helper container would have to be fetched from a registry; this process removes what it starts.
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
     from testcontainers.community.postgres import PostgresContainer
 
-    options = " ".join(f"-c {name}={value}" for name, value in {**OPTIONS, "max_connections": "300"}.items())
+    settings = {"max_connections": "300"} | ({} if durable else OPTIONS)
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
     container = PostgresContainer(image(), username="postgres", password="test", dbname="postgres", driver="psycopg")
     # PGDATA by name: the usual place differs between the images of PostgreSQL 17 and 18.
-    container.with_env("PGDATA", "/pgdata").with_tmpfs_mount("/pgdata").with_command(f"postgres {options}")
+    container.with_env("PGDATA", "/pgdata").with_command(f"postgres {options}")
+    if not durable:
+        container.with_tmpfs_mount("/pgdata")
     with container:
         yield Server("container", container.get_connection_url())
 
 
-def _embedded() -> Iterator[Server]:
+def _embedded(durable: bool) -> Iterator[Server]:
     from gathering_pipeline import embedded
 
     folder = Path(tempfile.mkdtemp(prefix="gathering-test-"))
@@ -135,7 +138,7 @@ def _embedded() -> Iterator[Server]:
         running = embedded.start(folder / "data")
         try:
             with connect(running.url) as admin:
-                for name, value in OPTIONS.items():
+                for name, value in ({} if durable else OPTIONS).items():
                     admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
                 admin.execute("SELECT pg_reload_conf()")
             yield Server("embedded", running.url)
