@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 from psycopg import sql
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 KINDS = ("container", "embedded")
 OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
@@ -145,6 +148,50 @@ def _embedded(durable: bool) -> Iterator[Server]:
         finally:
             running.stop()
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def pooled(server: Server, program: str) -> Iterator[str]:
+    """PgBouncer in transaction mode before a server: the URL to put in the place of the server's."""
+    direct = make_url(server.url)
+    folder = Path(tempfile.mkdtemp(prefix="gathering-pooler-"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    host = direct.query.get("host", direct.host)
+    password = "" if direct.password is None else f" password={direct.password}"
+    config = folder / "pgbouncer.ini"
+    config.write_text(f"""[databases]
+* = host={host} port={direct.query.get("port", direct.port)} user={direct.username}{password}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 8
+max_client_conn = 300
+""")
+    # It doesn't run as root; who owns the embedded server's socket may use it.
+    owner = Path(str(host)).owner() if str(host).startswith("/") else "nobody"
+    user = ["-u", owner] if os.geteuid() == 0 else []
+    folder.chmod(0o755)
+    process = subprocess.Popen([program, "-q", *user, str(config)])
+    try:
+        url = URL.create("postgresql+psycopg", direct.username, host="127.0.0.1", port=port, database=direct.database)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                connect(url.render_as_string()).close()
+                break
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+        yield url.render_as_string()
+    finally:
+        process.terminate()
+        process.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
 
 

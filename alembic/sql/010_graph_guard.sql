@@ -62,7 +62,7 @@ RETURNS TABLE (place bigint, edge_id text, code text, message text) LANGUAGE sql
 $$;
 -- Whether a text surely begins with something else than a blank, by the order of code points.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT p_text COLLATE "C" BETWEEN '!' AND U&'\007E\FFFD' OR p_text COLLATE "C" >= U&'\3001'
+    SELECT (p_text COLLATE "C") BETWEEN '!' AND U&'\007E\FFFD' OR p_text COLLATE "C" >= U&'\3001'
         OR p_text COLLATE "C" >= U&'\00A1' AND p_text COLLATE "C" < U&'\1680'
 $$;
 -- Raises PL008 with the findings, at most 20. One pass over all nodes, and one over all edges, asks whether each is surely

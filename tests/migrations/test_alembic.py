@@ -288,17 +288,26 @@ def test_scripts_of_single_revisions_make_the_same_catalogs(
         below = revision
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_squawk_finds_nothing(tmp_path: Path, sound: bool) -> None:
+    """Nothing that .squawk.toml doesn't answer; and it does find something in a script that has it."""
+    path = tmp_path / "upgrade.sql"
+    path.write_text(script("head") + ("" if sound else "CREATE INDEX idx ON circle.pipelines (name);\n"))
+    program = shutil.which("squawk", path=str(Path(sys.executable).parent))
+    assert program is not None
+    done = subprocess.run([program, "--reporter", "gcc", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if sound else 1), done.stdout
+    assert ("require-concurrent-index-creation" in done.stdout) is not sound
+
+
 def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
     head = revisions()[-1]
-    for up, down in ((script("head"), script(f"{head}:base", down=True)),):
-        for sql, end in ((up, head), (down, "base")):
-            for part in (0.3, 0.6, 0.9):
-                # as psql ends when its connection breaks: after some step
-                run_psql(
-                    empty_database_url, sql[: sql.index("\nCOMMIT;\n", int(len(sql) * part))] + "\nROLLBACK;\n\\endif"
-                )
-            run_psql(empty_database_url, sql)
-            assert catalog(empty_database_url) == catalogs[end]
+    for sql, end in ((script("head"), head), (script(f"{head}:base", down=True), "base")):
+        for part in (0.3, 0.6, 0.9):
+            end_of_a_step = sql.index("\nCOMMIT;\n", int(len(sql) * part))
+            run_psql(empty_database_url, sql[:end_of_a_step] + "\nROLLBACK;\n\\endif\n")
+        run_psql(empty_database_url, sql)
+        assert catalog(empty_database_url) == catalogs[end]
 
 
 def test_a_script_ends_at_its_first_error(empty_database_url: str, connect: Connect) -> None:
