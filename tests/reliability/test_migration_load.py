@@ -296,6 +296,6 @@ def test_writers_go_on(
                 print(f"deadlocks: {len(load.deadlocks)}, failures: {load.failures[:3]}")
     assert load.failures == []
     assert load.deadlocks == []
-    assert min(load.transactions, 1000) == 1000
+    assert load.transactions > 1000
     if LONG:
         assert max(stalls) <= BAR
