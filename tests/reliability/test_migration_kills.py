@@ -72,12 +72,13 @@ def migrate_and_die(url: str, target: str, direction: str, at: int, postmaster: 
 def die_in_every_step(url: str, start: str, target: str, direction: str, steps: int, data_dir: str) -> None:
     """The program: fork a migrator for each step, and then let one come through."""
     running = embedded.start(Path(data_dir)) if data_dir else None
-    postmaster = None
+    postmaster, server = None, []
     for at in range(1, steps + 1):
         with servers.connect(url) as raw:
             if running is not None:
                 (folder,) = raw.execute("SHOW data_directory").fetchone() or ("",)
                 postmaster = int((Path(folder) / "postmaster.pid").read_text().split()[0])
+                server = [psutil.Process(postmaster), *psutil.Process(postmaster).children()]
             found = raw.execute("SELECT to_regclass('circle.alembic_version')").fetchone()
             if found != (None,):
                 found = raw.execute("SELECT max(version_num) FROM circle.alembic_version").fetchone()
@@ -90,8 +91,12 @@ def die_in_every_step(url: str, start: str, target: str, direction: str, steps: 
                 migrate_and_die(url, target, direction, at, postmaster)
             finally:
                 os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"in step {at}"
-        if running is not None:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if running is None:
+            assert status == -signal.SIGKILL, f"in step {at}"
+        else:  # the migrator may still have seen that its server is gone
+            _, alive = psutil.wait_procs(server, timeout=30)
+            assert alive == [], f"in step {at}"
             running._server.ensure_postgres_running()
     migrate(url, target, direction)
 
