@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest pytest-embedded reliability bench format build clean
+.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load bench format build clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,12 +42,22 @@ pytest: setup ## The tests, with coverage; then once more on the embedded server
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@if [ "$$($(BIN)/python -m tests.servers)" = container ]; then $(MAKE) --no-print-directory pytest-embedded; fi
+	@if PATH=$$PATH:/usr/sbin command -v pgbouncer >/dev/null; then $(MAKE) --no-print-directory pytest-pgbouncer; \
+		else echo "pgbouncer is not installed: nothing was tested through it"; fi
+
+pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
+	GATHERING_TEST_POOLER=$$(PATH=$$PATH:/usr/sbin command -v pgbouncer) $(BIN)/python -m pytest \
+		tests/integration/test_runs.py tests/integration/test_pipelines.py tests/integration/test_async.py
 
 pytest-embedded: setup ## The tests that need a server, on the embedded one
 	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest tests/integration tests/migrations
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 $(BIN)/python -m pytest tests/reliability
+
+migration-load: setup ## Each revision up and down beside four writers, on 5,000,000 runs; takes a quarter of an hour and 20 GB
+	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \
+		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no
 
 bench: setup ## Times, as ratios to a hand-written script in the same run
 	$(BIN)/python -m benchmarks

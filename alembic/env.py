@@ -4,16 +4,21 @@ The database is, in this order: ``config.attributes["connection"]`` (an Engine, 
 ``config.attributes["url"]``, GATHERING_MIGRATION_URL (a direct URL, where the usual one leads through a pooler),
 GATHERING_DATABASE_URL, DATABASE_URL, the embedded server.
 
-Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 200ms), the longest
+Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 100ms), the longest
 time for which a step may wait for a lock, and so make others wait behind it; ``patience`` (default 600, in seconds),
-for how long a step is tried again, and another migrator is waited for.
+for how long a step is tried again, and another migrator is waited for; ``yield`` (default yes), whether a step that
+takes long is broken off and tried again when somebody waits behind it.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import random
 import re
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,18 +28,21 @@ from typing import Any
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
+from alembic.util import CommandError
 from sqlalchemy import MetaData, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline.database import Database
-from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+from gathering_pipeline.errors import AdoptionError, ConfigurationError, DatabaseUnavailableError, PipelineError
 from gathering_pipeline.settings import DatabaseSettings
 
 SCHEMA = "circle"
+VERSIONS = f"{SCHEMA}.alembic_version"
 MIGRATOR = 0x6761746865720007  # any constant; the lock is one of this database only
 SMALL_TABLE = 8 * 1024 * 1024  # bytes
-LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED = "55P03", "40P01"
+LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, QUERY_CANCELED = "55P03", "40P01", "57014"
+DIFFERS = "PL090"  # with which a revision refuses what it finds; the error's detail is a JSON list of sentences
 CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone asks for the right to create one even where there is one
     IF to_regnamespace('{SCHEMA}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS {SCHEMA}; END IF;
@@ -50,8 +58,13 @@ def option(name: str, default: str) -> str:
     return str(given.get(name, config.attributes.get(name, default)))
 
 
-LOCK_TIMEOUT = option("lock_timeout", "200ms")
+LOCK_TIMEOUT = option("lock_timeout", "100ms")
 PATIENCE = float(option("patience", "600"))
+YIELD = option("yield", "yes") != "no"
+
+
+class GaveWayError(Exception):
+    """Somebody waited behind a step that takes long, which was broken off for that."""
 
 
 def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
@@ -60,15 +73,23 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
     while True:
         try:
             return action()
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) not in (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED):
+        except (DBAPIError, GaveWayError) as error:
+            if isinstance(error, GaveWayError):
+                why = "others waited behind the step: stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
+            elif sqlstate(error) in (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED):
+                why = f"a lock was not free within {LOCK_TIMEOUT}: see in pg_stat_activity which transaction is open"
+            else:
                 raise
             undo()
             if time.monotonic() > deadline:
-                raise
-            logger.info("a lock was not free within %s: trying again", LOCK_TIMEOUT)
+                raise DatabaseUnavailableError(f"the migration was tried for {PATIENCE:.0f} s, but {why}") from error
+            logger.info("%s; trying again", why)
         time.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 - only spreads the retries
         pause = min(pause * 1.5, 2.0)
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
 
 
 # Steps. A revision's SQL lies in sql/REVISION.sql; a line "-- == upgrade: WHAT" or "-- == downgrade: WHAT" begins one,
@@ -102,53 +123,109 @@ def run_steps(operations: Operations, operation: RunSteps) -> None:
         if direction == operation.direction
     ]
     with migration.autocommit_block():
+        if context.is_offline_mode():
+            write_steps(operation, steps)
+            return
+        assert migration.connection is not None
         for what, body, is_index in steps:
-            if context.is_offline_mode():
-                write_step(what, body, is_index=is_index)
-            else:
-                assert migration.connection is not None
-                run_step(migration.connection, what, body, is_index=is_index)
+            run_step(migration.connection, what, body, is_index=is_index)
 
 
 def run_step(connection: Connection, what: str, body: str, *, is_index: bool) -> None:
     """Run a step on a connection in autocommit: several statements sent as one are one transaction of the server."""
     logger.debug("step: %s", what)
-    if not is_index:
+    if is_index:
+        again(lambda: build(connection, what, body))
+    elif "VALIDATE CONSTRAINT" in body:
+        again(lambda: execute_yielding(connection, body))
+    else:
         again(lambda: execute(connection, body))
-        return
+
+
+def build(connection: Connection, name: str, body: str) -> None:
     invalid = text("SELECT EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass(:name) AND NOT indisvalid)")
-    if connection.scalar(invalid, {"name": what}):
+    if connection.scalar(invalid, {"name": name}):
         # Left over from a build that was broken off; IF NOT EXISTS would take it for the finished one.
-        again(lambda: execute(connection, f"DROP INDEX CONCURRENTLY IF EXISTS {what}"))
+        execute(connection, f"DROP INDEX {name}")
     table = re.search(r"\bON (\S+)", body)
     small = text("SELECT coalesce(pg_relation_size(to_regclass(:name)), 0) < :limit")
-    if table is not None and connection.scalar(small, {"name": table[1], "limit": SMALL_TABLE}):
-        # Done in a moment; a concurrent build can deadlock with a writer that issues CREATE INDEX IF NOT EXISTS.
-        again(lambda: execute(connection, body.replace(" CONCURRENTLY", "")))
+    if not YIELD or (table is not None and connection.scalar(small, {"name": table[1], "limit": SMALL_TABLE})):
+        # Done in a moment; or the one way past a writer that sends CREATE INDEX IF NOT EXISTS all the time.
+        execute(connection, body.replace(" CONCURRENTLY", ""))
         return
     # A concurrent build waits for transactions of others and blocks nobody: a lock timeout would only break it off.
     execute(connection, "SET lock_timeout = 0")
     try:
-        execute(connection, body)
+        execute_yielding(connection, body)
     finally:
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
 
 
-def write_step(what: str, body: str, *, is_index: bool) -> None:
-    """Write a step into the script that a DBA runs with ``psql -v ON_ERROR_STOP=1``."""
+def execute_yielding(connection: Connection, sql: str) -> None:
+    """Send SQL that blocks no writer, and break it off as soon as it does.
+
+    A ``CREATE INDEX IF NOT EXISTS`` waits until a build or a validation is over, all writers wait behind it, and a
+    build that waits for its transaction in turn would be a deadlock.
+    """
+    if not YIELD:
+        execute(connection, sql)
+        return
+    over, gave_way = threading.Event(), threading.Event()
+    me = connection.scalar(text("SELECT pg_backend_pid()"))
+    cancel = (
+        f"SELECT pg_cancel_backend({me}) WHERE EXISTS (SELECT FROM pg_locks WHERE NOT granted"
+        f" AND waitstart < clock_timestamp() - interval '20 ms' AND {me} = ANY (pg_blocking_pids(pid)))"
+    )
+    others = connection.engine.pool.recreate()  # a connection like this one, whatever the size of the host's pool
+
+    def watch() -> None:
+        other = others.connect()
+        try:
+            cursor = other.cursor()
+            other.driver_connection.autocommit = True
+            while not over.wait(0.03):
+                cursor.execute(cancel)
+                if cursor.fetchone() is not None:
+                    gave_way.set()
+        finally:
+            other.close()
+            others.dispose()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        execute(connection, sql)
+    except DBAPIError as error:
+        over.set()
+        watcher.join()  # the cancellation is there before the watcher knows that it sent one
+        if gave_way.is_set() and sqlstate(error) == QUERY_CANCELED:
+            raise GaveWayError from error
+        raise
+    finally:
+        over.set()
+        watcher.join()
+
+
+def write_steps(operation: RunSteps, steps: list[tuple[str, str, bool]]) -> None:
+    """Write steps into the script that a DBA runs with ``psql -v ON_ERROR_STOP=1``, again where it was broken off."""
     output = context.get_context().impl.static_output
-    output(f"-- {what}")
-    if is_index:
-        output(
-            "DO $$ BEGIN\n"
-            f"IF EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('{what}') AND NOT indisvalid) THEN\n"
-            f"    DROP INDEX {what};\nEND IF;\nEND $$;\n"
-            f"SET lock_timeout = 0;\n{body}\nSET lock_timeout = '{LOCK_TIMEOUT}';"
-        )
-    elif re.search(r"^\s*COMMIT;", body, re.MULTILINE):
-        output(body)  # it commits as it goes
-    else:
-        output(f"BEGIN;\n{body}\nCOMMIT;")
+    there = f"EXISTS (SELECT FROM {VERSIONS} WHERE version_num >= '{operation.revision}')"
+    done = there if operation.direction == "upgrade" else f"NOT {there}"
+    output(f"SELECT {done} AS done \\gset\n\\if :done\n\\else")
+    for what, body, is_index in steps:
+        output(f"-- {what}")
+        if is_index:
+            output(
+                "DO $$ BEGIN\n"
+                f"IF EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('{what}') AND NOT indisvalid) THEN\n"
+                f"    DROP INDEX {what};\nEND IF;\nEND $$;\n"
+                f"SET lock_timeout = 0;\n{body}\nSET lock_timeout = '{LOCK_TIMEOUT}';"
+            )
+        elif re.search(r"^\s*COMMIT;", body, re.MULTILINE):
+            output(body)  # it commits as it goes
+        else:
+            output(f"BEGIN;\n{body}\nCOMMIT;")
+    output("\\endif")
 
 
 def execute(connection: Connection, sql: str) -> None:
@@ -205,11 +282,17 @@ def changes_schema() -> bool:
 
 
 def run_offline() -> None:
-    configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"})
-    output = context.get_context().impl.static_output
-    output(f"SET lock_timeout = '{LOCK_TIMEOUT}';\n\n{CREATE_SCHEMA};\n")
+    script = io.StringIO()
+    script.write(f"SET lock_timeout = '{LOCK_TIMEOUT}';\nSET statement_timeout = 0;\n\n{CREATE_SCHEMA};\n\n")
+    configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, output_buffer=script)
     with context.begin_transaction():
         context.run_migrations()
+    # Alembic takes for granted that its table is not there yet; a script that was broken off is run again.
+    sql = script.getvalue().replace(f"CREATE TABLE {VERSIONS} ", f"CREATE TABLE IF NOT EXISTS {VERSIONS} ")
+    first = re.compile(rf"(INSERT INTO {VERSIONS} \(version_num\)) VALUES \(('\w+')\)[^;]*")
+    (config.output_buffer or sys.stdout).write(
+        first.sub(rf"\1 SELECT \2 WHERE NOT EXISTS (SELECT FROM {VERSIONS})", sql)
+    )
 
 
 def run_online(connection: Connection) -> None:
@@ -280,4 +363,14 @@ def main() -> None:
             run_online(connection)
 
 
-main()
+try:
+    main()
+except DBAPIError as error:
+    if sqlstate(error) != DIFFERS:
+        raise
+    differences = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
+    raise (CommandError(str(differences)) if config.cmd_opts is not None else differences) from error
+except PipelineError as error:
+    if config.cmd_opts is None:
+        raise
+    raise CommandError(str(error)) from error  # the command `alembic` prints it as one sentence, without a traceback

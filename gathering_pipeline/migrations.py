@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,14 +11,10 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
-from gathering_pipeline.errors import AdoptionError, SchemaRevisionError
+from gathering_pipeline.errors import SchemaRevisionError
 
 SCHEMA = "circle"
-DIFFERS = "PL090"
-"""SQLSTATE with which a revision refuses what it finds; the error's detail is a JSON list of sentences."""
-
 _turn = threading.Lock()
 """Alembic's context is one of the process. Processes are kept apart by the lock that env.py takes in the database."""
 
@@ -54,14 +47,15 @@ def upgrade(target: Target = None, revision: str = "head") -> None:
     Raises:
         AdoptionError: Tables or rows are there that can't be taken over; nothing was changed.
         ConfigurationError: The URL, the server or the connection can't be used.
+        DatabaseUnavailableError: Other transactions or another migrator stood in the way all the time.
     """
-    with _turn, _adopting():
+    with _turn:
         command.upgrade(config(target), revision)
 
 
 def downgrade(target: Target, revision: str) -> None:
     """Take the schema back to a revision; ``base`` is below all of them."""
-    with _turn, _adopting():
+    with _turn:
         command.downgrade(config(target), revision)
 
 
@@ -88,14 +82,3 @@ def check(connection: Connection) -> None:
     found, expected = current(connection), head()
     if found != expected:
         raise SchemaRevisionError(found, expected)
-
-
-@contextmanager
-def _adopting() -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        diagnostic = getattr(error.orig, "diag", None)
-        if diagnostic is None or diagnostic.sqlstate != DIFFERS:
-            raise
-        raise AdoptionError(json.loads(diagnostic.message_detail)) from error

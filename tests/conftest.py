@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+from sqlalchemy.engine import make_url
 
 # Nobody's own database is touched: these are gone before anything of the package is imported.
 for _name in (
@@ -68,11 +69,27 @@ def empty_database_url(server: servers.Server) -> Iterator[str]:
     server.drop(name)
 
 
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    from gathering_pipeline.database import Database
+@pytest.fixture(scope="session")
+def pooler(server: servers.Server) -> Iterator[str | None]:
+    """The URL of a PgBouncer in transaction mode, if GATHERING_TEST_POOLER names the program."""
+    program = os.environ.get("GATHERING_TEST_POOLER")
+    if program is None:
+        yield None
+        return
+    with servers.pooled(server, program) as url:
+        yield url
 
-    with Database(database_url) as made:
+
+@pytest.fixture
+def database(database_url: str, pooler: str | None) -> Iterator[Database]:
+    from gathering_pipeline.database import Database
+    from gathering_pipeline.settings import DatabaseSettings
+
+    settings = None
+    if pooler is not None:
+        database_url = make_url(pooler).set(database=make_url(database_url).database).render_as_string()
+        settings = DatabaseSettings(prepare_threshold=None)
+    with Database(database_url, settings=settings) as made:
         yield made
 
 

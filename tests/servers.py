@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 from psycopg import sql
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 KINDS = ("container", "embedded")
 OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
@@ -98,8 +101,8 @@ def _container_at_hand() -> bool:
 
 
 @contextmanager
-def start() -> Iterator[Server]:
-    """Start the server; what was asked for, or an error."""
+def start(*, durable: bool = False) -> Iterator[Server]:
+    """Start the server; what was asked for, or an error. A durable one writes to the disk as a server does by default."""
     wanted = kind()
     if wanted == "url":
         yield Server(
@@ -109,25 +112,28 @@ def start() -> Iterator[Server]:
             .render_as_string(hide_password=False),
         )
     elif wanted == "container":
-        yield from _container()
+        yield from _container(durable)
     else:
-        yield from _embedded()
+        yield from _embedded(durable)
 
 
-def _container() -> Iterator[Server]:
+def _container(durable: bool) -> Iterator[Server]:
     # Its helper container would have to be fetched from a registry; this process removes what it starts.
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
     from testcontainers.community.postgres import PostgresContainer
 
-    options = " ".join(f"-c {name}={value}" for name, value in {**OPTIONS, "max_connections": "300"}.items())
+    settings = {"max_connections": "300"} | ({} if durable else OPTIONS)
+    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
     container = PostgresContainer(image(), username="postgres", password="test", dbname="postgres", driver="psycopg")
     # PGDATA by name: the usual place differs between the images of PostgreSQL 17 and 18.
-    container.with_env("PGDATA", "/pgdata").with_tmpfs_mount("/pgdata").with_command(f"postgres {options}")
+    container.with_env("PGDATA", "/pgdata").with_command(f"postgres {options}")
+    if not durable:
+        container.with_tmpfs_mount("/pgdata")
     with container:
         yield Server("container", container.get_connection_url())
 
 
-def _embedded() -> Iterator[Server]:
+def _embedded(durable: bool) -> Iterator[Server]:
     from gathering_pipeline import embedded
 
     folder = Path(tempfile.mkdtemp(prefix="gathering-test-"))
@@ -135,13 +141,57 @@ def _embedded() -> Iterator[Server]:
         running = embedded.start(folder / "data")
         try:
             with connect(running.url) as admin:
-                for name, value in OPTIONS.items():
+                for name, value in ({} if durable else OPTIONS).items():
                     admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
                 admin.execute("SELECT pg_reload_conf()")
             yield Server("embedded", running.url)
         finally:
             running.stop()
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def pooled(server: Server, program: str) -> Iterator[str]:
+    """PgBouncer in transaction mode before a server: the URL to put in the place of the server's."""
+    direct = make_url(server.url)
+    folder = Path(tempfile.mkdtemp(prefix="gathering-pooler-"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    host = direct.query.get("host", direct.host)
+    password = "" if direct.password is None else f" password={direct.password}"
+    config = folder / "pgbouncer.ini"
+    config.write_text(f"""[databases]
+* = host={host} port={direct.query.get("port", direct.port)} user={direct.username}{password}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 8
+max_client_conn = 300
+""")
+    # It doesn't run as root; who owns the embedded server's socket may use it.
+    owner = Path(str(host)).owner() if str(host).startswith("/") else "nobody"
+    user = ["-u", owner] if os.geteuid() == 0 else []
+    folder.chmod(0o755)
+    process = subprocess.Popen([program, "-q", *user, str(config)])
+    try:
+        url = URL.create("postgresql+psycopg", direct.username, host="127.0.0.1", port=port, database=direct.database)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                connect(url.render_as_string()).close()
+                break
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline or process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+        yield url.render_as_string()
+    finally:
+        process.terminate()
+        process.wait(20)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -360,6 +360,22 @@ BEGIN
     END LOOP;
 END $versions$;
 
+-- == upgrade: inserts of node runs get a function of their own before the other one becomes a guard of updates
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.status = 'running' THEN
+        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
+    ELSE
+        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE OR REPLACE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
+    FOR EACH ROW WHEN (NEW.status <> 'pending') EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();
+ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_before_insert;
+
 -- == upgrade: trigger functions of runs and node runs
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_before() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -444,17 +460,6 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF NEW.status = 'running' THEN
-        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
-    ELSE
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
-            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
-    END IF;
-    RETURN NEW;
-END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     new_run record;
@@ -495,9 +500,6 @@ CREATE OR REPLACE TRIGGER pipeline_runs_after AFTER UPDATE OF status ON circle.p
 ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_over;
 
 -- == upgrade: guards of node runs
-CREATE OR REPLACE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (NEW.status <> 'pending') EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();
-ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_before_insert;
 CREATE OR REPLACE TRIGGER pipeline_node_runs_after_insert AFTER INSERT ON circle.pipeline_node_runs
     REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_node_runs_after_insert();
@@ -1075,6 +1077,25 @@ CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_completed_at
 CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_node_runs_run_position
     ON circle.pipeline_node_runs (run_id, position);
 
+-- == downgrade: triggers do what they did in revision 008; first of all, because these look at what goes next
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_before() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.status NOT IN ('pending', 'running') THEN
+        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
+        IF coalesce(NEW.duration_seconds, 0) = 0 THEN
+            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
+        END IF;
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.status NOT IN ('pending', 'running') THEN
+        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
+    END IF;
+    RETURN NEW;
+END $$;
+
 -- == downgrade: pipelines
 DROP TRIGGER IF EXISTS pipelines_before ON circle.pipelines;
 DROP TRIGGER IF EXISTS pipelines_after_insert ON circle.pipelines;
@@ -1152,20 +1173,3 @@ DROP FUNCTION IF EXISTS circle.compile_graph(jsonb, jsonb);
 DROP FUNCTION IF EXISTS circle.refuse_node(bigint, text, bigint, text);
 DROP FUNCTION IF EXISTS circle.refuse_run(bigint, bigint, text, text);
 DROP FUNCTION IF EXISTS circle.refuse_graph(text, text, text, text);
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_before() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF NEW.status NOT IN ('pending', 'running') THEN
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-        IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
-        END IF;
-    END IF;
-    RETURN NEW;
-END $$;
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF NEW.status NOT IN ('pending', 'running') THEN
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-    END IF;
-    RETURN NEW;
-END $$;

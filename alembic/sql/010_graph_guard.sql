@@ -8,7 +8,7 @@ CREATE OR REPLACE FUNCTION circle.trimmed(p_text text) RETURNS text LANGUAGE sql
 $$;
 -- Whether a text surely begins with something else than a blank, by the order of code points.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT p_text COLLATE "C" BETWEEN '!' AND U&'\007E\FFFD' OR p_text COLLATE "C" >= U&'\3001'
+    SELECT (p_text COLLATE "C") BETWEEN '!' AND U&'\007E\FFFD' OR p_text COLLATE "C" >= U&'\3001'
         OR p_text COLLATE "C" >= U&'\00A1' AND p_text COLLATE "C" < U&'\1680'
 $$;
 -- What is wrong with the values of each node, and what a draft may still lack. A row for each finding; the first condition

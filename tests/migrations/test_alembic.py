@@ -29,8 +29,6 @@ from tests.servers import connect as open_connection
 Connect = Callable[[str], psycopg.Connection]
 
 ROOT = Path(__file__).parents[2]
-# Alembic's scripts from base create its table unconditionally, and those to base leave it (alembic issue 1822).
-DROP_VERSIONS = "DROP TABLE circle.alembic_version"
 CREATED_BY_006 = "created by gathering_pipeline revision 006_pipelines"
 
 # One row a fact: kind, name, definition. Names are shown with their schema, whatever the search path is.
@@ -265,10 +263,12 @@ def test_the_script_for_a_dba_makes_the_same_catalog(
     run_psql(empty_database_url, script("head"))
     assert catalog(empty_database_url) == catalogs[head]
     raw = connect(empty_database_url)
+    before = raw.execute("SELECT oid, xmin FROM pg_proc ORDER BY oid").fetchall()
+    run_psql(empty_database_url, script("head"))  # there is nothing left to do, and it leaves all as it is
+    assert raw.execute("SELECT oid, xmin FROM pg_proc ORDER BY oid").fetchall() == before
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(head,)]
     run_psql(empty_database_url, script(f"{head}:base", down=True))
     assert catalog(empty_database_url) == catalogs["base"]
-    raw.execute(DROP_VERSIONS)
     run_psql(empty_database_url, script("head"))
     assert catalog(empty_database_url) == catalogs[head]
 
@@ -283,11 +283,31 @@ def test_scripts_of_single_revisions_make_the_same_catalogs(
         assert catalog(empty_database_url) == catalogs[revision]
         run_psql(empty_database_url, script(f"{revision}:{below}", down=True))
         assert catalog(empty_database_url) == catalogs[below], f"after the downgrade of {revision}"
-        if below == "base":
-            connect(empty_database_url).execute(DROP_VERSIONS)
         run_psql(empty_database_url, up)
         assert catalog(empty_database_url) == catalogs[revision]
         below = revision
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_squawk_finds_nothing(tmp_path: Path, sound: bool) -> None:
+    """Nothing that .squawk.toml doesn't answer; and it does find something in a script that has it."""
+    path = tmp_path / "upgrade.sql"
+    path.write_text(script("head") + ("" if sound else "CREATE INDEX idx ON circle.pipelines (name);\n"))
+    program = shutil.which("squawk", path=str(Path(sys.executable).parent))
+    assert program is not None
+    done = subprocess.run([program, "--reporter", "gcc", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if sound else 1), done.stdout
+    assert ("require-concurrent-index-creation" in done.stdout) is not sound
+
+
+def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
+    head = revisions()[-1]
+    for sql, end in ((script("head"), head), (script(f"{head}:base", down=True), "base")):
+        for part in (0.3, 0.6, 0.9):
+            end_of_a_step = sql.index("\nCOMMIT;\n", int(len(sql) * part))
+            run_psql(empty_database_url, sql[:end_of_a_step] + "\nROLLBACK;\n\\endif\n")
+        run_psql(empty_database_url, sql)
+        assert catalog(empty_database_url) == catalogs[end]
 
 
 def test_a_script_ends_at_its_first_error(empty_database_url: str, connect: Connect) -> None:

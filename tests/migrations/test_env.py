@@ -133,29 +133,113 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
-        with pytest.raises(DBAPIError, match="lock timeout"):
+        with pytest.raises(DatabaseUnavailableError, match="tried for 0 s, but a lock was not free within 50ms"):
             command.upgrade(config, "head")
 
 
-def test_migrators_wait_for_one_another(empty_database_url: str, connect: Connect) -> None:
+BIG_TABLE = """
+CREATE SCHEMA circle; CREATE TABLE circle.t (id int, filler text);
+INSERT INTO circle.t SELECT n, repeat('x', 1000) FROM generate_series(1, 10000) n"""
+INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_t ON circle.t (id);\n"
+WAITS = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
+
+
+def _wait_until(found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("what", ["a request behind a reader", "a writer that is waited for"])
+def test_a_build_gives_way_to_create_index_if_not_exists(
+    scripts: Path, empty_database_url: str, connect: Connect, what: str
+) -> None:
+    """Else the one would wait for as long as the reader reads, and the other would be a deadlock."""
+    raw, other = connect(empty_database_url), connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    migrator = threading.Thread(target=migrations.upgrade, args=(empty_database_url,))
+    with other.transaction():
+        other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        other.execute("SELECT FROM circle.t LIMIT 1")
+        if what == "a writer that is waited for":
+            other.execute("UPDATE circle.t SET id = id WHERE id = 1")
+        migrator.start()
+        _wait_until(lambda: raw.execute(WAITS).fetchone() is not None)
+        requester = raw if what == "a request behind a reader" else other
+        requester.execute("SET lock_timeout = '10s'")
+        requester.execute("CREATE INDEX IF NOT EXISTS idx_old ON circle.t (filler)")
+        assert migrator.is_alive()
+    migrator.join(30)
+    index = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
+    assert raw.execute(index).fetchone() == (True,)
+
+
+def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    raw, other = connect(empty_database_url), connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    config = migrations.config(empty_database_url)
+    config.attributes["patience"] = 0
     failures: list[BaseException] = []
 
     def migrate() -> None:
         try:
-            migrations.upgrade(empty_database_url)
-        except BaseException as error:  # noqa: BLE001 - whatever it is
+            command.upgrade(config, "head")
+        except DatabaseUnavailableError as error:
             failures.append(error)
 
-    code = "import sys; from gathering_pipeline import migrations; migrations.upgrade(sys.argv[1])"
-    processes = [subprocess.Popen([sys.executable, "-c", code, empty_database_url], cwd=ROOT) for _ in range(2)]
-    threads = [threading.Thread(target=migrate) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [process.wait(60) for process in processes] == [0, 0]
-    assert failures == []
+    migrator = threading.Thread(target=migrate)
+    with other.transaction():
+        other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        other.execute("SELECT FROM circle.t LIMIT 1")
+        migrator.start()
+        _wait_until(lambda: raw.execute(WAITS).fetchone() is not None)
+        raw.execute("CREATE INDEX IF NOT EXISTS idx_old ON circle.t (filler)")
+        migrator.join(30)
+        (failure,) = failures
+        assert str(failure) == (
+            "the migration was tried for 0 s, but others waited behind the step: "
+            "stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
+        )
+        # the INVALID index is dropped under an exclusive lock, which the reader doesn't share
+    config.attributes["yield"] = "no"
+    command.upgrade(config, "head")
+    index = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
+    assert raw.execute(index).fetchone() == (True,)
+
+
+COUNT_STEPS = """
+import logging, sys
+from gathering_pipeline import migrations
+steps = []
+logging.getLogger("alembic.gathering_pipeline").addFilter(lambda record: record.msg != "step: %s" or steps.append(1))
+logging.getLogger("alembic.gathering_pipeline").setLevel(logging.DEBUG)
+migrations.upgrade(sys.argv[1])
+print(len(steps))
+"""
+
+
+def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -> None:
+    """The others wait for it, and find nothing to do."""
     raw = connect(empty_database_url)
+    raw.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])  # until all of them are there
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNT_STEPS, empty_database_url], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(10)
+    ]
+    clients = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    _wait_until(lambda: raw.execute(clients).fetchone() == (10,))
+    raw.execute("SELECT pg_advisory_unlock_all()")
+    steps = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
+    assert [process.returncode for process in processes] == [0] * 10
+    assert steps[:9] == [0] * 9
+    assert steps[9] > 50
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
     assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
 
@@ -226,6 +310,27 @@ def test_the_command_alembic(empty_database_url: str) -> None:
 
     alembic("-x", "lock_timeout=1s", "upgrade", "head")
     assert alembic("current").strip() == f"{migrations.head()} (head)"
+
+
+@pytest.mark.parametrize("what", ["other tables", "no server"])
+def test_the_command_alembic_tells_in_one_sentence_what_is_wrong(
+    empty_database_url: str, connect: Connect, what: str
+) -> None:
+    url = empty_database_url if what == "other tables" else "postgresql://nobody@127.0.0.1:1/none"
+    connect(empty_database_url).execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY)")
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=ROOT,
+        env={"DATABASE_URL": url, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr + done.stdout
+    assert ("existing tables can't be adopted:\n  - pipelines" if what == "other tables" else "no answer from") in (
+        done.stderr + done.stdout
+    )
 
 
 def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""Migrators and servers that are killed in every step of every revision, up and down; then the migration is run again.
+
+For each step a process is forked that ends itself, or the server, with SIGKILL while it is in that step. What is left
+behind has to lead to the same catalog as a migration that nobody disturbed. With ``GATHERING_ROUNDS`` (``make
+reliability``) the server is killed as well, which takes a recovery for each step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gathering_pipeline import embedded, migrations
+from tests import servers
+from tests.migrations.test_adoption import GATHERING, INDEXES, ROWS
+from tests.migrations.test_alembic import catalog, revisions
+
+ROOT = Path(__file__).parents[2]
+LONG = "GATHERING_ROUNDS" in os.environ
+
+
+class Bomb(logging.Handler):
+    """Kills a few milliseconds after the n-th step began: in it, between its commit and the next one, or after it."""
+
+    def __init__(self, at: int, kill: Callable[[], None]) -> None:
+        super().__init__(logging.DEBUG)
+        self.left = at
+        self.kill = kill
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == "step: %s":
+            self.left -= 1
+            if self.left == 0:
+                threading.Timer(random.uniform(0, 0.002), self.kill).start()
+
+
+def migrate(url: str, target: str, direction: str) -> None:
+    (migrations.downgrade if direction == "downgrade" else migrations.upgrade)(url, target)
+
+
+def migrate_and_die(url: str, target: str, direction: str, at: int, postmaster: int | None) -> None:
+    """In a process of its own."""
+
+    def kill() -> None:
+        if postmaster is not None:
+            server = psutil.Process(postmaster)
+            for process in [server, *server.children()]:
+                process.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    logger = logging.getLogger("alembic.gathering_pipeline")
+    logger.addHandler(Bomb(at, kill))
+    logger.setLevel(logging.DEBUG)
+    migrate(url, target, direction)
+    time.sleep(10)  # what was left to do after that step was done before the bomb went off
+
+
+def die_in_every_step(url: str, start: str, target: str, direction: str, steps: int, data_dir: str) -> None:
+    """The program: fork a migrator for each step, and then let one come through."""
+    running = embedded.start(Path(data_dir)) if data_dir else None
+    postmaster, server = None, []
+    for at in range(1, steps + 1):
+        with servers.connect(url) as raw:
+            if running is not None:
+                (folder,) = raw.execute("SHOW data_directory").fetchone() or ("",)
+                postmaster = int((Path(folder) / "postmaster.pid").read_text().split()[0])
+                server = [psutil.Process(postmaster), *psutil.Process(postmaster).children()]
+            found = raw.execute("SELECT to_regclass('circle.alembic_version')").fetchone()
+            if found != (None,):
+                found = raw.execute("SELECT max(version_num) FROM circle.alembic_version").fetchone()
+        if found == (None if target == "base" else target,):
+            # the one before had come through when it was killed; at base, where there is no version, go on in any case
+            migrate(url, start, "upgrade" if direction == "downgrade" else "downgrade")
+        child = os.fork()
+        if child == 0:
+            try:
+                migrate_and_die(url, target, direction, at, postmaster)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if running is None:
+            assert status == -signal.SIGKILL, f"in step {at}"
+        else:  # the migrator may still have seen that its server is gone
+            _, alive = psutil.wait_procs(server, timeout=30)
+            assert alive == [], f"in step {at}"
+            running._server.ensure_postgres_running()
+    migrate(url, target, direction)
+
+
+def killed(url: str, start: str, target: str, direction: str, data_dir: str) -> None:
+    revision = target if direction == "upgrade" else start
+    sql = (migrations.scripts() / "sql" / f"{revision}.sql").read_text()
+    steps = sum(line.startswith(f"-- == {direction}") for line in sql.splitlines())
+    assert steps > 0
+    code = "import sys; from tests.reliability.test_migration_kills import die_in_every_step as program; "
+    code += "program(*sys.argv[1:5], int(sys.argv[5]), sys.argv[6])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, url, start, target, direction, str(steps), data_dir],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def through_every_step(url: str, clean: dict[str, list[str]], data_dir: str = "") -> None:
+    with servers.connect(url) as raw:
+        raw.execute(GATHERING + INDEXES + ROWS)
+    path = ["base", *revisions()]
+    for start, target in pairwise(path):
+        killed(url, start, target, "upgrade", data_dir)
+        assert catalog(url) == clean[target]
+    for start, target in pairwise(reversed(path)):
+        killed(url, start, target, "downgrade", data_dir)
+        assert catalog(url) == clean[target]
+    migrations.upgrade(url)
+    assert catalog(url) == clean[path[-1]]
+    with servers.connect(url) as raw:
+        statuses = raw.execute("SELECT id, status FROM circle.pipeline_runs ORDER BY id").fetchall()
+    assert statuses == [(1, "completed"), (2, "failed"), (3, "running")]
+
+
+def clean_catalogs(url: str) -> dict[str, list[str]]:
+    """Of a database whose tables were adopted, at each revision."""
+    with servers.connect(url) as raw:
+        raw.execute(GATHERING + INDEXES + ROWS)
+    found = {"base": catalog(url)}
+    for one in revisions():
+        migrations.upgrade(url, one)
+        found[one] = catalog(url)
+    return found
+
+
+def test_migrators_that_are_killed(server: servers.Server) -> None:
+    names = [server.create(), server.create()]
+    clean, used = map(server.database_url, names)
+    try:
+        through_every_step(used, clean_catalogs(clean))
+    finally:
+        for name in names:
+            server.drop(name)
+
+
+@pytest.mark.skipif(not LONG, reason="a recovery for each step takes minutes: make reliability")
+def test_servers_that_are_killed() -> None:
+    """Each time all of the server at once; an embedded one, with data of its own, whichever the other tests have."""
+    folder = Path(tempfile.mkdtemp(prefix="gathering-kills-"))
+    running = embedded.start(folder / "data")
+    try:
+        server = servers.Server("embedded", running.url)
+        clean, used = (server.database_url(server.create()) for _ in range(2))
+        through_every_step(used, clean_catalogs(clean), str(running.data_dir))
+    finally:
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
