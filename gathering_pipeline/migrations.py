@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from alembic import command
 from alembic.config import Config
@@ -99,3 +102,38 @@ def _adopting() -> Iterator[None]:
         if diagnostic is None or diagnostic.sqlstate != DIFFERS:
             raise
         raise AdoptionError(json.loads(diagnostic.message_detail)) from error
+
+
+class Step(NamedTuple):
+    """A step of a revision's upgrade: what it does, its SQL, and whether it builds an index concurrently."""
+
+    what: str
+    sql: str
+    is_index: bool
+
+
+def revisions() -> list[str]:
+    """All revisions, the first one first."""
+    return [revision.revision for revision in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
+
+
+def steps(revision: str) -> list[Step]:
+    """The steps of a revision's upgrade, as ``env.py`` runs them."""
+    source = (scripts() / "sql" / f"{revision}.sql").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^-- == (upgrade|downgrade)( index)?: (.+)$", source, flags=re.MULTILINE)
+    found = zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
+    return [Step(what, sql.strip(), bool(index)) for direction, index, what, sql in found if direction == "upgrade"]
+
+
+def script(revision: str = "head", *, down: bool = False) -> str:
+    """The SQL that a migration would run, for ``psql -v ON_ERROR_STOP=1``.
+
+    Args:
+        revision: ``TO`` or ``FROM:TO``; a downgrade needs both.
+        down: Whether it is a downgrade.
+    """
+    settings = config()
+    settings.output_buffer = io.StringIO()
+    with _turn:
+        (command.downgrade if down else command.upgrade)(settings, revision, sql=True)
+    return settings.output_buffer.getvalue()
