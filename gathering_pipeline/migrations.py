@@ -25,6 +25,9 @@ SCHEMA = "circle"
 DIFFERS = "PL090"
 """SQLSTATE with which a revision refuses what it finds; the error's detail is a JSON list of sentences."""
 
+MIGRATOR = 0x6761746865720007
+"""Key of the advisory lock under which ``env.py`` is the only migrator."""
+
 _turn = threading.Lock()
 """Alembic's context is one of the process. Processes are kept apart by the lock that env.py takes in the database."""
 
