@@ -59,8 +59,9 @@ WITH ours AS MATERIALIZED (
     WHERE relnamespace = to_regnamespace('circle') AND relkind IN ('r', 'p', 'v') AND relname <> 'alembic_version'
 ), columns AS (
     SELECT c.tab, quote_ident(a.attname) AS col, a.attnotnull, pg_get_expr(d.adbin, d.adrelid) AS expression,
-           CASE WHEN c.tab = 'pipeline_node_runs' AND a.attname = 'id' AND a.atttypid IN ('int4'::regtype, 'int8'::regtype)
-                THEN 'integer or bigint' ELSE format_type(a.atttypid, a.atttypmod) END AS type
+           CASE WHEN (c.tab, a.attname) = ('pipeline_node_runs', 'id')
+                     AND a.atttypid IN ('int4'::regtype, 'int8'::regtype) THEN 'integer or bigint'
+                ELSE format_type(a.atttypid, a.atttypmod) END AS type
     FROM ours c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
     WHERE c.relkind <> 'v'
@@ -76,9 +77,9 @@ FROM ours c JOIN pg_constraint x ON x.conrelid = c.oid WHERE x.contype IN ('c', 
 UNION ALL
 SELECT 'index', c.tab, i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid) || CASE
     WHEN i.indisvalid AND i.indisready THEN ''
-    WHEN EXISTS (SELECT FROM pg_locks l WHERE l.relation = i.indrelid AND l.mode = 'ShareUpdateExclusiveLock'
-                                          AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()))
-    THEN ' BEING BUILT' ELSE ' INVALID' END
+    WHEN EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
+                 WHERE l.relation = i.indrelid AND l.mode = 'ShareUpdateExclusiveLock') THEN ' BEING BUILT'
+    ELSE ' INVALID' END
 FROM ours c JOIN pg_index i ON i.indrelid = c.oid
 WHERE NOT EXISTS (SELECT FROM pg_constraint x WHERE x.conindid = i.indexrelid AND x.contype IN ('p', 'u', 'x'))
 UNION ALL
@@ -88,8 +89,9 @@ UNION ALL
 SELECT 'firing', c.tab, quote_ident(t.tgname), t.tgenabled::text
 FROM ours c JOIN pg_trigger t ON t.tgrelid = c.oid WHERE NOT t.tgisinternal OR t.tgenabled <> 'O'
 UNION ALL
-SELECT 'function', '', p.oid::regprocedure::text, concat_ws(', ', pg_get_function_result(p.oid), l.lanname, p.provolatile,
-       p.prosecdef, p.proisstrict, array_to_string(p.proconfig, ' '), encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex'))
+SELECT 'function', '', p.oid::regprocedure::text, concat_ws(', ', pg_get_function_result(p.oid), l.lanname,
+       p.provolatile, p.prosecdef, p.proisstrict, array_to_string(p.proconfig, ' '),
+       encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex'))
 FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang WHERE p.pronamespace = to_regnamespace('circle')
 ORDER BY 1, 2, 3
 """
@@ -165,7 +167,9 @@ def _demoted(item: Object, what: str, mode: str) -> Finding:
     return Finding("error", "demoted_trigger", trigger, message, f"a repair runs {repair}", (repair,))
 
 
-def _foreign(item: Object, definition: str, wanted: Mapping[Object, str], found: Mapping[Object, str]) -> Iterator[Finding]:
+def _foreign(
+    item: Object, definition: str, wanted: Mapping[Object, str], found: Mapping[Object, str]
+) -> Iterator[Finding]:
     """What others added is theirs; named is only what can refuse or change what we write."""
     column = Object("column", item.table, item.name)
     if item.kind == "trigger" and re.match(r"CREATE (CONSTRAINT )?TRIGGER .+? (BEFORE|INSTEAD OF) ", definition):
@@ -178,7 +182,9 @@ def _foreign(item: Object, definition: str, wanted: Mapping[Object, str], found:
         yield Finding("warning", "foreign_constraint", str(item), message, "drop it if it is not meant")
     elif item.kind == "NOT NULL" and (column in wanted or Object("default", item.table, item.name) not in found):
         repair = f"ALTER TABLE circle.{item.table} ALTER COLUMN {item.name} DROP NOT NULL"
-        yield Finding("error", "drift", str(item), "is not ours and refuses our rows", f"a repair runs {repair}", (repair,))
+        yield Finding(
+            "error", "drift", str(item), "is not ours and refuses our rows", f"a repair runs {repair}", (repair,)
+        )
     elif item.kind == "index" and definition.endswith(" INVALID"):
         repair = f"DROP INDEX CONCURRENTLY {item.name}"
         message = "is INVALID: it is not ours, costs every write, and no query uses it"
@@ -188,31 +194,31 @@ def _foreign(item: Object, definition: str, wanted: Mapping[Object, str], found:
 def _mend(item: Object, wanted: Mapping[Object, str], found: str | None) -> tuple[str, ...]:
     """SQL that makes an object as it should be beside live writers; nothing where that can't be."""
     kind, table, name = item
-    definition, alter = wanted[item], f"ALTER TABLE circle.{table}"
+    definition, alter, repair = wanted[item], f"ALTER TABLE circle.{table}", []
     if kind == "default":
-        return (f"{alter} ALTER COLUMN {name} SET DEFAULT {definition}",)
-    if kind == "NOT NULL":  # a validated check spares the scan under the exclusive lock
+        repair = [f"{alter} ALTER COLUMN {name} SET DEFAULT {definition}"]
+    elif kind == "NOT NULL":  # a validated check spares the scan under the exclusive lock
         check = f"tmp_{table}_not_null"
-        return (
+        repair = [
             f"{alter} DROP CONSTRAINT IF EXISTS {check}, ADD CONSTRAINT {check} CHECK ({name} IS NOT NULL) NOT VALID",
             f"{alter} VALIDATE CONSTRAINT {check}",
             f"{alter} ALTER COLUMN {name} SET NOT NULL",
             f"{alter} DROP CONSTRAINT {check}",
-        )
-    if kind == "constraint" and definition.startswith(("CHECK", "FOREIGN KEY")):
+        ]
+    elif kind == "constraint" and definition.startswith(("CHECK", "FOREIGN KEY")):
         add = f"{alter} DROP CONSTRAINT IF EXISTS {name}, ADD CONSTRAINT {name} {definition} NOT VALID"
-        return (add, f"{alter} VALIDATE CONSTRAINT {name}")
-    if kind == "index":
-        build = definition.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
-        return (build,) if found is None else (f"DROP INDEX CONCURRENTLY {name}", build)
-    if kind == "trigger":
+        repair = [add, f"{alter} VALIDATE CONSTRAINT {name}"]
+    elif kind == "index":
+        drop = [] if found is None else [f"DROP INDEX CONCURRENTLY {name}"]
+        repair = [*drop, definition.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)]
+    elif kind == "trigger":
         always = "ALWAYS " if wanted[Object("firing", table, name)] == "A" else ""
         create = definition.replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1)
-        return (f"{create}; {alter} ENABLE {always}TRIGGER {name}",)
-    if kind == "view":
-        return (f"CREATE OR REPLACE VIEW {name} AS {definition}",)
-    if kind == "function":
-        sources = re.compile(rf"^CREATE OR REPLACE FUNCTION {re.escape(name.split('(')[0])}\(.*?\$\$;$", re.M | re.S)
+        repair = [f"{create}; {alter} ENABLE {always}TRIGGER {name}"]
+    elif kind == "view":
+        repair = [f"CREATE OR REPLACE VIEW {name} AS {definition}"]
+    elif kind == "function":  # as the last revision has it
+        source = re.compile(rf"^CREATE OR REPLACE FUNCTION {name.split('(')[0]}\(.*?\$\$;$", re.MULTILINE | re.DOTALL)
         steps = [step.sql for revision in migrations.revisions() for step in migrations.steps(revision)]
-        return tuple(sources.findall("\n".join(steps))[-1:])
-    return ()
+        repair = source.findall("\n".join(steps))[-1:]
+    return tuple(repair)

@@ -77,7 +77,8 @@ _CHECKS = [
         SELECT 'circle.pipeline_runs', format('the lease ran out on %s running runs, the longest ago at %s: ids %s%s',
                    count(*), min(lease_expires_at), array_to_string((array_agg(id ORDER BY id))[:10], ', '),
                    CASE WHEN count(*) > 10 THEN ' and more' END),
-               'DO $$ BEGIN LOOP PERFORM FROM circle.recover_runs(100, 10); EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $$'
+               'DO $$ BEGIN
+                    LOOP PERFORM FROM circle.recover_runs(100, 10); EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $$'
         FROM circle.pipeline_runs WHERE status = 'running' AND lease_expires_at < clock_timestamp() HAVING count(*) > 0
         """,
     ),
@@ -120,7 +121,7 @@ _EVENTS = _Check(
     "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
     # Whatever a snapshot shows was written before its xmax; ids go on where the dump ended.
     """
-    SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions that are still to come', n, newest),
+    SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
            format('DO $repair$ BEGIN LOOP
                        UPDATE circle.pipeline_events SET xid = ''3'' WHERE id IN (
                            SELECT id FROM circle.pipeline_events WHERE id <= %s AND xid <> ''3'' LIMIT 5000);

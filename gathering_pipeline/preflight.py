@@ -116,8 +116,9 @@ WITH held AS (
 )
 SELECT coalesce('session ' || h.pid, 'a prepared transaction (pg_prepared_xacts)'),
        extract(epoch FROM clock_timestamp() - a.xact_start)::float,
-       concat_ws('; ', string_agg(DISTINCT h.what, ', '), 'user ' || a.usename, 'application ' || nullif(a.application_name, ''),
-                 a.state, 'query begun at ' || date_trunc('second', a.query_start), left(a.query, 100))
+       concat_ws('; ', string_agg(DISTINCT h.what, ', '), 'user ' || a.usename,
+                 'application ' || nullif(a.application_name, ''), a.state,
+                 'query begun at ' || date_trunc('second', a.query_start), left(a.query, 100))
 FROM held h LEFT JOIN pg_stat_activity a ON a.pid = h.pid
 WHERE h.pid IS DISTINCT FROM pg_backend_pid()
 GROUP BY h.pid, a.xact_start, a.usename, a.application_name, a.state, a.query_start, a.query ORDER BY 2 DESC NULLS FIRST
@@ -187,4 +188,4 @@ def _statements(sql: str) -> Iterator[tuple[str, str]]:
 def _table_of(index: str) -> str:
     built = rf"INDEX CONCURRENTLY IF NOT EXISTS {index}\s+ON (circle\.\w+)"
     every = "\n".join(step.sql for revision in migrations.revisions() for step in migrations.steps(revision))
-    return re.findall(built, every)[0]
+    return str(re.findall(built, every)[0])

@@ -1,0 +1,16 @@
+"""The command line, ``gathering-pipeline``; it comes with the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command of ``sys.argv``."""
+    try:
+        from gathering_pipeline.cli.commands import cli
+    except ModuleNotFoundError as error:
+        if error.name not in {"click", "rich"}:
+            raise
+        sys.exit(f"Error: the command line needs {error.name}: pip install 'gathering-pipeline[cli]'")
+    cli()
