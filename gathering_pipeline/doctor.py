@@ -200,7 +200,8 @@ def _examine(connection: Connection, held_for: float) -> Iterator[Finding]:
     if any(item.object.startswith(("table ", "column ")) for item in differences):
         return  # rows can't be examined before what they lie in is there
     tables = [item.name for item in catalog.reference() if item.kind == "table"]
-    for check in [*_CHECKS, _EVENTS] if "pipeline_events" in tables else _CHECKS:
+    events = connection.exec_driver_sql("SELECT to_regclass('circle.pipeline_events')").scalar() is not None
+    for check in [*_CHECKS, _EVENTS] if events else _CHECKS:
         sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
         for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
             yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
