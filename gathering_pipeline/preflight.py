@@ -92,8 +92,12 @@ class Preflight:
 
 
 _TABLES = """
-SELECT 'circle.' || relname, nullif(reltuples, -1)::bigint, pg_relation_size(oid) FROM pg_class
-WHERE relnamespace = to_regnamespace('circle') AND relkind IN ('r', 'p')
+SELECT 'circle.' || relname, nullif(reltuples, -1)::bigint, CASE
+    WHEN EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
+                 WHERE l.relation = c.oid AND l.mode = 'AccessExclusiveLock')
+    THEN relpages * current_setting('block_size')::bigint  -- as far as the statistics know: to measure it would wait
+    ELSE pg_relation_size(oid) END
+FROM pg_class c WHERE relnamespace = to_regnamespace('circle') AND relkind IN ('r', 'p')
 """
 # A concurrent build of an index waits for every older transaction of the database, whatever it holds.
 _BLOCKERS = """
