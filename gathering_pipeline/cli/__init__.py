@@ -10,7 +10,8 @@ def main() -> None:
     try:
         from gathering_pipeline.cli.commands import cli
     except ModuleNotFoundError as error:
-        if error.name not in {"click", "rich"}:
+        missing = str(error.name).partition(".")[0]
+        if missing not in {"click", "rich"}:
             raise
-        sys.exit(f"Error: the command line needs {error.name}: pip install 'gathering-pipeline[cli]'")
+        sys.exit(f"Error: the command line needs {missing}: pip install 'gathering-pipeline[cli]'")
     cli()

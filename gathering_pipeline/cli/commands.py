@@ -67,6 +67,7 @@ def _database(url: str | None) -> Iterator[Database]:
 def _progress() -> Iterator[None]:
     """Show on stderr which revision runs, and for what it waits."""
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not record.getMessage().startswith(("Context impl", "Will assume")))
     loggers = [logging.getLogger(name) for name in ("alembic.runtime.migration", "alembic.gathering_pipeline")]
     for logger in loggers:
         logger.addHandler(handler)
