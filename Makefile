@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load bench format build clean
+.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load bench format \
+	generated build clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +66,9 @@ bench: setup ## Times, as ratios to a hand-written script in the same run
 format: setup ## Put the sources into their form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+generated: setup ## Write alembic/catalog.json and the help texts in docs/cli.md anew
+	$(BIN)/python -m tests.generated
 
 build: setup ## The wheel and the source archive, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

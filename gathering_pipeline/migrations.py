@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 import threading
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from alembic import command
 from alembic.config import Config
@@ -15,6 +18,9 @@ from sqlalchemy.engine import URL, Connection, Engine
 from gathering_pipeline.errors import SchemaRevisionError
 
 SCHEMA = "circle"
+MIGRATOR = 0x6761746865720007
+"""Key of the advisory lock under which ``env.py`` is the only migrator."""
+
 _turn = threading.Lock()
 """Alembic's context is one of the process. Processes are kept apart by the lock that env.py takes in the database."""
 
@@ -82,3 +88,38 @@ def check(connection: Connection) -> None:
     found, expected = current(connection), head()
     if found != expected:
         raise SchemaRevisionError(found, expected)
+
+
+class Step(NamedTuple):
+    """A step of a revision's upgrade: what it does, its SQL, and whether it builds an index concurrently."""
+
+    what: str
+    sql: str
+    is_index: bool
+
+
+def revisions() -> list[str]:
+    """All revisions, the first one first."""
+    return [revision.revision for revision in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
+
+
+def steps(revision: str) -> list[Step]:
+    """The steps of a revision's upgrade, as ``env.py`` runs them."""
+    source = (scripts() / "sql" / f"{revision}.sql").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^-- == (upgrade|downgrade)( index)?: (.+)$", source, flags=re.MULTILINE)
+    found = zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
+    return [Step(what, sql.strip(), bool(index)) for direction, index, what, sql in found if direction == "upgrade"]
+
+
+def script(revision: str = "head", *, down: bool = False) -> str:
+    """The SQL that a migration would run, for ``psql -v ON_ERROR_STOP=1``.
+
+    Args:
+        revision: ``TO`` or ``FROM:TO``; a downgrade needs both.
+        down: Whether it is a downgrade.
+    """
+    settings = config()
+    settings.output_buffer = io.StringIO()
+    with _turn:
+        (command.downgrade if down else command.upgrade)(settings, revision, sql=True)
+    return settings.output_buffer.getvalue()

@@ -1,0 +1,17 @@
+"""The command line, ``gathering-pipeline``; it comes with the extra ``cli``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command of ``sys.argv``."""
+    try:
+        from gathering_pipeline.cli.commands import cli
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in {"click", "rich"}:
+            raise
+        sys.exit(f"Error: the command line needs {missing}: pip install 'gathering-pipeline[cli]'")
+    cli()

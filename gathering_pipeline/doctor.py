@@ -1,0 +1,246 @@
+"""Finds what is wrong with a database at head, and mends what can be mended beside live writers."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from gathering_pipeline import catalog, migrations
+from gathering_pipeline.catalog import Finding
+from gathering_pipeline.errors import InvalidPipelineError, shorten
+from gathering_pipeline.hooks import prepare_graph
+
+LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
+BUSY = ("55P03", "40P01")
+"""SQLSTATEs after which a repair is tried again: a lock that was not free, a deadlock."""
+
+
+class _Check(NamedTuple):
+    """A query whose rows are findings: object, message, and the SQL of a repair, or NULL."""
+
+    code: str
+    severity: Literal["error", "warning"]
+    advice: str
+    sql: str
+
+
+_CHECKS = [
+    _Check(
+        "counters",
+        "error",
+        "a repair raises them to the recount; they are never lowered, because purged runs are history",
+        # The row is locked first: whoever counts up beside this has committed its run by then, or waits.
+        """
+        SELECT 'circle.pipelines id ' || p.id,
+               format('run_count, success_count, error_count are %s, %s, %s, but %s, %s, %s of its runs are there',
+                      p.run_count, p.success_count, p.error_count, r.runs, r.good, r.bad),
+               format('SELECT FROM circle.pipelines WHERE id = %1$s FOR NO KEY UPDATE;
+                       UPDATE circle.pipelines p SET run_count = greatest(run_count, r.runs),
+                           success_count = greatest(success_count, r.good), error_count = greatest(error_count, r.bad)
+                       FROM (SELECT count(*) AS runs, count(*) FILTER (WHERE status = ''completed'') AS good,
+                                    count(*) FILTER (WHERE status IN (''failed'', ''timeout'')) AS bad
+                             FROM circle.pipeline_runs WHERE pipeline_id = %1$s) r WHERE p.id = %1$s', p.id)
+        FROM circle.pipelines p JOIN (
+            SELECT pipeline_id, count(*) AS runs, count(*) FILTER (WHERE status = 'completed') AS good,
+                   count(*) FILTER (WHERE status IN ('failed', 'timeout')) AS bad
+            FROM circle.pipeline_runs GROUP BY pipeline_id) r ON r.pipeline_id = p.id
+        WHERE p.run_count < r.runs OR p.success_count < r.good OR p.error_count < r.bad ORDER BY p.id
+        """,
+    ),
+    _Check(
+        "live_nodes",
+        "error",
+        "a repair cancels these nodes, as the end of the run should have done",
+        # The guard lets no node of a completed run become cancelled, except under the role of a replica.
+        """
+        SELECT 'circle.pipeline_runs id ' || r.id,
+               format('it is %s, but %s of its nodes are pending or running', r.status, count(*)),
+               format('%sUPDATE circle.pipeline_node_runs SET status = ''cancelled''
+                       WHERE run_id = %s AND status IN (''pending'', ''running'')',
+                      CASE WHEN r.status = 'completed' THEN 'SET LOCAL session_replication_role = replica; ' END, r.id)
+        FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
+        WHERE r.completed_at IS NOT NULL AND n.status IN ('pending', 'running') GROUP BY r.id, r.status ORDER BY r.id
+        """,
+    ),
+    _Check(
+        "expired_leases",
+        "warning",
+        "a worker's recover() gives them to others; a repair does that now",
+        """
+        SELECT 'circle.pipeline_runs', format('the lease ran out on %s running runs, the longest ago at %s: ids %s%s',
+                   count(*), min(lease_expires_at), array_to_string((array_agg(id ORDER BY id))[:10], ', '),
+                   CASE WHEN count(*) > 10 THEN ' and more' END),
+               'DO $$ BEGIN
+                    LOOP PERFORM FROM circle.recover_runs(100, 10); EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $$'
+        FROM circle.pipeline_runs WHERE status = 'running' AND lease_expires_at < clock_timestamp() HAVING count(*) > 0
+        """,
+    ),
+    _Check(
+        "feed_held_back",
+        "warning",
+        "readers of events get nothing newer before it ends: end it, or SELECT pg_terminate_backend(pid)",
+        """
+        SELECT coalesce('session ' || a.pid, format('prepared transaction %L in database %I', x.gid, x.database)),
+               format('its transaction holds back all events since %s%s', coalesce(a.xact_start, x.prepared),
+                      format(' (user %s, application %s, %s): %s', a.usename, a.application_name, a.state,
+                             left(a.query, 100))), NULL
+        FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+        LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND x.transaction = l.transactionid
+        WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
+          AND coalesce(a.xact_start, x.prepared) < clock_timestamp() - make_interval(secs => {held_for})
+        ORDER BY age(l.transactionid) DESC LIMIT 1
+        """,
+    ),
+    _Check(
+        "ids",
+        "warning",
+        "plan the change to BIGINT while there is time: it rewrites the table under an exclusive lock",
+        """
+        SELECT format('circle.%s.%s', s.tab, s.col), format('%s of %s ids are used', s.used, s.most), NULL
+        FROM (SELECT c.relname AS tab, a.attname AS col, pg_sequence_last_value(d.objid::regclass) AS used,
+                     CASE a.atttypid WHEN 'int4'::regtype THEN 2147483647 ELSE 9223372036854775807 END AS most
+              FROM pg_depend d JOIN pg_class c ON c.oid = d.refobjid
+              JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid
+              JOIN pg_sequence q ON q.seqrelid = d.objid
+              WHERE d.deptype IN ('a', 'i') AND c.relnamespace = to_regnamespace('circle')
+                AND c.relname = ANY ('{tables}')) s
+        WHERE s.used > s.most / 2 ORDER BY 1
+        """,
+    ),
+]
+_EVENTS = _Check(
+    "foreign_events",
+    "error",
+    "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
+    # Whatever a snapshot shows was written before its xmax; ids go on where the dump ended.
+    """
+    SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
+           format('DO $repair$ BEGIN LOOP
+                       UPDATE circle.pipeline_events SET xid = ''3'' WHERE id IN (
+                           SELECT id FROM circle.pipeline_events WHERE id <= %s AND xid <> ''3'' LIMIT 5000);
+                       EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $repair$', newest)
+    FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
+          WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
+    """,
+)
+
+_GRAPHS = """
+SELECT p.id, p.status, p.nodes::text, p.edges::text, v.version IS NOT NULL
+FROM circle.pipelines p LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
+WHERE p.id > %s ORDER BY p.id LIMIT 100
+"""
+_COMPILE = """DO $$ DECLARE p circle.pipelines; BEGIN
+    SELECT * INTO p FROM circle.pipelines WHERE id = {id} FOR NO KEY UPDATE;
+    IF NOT EXISTS (SELECT FROM circle.pipeline_versions WHERE (pipeline_id, version) = (p.id, p.version)) THEN
+        PERFORM circle.write_version(p.id, p.version, p.nodes, p.edges);
+    END IF; END $$"""
+_AS_IT_IS = {"no_parameters": True}  # a percent sign in the SQL is one
+
+
+def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> list[Finding]:
+    """Examine a database, and mend what can be mended.
+
+    Args:
+        engine: Of the database; as its owner, and with ``pg_monitor`` to see the sessions of others.
+        repair: Mend what has a repair, each in short transactions of its own, and examine again.
+        held_for: Age in seconds from which a transaction that holds the event feed back is named.
+
+    Returns:
+        What is wrong now, and with ``repair`` what was mended: ``outcome`` tells.
+    """
+    with engine.connect() as connection:
+        found = migrations.current(connection)
+    if found != migrations.head():
+        finding = _revision(found)
+        if not (repair and finding.repair):
+            return [finding]
+        migrations.upgrade(engine)
+        return [replace(finding, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        try:
+            connection.exec_driver_sql("SET statement_timeout = 0")
+            found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
+            tried: dict[tuple[str, str], Finding] = {}
+            while todo := {key: item for key, item in found_now.items() if repair and item.repair and key not in tried}:
+                tried |= {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
+                found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql("RESET ALL")  # it goes back to its pool as it came
+    mended = [replace(item, outcome="repaired") for key, item in tried.items() if key not in found_now]
+    left = [
+        replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
+        for key, item in found_now.items()
+    ]
+    return mended + left
+
+
+def _revision(found: str | None) -> Finding:
+    head = migrations.head()
+    message = f"the schema is at revision {found or 'none'}, this code needs {head}; nothing else was examined"
+    if found in migrations.revisions():
+        command = "gathering-pipeline db upgrade"
+        return Finding("error", "revision", "schema circle", message, f"a repair runs {command}", (command,))
+    advice = "run gathering-pipeline db upgrade"
+    if found is not None:
+        advice = "the database is ahead of this code: install the version of gathering-pipeline that it belongs to"
+    return Finding("error", "revision", "schema circle", message, advice)
+
+
+def _examine(connection: Connection, held_for: float) -> Iterator[Finding]:
+    differences = list(catalog.differences(connection))
+    yield from differences
+    if any(item.object.startswith(("table ", "column ")) for item in differences):
+        return  # rows can't be examined before what they lie in is there
+    tables = [item.name for item in catalog.reference() if item.kind == "table"]
+    events = connection.exec_driver_sql("SELECT to_regclass('circle.pipeline_events')").scalar() is not None
+    for check in [*_CHECKS, _EVENTS] if events else _CHECKS:
+        sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
+        for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
+            yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
+    last = 0
+    while rows := connection.exec_driver_sql(_GRAPHS, (last,)).all():
+        last = rows[-1].id
+        for row in rows:
+            yield from _graph(*row)
+
+
+def _graph(id: int, status: str, nodes: str, edges: str, compiled: bool) -> Iterator[Finding]:
+    what = f"circle.pipelines id {id}"
+    try:
+        prepare_graph(json.loads(nodes), json.loads(edges), allow_incomplete=status != "active")
+    except (InvalidPipelineError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 300)
+        message = f"its graph is broken, and it can't be run: {reason}"
+        yield Finding("warning", "broken_graph", what, message, "mend it in the editor, or delete it")
+    else:
+        if not compiled:
+            message = "its graph was stored past our triggers and never compiled, so it can't be run"
+            yield Finding("error", "not_compiled", what, message, "a repair compiles it", (_COMPILE.format(id=id),))
+
+
+def _mend(connection: Connection, finding: Finding) -> str | None:
+    """Run a repair; why it failed, or None."""
+    for sql in finding.repair:
+        # A concurrent build waits for the transactions of others and blocks nobody.
+        timeout = "0" if " CONCURRENTLY " in sql else LOCK_TIMEOUT
+        connection.exec_driver_sql(f"SET lock_timeout = '{timeout}'")
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                connection.exec_driver_sql(sql, execution_options=_AS_IT_IS)
+                break
+            except DBAPIError as error:
+                diagnostic = getattr(error.orig, "diag", None)
+                if error.connection_invalidated or diagnostic is None:
+                    raise
+                if diagnostic.sqlstate not in BUSY or attempt == ATTEMPTS:
+                    return f"not repaired: {diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            time.sleep(random.uniform(0.1, 0.3))  # noqa: S311 - only spreads the retries
+    return None

@@ -1,0 +1,52 @@
+"""Writes what is generated and committed: ``python -m tests.generated`` (``make generated``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from click.testing import CliRunner
+
+from gathering_pipeline import catalog, migrations
+from gathering_pipeline.cli.commands import cli
+from gathering_pipeline.database import Database
+from tests import servers
+
+ROOT = Path(__file__).parents[1]
+CATALOG, PAGE = ROOT / "alembic" / "catalog.json", ROOT / "docs" / "cli.md"
+HEADING = "## Commands\n"
+
+
+def clean_catalog(url: str) -> str:
+    """The catalog of a database at head, an object a line."""
+    with Database(url) as database, database.engine.connect() as connection:
+        lines = [json.dumps([*item, definition]) for item, definition in sorted(catalog.capture(connection).items())]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command, groups left out."""
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+def help_texts() -> str:
+    """The help of every command, as a section of the page."""
+    parts = []
+    for words in commands():
+        shown = CliRunner().invoke(cli, [*words, "--help"], prog_name="gathering-pipeline", terminal_width=100)
+        parts.append(f"\n### {' '.join(words)}\n\n```\n{shown.output}```\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(PAGE.read_text(encoding="utf-8").split(HEADING)[0] + HEADING + help_texts(), encoding="utf-8")
+    with servers.start() as server:
+        url = server.database_url(server.create())
+        migrations.upgrade(url)
+        CATALOG.write_text(clean_catalog(url), encoding="utf-8")
