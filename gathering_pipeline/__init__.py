@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RunNotFoundError,
         SchemaRevisionError,
         StaleVersionError,
+        TransactionAbortedError,
         is_transient,
     )
     from .events import EventType
@@ -123,6 +124,7 @@ __all__ = [
     "RunStatus",
     "SchemaRevisionError",
     "StaleVersionError",
+    "TransactionAbortedError",
     "TriggerNodeConfig",
     "find_issues",
     "get_execution_order",

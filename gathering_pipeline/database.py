@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -15,7 +16,7 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -25,6 +26,7 @@ from gathering_pipeline.errors import (
     ConfigurationError,
     DatabaseError,
     DatabaseUnavailableError,
+    TransactionAbortedError,
     shorten,
 )
 from gathering_pipeline.settings import DatabaseSettings, parse_url
@@ -109,16 +111,13 @@ class Database:
         Raises:
             ConfigurationError: The server refuses the connection, is too old, or has an encoding other than UTF8.
             DatabaseUnavailableError: There is no server, or it takes no connection now.
+            TransactionAbortedError: The block went on after an error that had ended the transaction, and ended well.
             CommitIndeterminateError: It is open whether the commit holds.
         """
         engine = self._in_autocommit(self.engine) if autocommit else self.engine
         with Session(engine, expire_on_commit=False) as session:
             yield session
-            try:
-                session.commit()
-            except DBAPIError as error:
-                _raise_if_open(error)
-                raise
+            _commit(session)
 
     @asynccontextmanager
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
@@ -126,11 +125,7 @@ class Database:
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
         async with AsyncSession(engine, expire_on_commit=False) as session:
             yield session
-            try:
-                await session.commit()
-            except DBAPIError as error:
-                _raise_if_open(error)
-                raise
+            await session.run_sync(_commit)
 
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema to a revision; see ``migrations.upgrade`` for the errors."""
@@ -154,9 +149,8 @@ class Database:
             sync.dispose()
         if asynchronous is not None:
             # To close psycopg's async connections takes a loop, but not the one that opened them.
-            thread = threading.Thread(target=lambda: asyncio.run(asynchronous.dispose()))
-            thread.start()
-            thread.join()
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(lambda: asyncio.run(asynchronous.dispose())).result()
 
     async def adispose(self) -> None:
         """``dispose`` without blocking the event loop."""
@@ -209,15 +203,22 @@ class Database:
         }
 
 
-def _raise_if_open(error: DBAPIError) -> None:
-    """A connection that broke during the commit leaves open whether the commit was done."""
-    if error.connection_invalidated:
-        raise CommitIndeterminateError(
-            "the connection broke during the commit: it may have been done or not"
-        ) from error
+def _commit(session: Session) -> None:
+    try:
+        session.flush()  # by itself: a connection that breaks here leaves nothing open
+        try:
+            session.commit()
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            raise CommitIndeterminateError(
+                "the connection broke during the commit: it may have been done or not"
+            ) from error
+    except PendingRollbackError as error:
+        raise TransactionAbortedError from error
 
 
-# psycopg's connections, which also notice a server that is silent for good, and a commit that was not confirmed.
+# psycopg's connections, which also notice a server that is silent for good, and a commit that is none.
 
 
 @dataclass(slots=True)
@@ -235,6 +236,7 @@ class _Watch:
 
     def over(self, pgconn: pq.abc.PGconn, steps: PQGen[RV]) -> PQGen[RV]:
         """Pass a wait's steps through; psycopg resumes it at least ten times a second, also when nothing arrived."""
+        self.unconfirmed = False  # the commit of a wait that was interrupted is none of this one's
         try:
             wanted = next(steps)
             since, probe = monotonic(), None
@@ -288,12 +290,29 @@ class _Connection(psycopg.Connection[Any]):
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         return super().wait(self.watch.over(self.pgconn, gen), interval, timeout)
 
+    def commit(self) -> None:
+        with _no_silent_rollback(self.pgconn):
+            super().commit()
+
 
 class _AsyncConnection(psycopg.AsyncConnection[Any]):
     watch = _Watch()
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109 - as psycopg has it
         return await super().wait(self.watch.over(self.pgconn, gen), interval, timeout)
+
+    async def commit(self) -> None:
+        with _no_silent_rollback(self.pgconn):
+            await super().commit()
+
+
+@contextmanager
+def _no_silent_rollback(pgconn: pq.abc.PGconn) -> Iterator[None]:
+    """The server answers the COMMIT of a transaction that an error has ended with a ROLLBACK, and no error."""
+    aborted = pgconn.transaction_status == pq.TransactionStatus.INERROR
+    yield
+    if aborted:
+        raise TransactionAbortedError
 
 
 def _connect(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> _Connection:

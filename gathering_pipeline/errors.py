@@ -20,7 +20,8 @@
     ├── DatabaseError
     │   ├── ConfigurationError (ValueError)    URL, settings or server that can't be used
     │   ├── DatabaseUnavailableError           no connection; try again later
-    │   ├── CommitIndeterminateError           a commit that may or may not survive a failover
+    │   ├── TransactionAbortedError            an error before ended the transaction; nothing of it is stored
+    │   ├── CommitIndeterminateError           it is open whether what was done is, or stays, stored
     │   ├── SchemaRevisionError                the schema is at another revision than the code
     │   └── AdoptionError                      tables that only look like ours
     └── InvalidCursorError (ValueError)        a page or event cursor from elsewhere
@@ -223,8 +224,26 @@ class DatabaseUnavailableError(DatabaseError):
     """No connection could be made, or it broke."""
 
 
+class TransactionAbortedError(DatabaseError):
+    """The transaction was ended by an earlier error, a refused call for example; nothing of it is stored.
+
+    Raised by the next call, or by the commit, of a caller that went on as if nothing had happened.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an error before, such as a refused call, ended the transaction, and it was rolled back: put a call that may"
+            " be refused into 'with session.begin_nested():', catch its error around that, or use session(autocommit=True)"
+        )
+
+
 class CommitIndeterminateError(DatabaseError):
-    """The server committed, but its standby did not confirm it: the outcome after a failover is open."""
+    """It is open whether what was done is stored, or stays so.
+
+    The connection broke during the commit, or during a call in autocommit mode, which commits by itself; or the server
+    committed, but its standby did not confirm it, so that a failover may lose it. Running the same again is right where
+    it does no harm when done twice: see ``is_transient``.
+    """
 
 
 class SchemaRevisionError(DatabaseError):
@@ -260,16 +279,18 @@ _TRANSIENT = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03"})
 def is_transient(error: BaseException) -> bool:
     """Whether the same transaction may succeed if it is run again from its beginning.
 
-    True for serialization failures, deadlocks, lock timeouts, a server that is going down or coming up, and broken
-    connections. A commit that was under way may have succeeded all the same: give ``RunRepository.create`` an
-    ``idempotency_key``, and expect ``IllegalTransitionError`` of a transition that did.
+    True for serialization failures, deadlocks, lock timeouts, a server that is going down or coming up, broken
+    connections and ``CommitIndeterminateError``. What was under way may have been done all the same: give
+    ``RunRepository.create`` an ``idempotency_key``, and expect ``IllegalTransitionError`` of a transition that did.
     """
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, DatabaseUnavailableError | CommitIndeterminateError):
+            return True
+        if getattr(cause, "connection_invalidated", False):
+            return True
         sqlstate = getattr(getattr(cause, "orig", cause), "sqlstate", None)
         if isinstance(sqlstate, str):
             return sqlstate in _TRANSIENT or sqlstate.startswith("08")
-        if isinstance(cause, DatabaseUnavailableError) or getattr(cause, "connection_invalidated", False):
-            return True
         cause = cause.__cause__
     return False

@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 import psycopg
 from pydantic import BaseModel
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import (
+    CommitIndeterminateError,
     DatabaseUnavailableError,
     IllegalTransitionError,
     IntegrityViolationError,
@@ -30,8 +33,11 @@ from gathering_pipeline.errors import (
     PipelineNotFoundError,
     RunNotFoundError,
     StaleVersionError,
+    TransactionAbortedError,
+    shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
+from gathering_pipeline.json_values import show
 from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
 from gathering_pipeline.models import Page, PipelineRead, RunRead
 
@@ -66,32 +72,60 @@ def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]
         psycopg.Error: Whatever else it said; ``is_transient`` tells whether to run the transaction again.
     """
     parameters = _in_range(parameters)
-    session.flush()
-    connection = session.connection()
-    cursor = connection.connection.cursor()
+    with connected(session) as connection:
+        cursor = connection.connection.cursor()
+        try:
+            cursor.execute(sql, parameters)
+            return list(cursor.fetchall())
+        finally:
+            cursor.close()
+
+
+@contextmanager
+def connected(session: Session) -> Iterator[Connection]:
+    """Give the session's connection, after what the session still has to write, and raise its errors as ours.
+
+    Those that are none of ours pass.
+    """
+    connection: Connection | None = None
+    driver: Any = None
     try:
-        cursor.execute(sql, parameters)
-        return list(cursor.fetchall())
-    except psycopg.Error as error:
-        if getattr(connection.connection.driver_connection, "closed", True):
+        connection = session.connection()
+        driver = connection.connection.driver_connection
+        session.flush()
+        yield connection
+    except (psycopg.Error, DBAPIError) as error:
+        original = error.orig if isinstance(error, DBAPIError) else error
+        if connection is not None and driver.closed:
             connection.invalidate(error)
-            raise DatabaseUnavailableError(f"the connection broke: {error}") from error
-        known = translate(error)
+            broken = f"the connection broke: {shorten(str(original).strip(), 200)}"
+            if not driver.autocommit:
+                raise DatabaseUnavailableError(broken) from error
+            session.rollback()  # of nothing: it lets the next call have another connection
+            raise CommitIndeterminateError(f"{broken}; the call may have been done or not") from error
+        known = translate(original) if isinstance(original, psycopg.Error) else None
         if known is None:
             raise
         raise known from error
-    finally:
-        cursor.close()
+    except PendingRollbackError as error:
+        raise TransactionAbortedError from error
+    except PoolTimeout as error:
+        raise DatabaseUnavailableError(
+            "no connection became free in the pool: try again, or make pool_size or max_overflow larger"
+        ) from error
+    except BaseException as error:
+        if connection is not None and not isinstance(error, Exception):
+            connection.invalidate(error)  # an interrupt: the statement may still be under way
+        raise
 
 
 def _in_range(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     """Answer for ids and tokens that no BIGINT holds: they exist nowhere."""
     for name, error in (("run_id", RunNotFoundError), ("pipeline_id", PipelineNotFoundError)):
-        value = parameters.get(name)
-        if value is not None and storable_id(value) != value:
-            raise error(value)
+        if name in parameters and storable_id(parameters[name], name) != parameters[name]:
+            raise error(parameters[name])
     token = parameters.get("token")
-    return parameters if token is None or storable_id(token) == token else {**parameters, "token": -1}
+    return parameters if token is None else {**parameters, "token": storable_id(token, "token")}
 
 
 def read(session: Session, schema: type[M], sql: str, **parameters: Any) -> list[M]:
@@ -99,21 +133,11 @@ def read(session: Session, schema: type[M], sql: str, **parameters: Any) -> list
     return [schema.model_validate_json(row[0]) for row in call(session, sql, parameters)]
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Raise database errors as ours, from the original; those that are none of ours pass."""
-    try:
-        yield
-    except DBAPIError as error:
-        known = translate(error.orig) if isinstance(error.orig, psycopg.Error) else None
-        if known is None:
-            raise
-        raise known from error
-
-
 def translate(error: psycopg.Error) -> PipelineError | None:
     """Name a database error by its SQLSTATE and constraint; ``None`` where it is none of ours."""
     sqlstate = error.sqlstate or ""
+    if sqlstate == "25P02":
+        return TransactionAbortedError()
     diagnostics = error.diag
     if sqlstate == "PL008":
         issues = json.loads(diagnostics.message_detail or "{}")["issues"]
@@ -142,15 +166,21 @@ def page(session: Session, schema: type[R], sql: str, after: int | None, limit: 
         InvalidCursorError: ``after`` is no cursor of a page.
     """
     if after is not None and (isinstance(after, bool) or not isinstance(after, int)):
-        raise InvalidCursorError(f"after must be the next_cursor of a page, not {after!r}")
+        raise InvalidCursorError(f"after must be the next_cursor of a page, not {show(after)}")
     start = MAX_BIGINT if after is None else min(max(after, 0), MAX_BIGINT)
     found = read(session, schema, sql, after=start, limit=positive(limit, "limit") + 1, **parameters)
     return Page(items=tuple(found[:limit]), next_cursor=found[limit - 1].id if len(found) > limit else None)
 
 
-def storable_id(value: int) -> int:
-    """Give an id as the database can look it up: 0, which none has, for one that no BIGINT holds."""
-    return value if -MAX_BIGINT <= value <= MAX_BIGINT else 0
+def storable_id(value: object, name: str) -> int:
+    """Check an id, a version or a token, and give it as the database can look it up: -1, which none is, beyond BIGINT.
+
+    Raises:
+        InvalidDataError: It is no whole number.
+    """
+    if type(value) is not int:
+        raise InvalidDataError(f"{name} must be a whole number, not {show(value)}")
+    return value if -MAX_BIGINT <= value <= MAX_BIGINT else -1
 
 
 def to_json(value: object, path: str) -> str | None:
@@ -186,18 +216,18 @@ def valid_status(kind: type[RunStatus | PipelineStatus], status: str | None) -> 
     try:
         return None if status is None else kind(status).value
     except ValueError:
-        raise InvalidDataError(f"status must be one of {', '.join(kind)}, not {status!r}") from None
+        raise InvalidDataError(f"status must be one of {', '.join(kind)}, not {show(status)}") from None
 
 
 def positive(value: object, name: str) -> int:
     """Check a count of rows."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31 - 1:
-        raise InvalidDataError(f"{name} must be a whole number from 1 to {2**31 - 2}, not {value!r}")
+        raise InvalidDataError(f"{name} must be a whole number from 1 to {2**31 - 2}, not {show(value)}")
     return value
 
 
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
     """Check a duration."""
     if not isinstance(value, timedelta) or value < timedelta(0) or not (value or zero) or value > MAX_DURATION:
-        raise InvalidDataError(f"{name} must be a timedelta above 0 and at most {MAX_DURATION}, not {value!r}")
+        raise InvalidDataError(f"{name} must be a timedelta above 0 and at most {MAX_DURATION}, not {show(value)}")
     return value.total_seconds()

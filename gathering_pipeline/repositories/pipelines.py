@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import func, insert, update
+from sqlalchemy import BigInteger, func, insert, literal, update
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
@@ -12,7 +13,15 @@ from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
-from gathering_pipeline.repositories._call import call, page, read, translated, valid_status, valid_text
+from gathering_pipeline.repositories._call import (
+    call,
+    connected,
+    page,
+    read,
+    storable_id,
+    valid_status,
+    valid_text,
+)
 
 _RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
 _GET = "SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s"
@@ -45,7 +54,7 @@ class PipelineRepository:
         """
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
         statement = insert(Pipeline).values(values).returning(*_RETURNED)
-        with translated():
+        with connected(self._session):
             row = self._session.execute(statement, execution_options={"allow_incomplete": allow_incomplete}).one()
         return PipelineRead.model_validate(row._asdict())
 
@@ -100,12 +109,14 @@ class PipelineRepository:
             InvalidPipelineError: The graph is not valid, or is incomplete and would be active.
         """
         values: dict[str, Any] = {name: getattr(changes, name) for name in changes.model_fields_set}
-        statement = update(Pipeline).where(Pipeline.id == pipeline_id)
+        # BIGINTs, so that a number that no INTEGER holds is just not found
+        statement = update(Pipeline).where(Pipeline.id == literal(storable_id(pipeline_id, "pipeline_id"), BigInteger))
         if expected_version is not None:
-            statement = statement.where(Pipeline.version == expected_version)
+            expected = literal(storable_id(expected_version, "expected_version"), BigInteger)
+            statement = statement.where(Pipeline.version == expected)
         statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(*_RETURNED)
         options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
-        with translated():
+        with connected(self._session):
             row = self._session.execute(statement, execution_options=options).one_or_none()
         if row is None:
             raise StaleVersionError(pipeline_id, expected_version or 0, self.get(pipeline_id).version)
@@ -118,10 +129,12 @@ class PipelineRepository:
             PipelineNotFoundError: There is no such pipeline.
             InvalidPipelineError: Its graph is broken or incomplete.
         """
-        pipeline = self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE))
-        # the database checks what becomes active; one that was active before there were checks is told here
-        prepare_graph(pipeline.nodes, pipeline.edges)
-        return pipeline
+        while True:
+            pipeline = self.get(pipeline_id)
+            # the database checks what becomes active; one that was active before there were checks is told here
+            prepare_graph(pipeline.nodes, pipeline.edges)
+            with suppress(StaleVersionError):  # edited meanwhile: this graph has to be checked, too
+                return self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.version)
 
     def pause(self, pipeline_id: int) -> PipelineRead:
         """Switch a pipeline off: no new runs; those under way go on.

@@ -352,7 +352,7 @@ class RunRepository:
             limit: Most runs of a page.
         """
         name = valid_status(RunStatus, status)
-        pipeline = None if pipeline_id is None else storable_id(pipeline_id)
+        pipeline = None if pipeline_id is None else storable_id(pipeline_id, "pipeline_id")
         return page(self._session, RunRead, _SEARCH, after, limit, pipeline=pipeline, status=name)
 
     def nodes(self, run_id: int) -> list[NodeRunRead]:
@@ -395,7 +395,7 @@ class RunRepository:
         """Read how the runs of a pipeline went."""
         counts = dict.fromkeys(RunStatus, 0)
         quantiles: tuple[float, float] | None = None
-        for status, number, durations in self._call(_STATISTICS, pipeline=storable_id(pipeline_id)):
+        for status, number, durations in self._call(_STATISTICS, pipeline=storable_id(pipeline_id, "pipeline_id")):
             counts[RunStatus(status)] = number
             quantiles = durations or quantiles
         ended = counts[RunStatus.COMPLETED] + counts[RunStatus.FAILED] + counts[RunStatus.TIMEOUT]

@@ -1,0 +1,392 @@
+"""What becomes of a session whose block goes on after a refused call, a broken connection or an interrupt."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import InternalError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    AsyncPipelineRepository,
+    AsyncRunRepository,
+    CommitIndeterminateError,
+    Database,
+    DatabaseSettings,
+    DatabaseUnavailableError,
+    IntegrityViolationError,
+    Pipeline,
+    PipelineCreate,
+    PipelineRepository,
+    PipelineRun,
+    PipelineStatus,
+    RunNotFoundError,
+    RunRepository,
+    TransactionAbortedError,
+    is_transient,
+)
+
+NODES: list[dict[str, Any]] = [{"id": "t", "type": "trigger", "name": "T"}]
+KEPT = PipelineCreate(name="kept", status=PipelineStatus.ACTIVE, nodes=NODES)
+BLOCKED = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+def names(raw: psycopg.Connection) -> list[str]:
+    return [name for (name,) in raw.execute("SELECT name FROM circle.pipelines ORDER BY id").fetchall()]
+
+
+def run_async(database: Database, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def go() -> None:
+        async with database:
+            await work()
+
+    asyncio.run(go())
+
+
+def new_run(database: Database) -> int:
+    with database.session() as session:
+        return RunRepository(session).create(PipelineRepository(session).create(KEPT).id).id
+
+
+class Blocker:
+    """Holds a lock on all of ``circle.pipelines`` and ``pipeline_runs``, and does something to who waits for it."""
+
+    def __init__(self, raw: psycopg.Connection, connect: Callable[[str], psycopg.Connection], url: str) -> None:
+        self._raw = raw
+        self._holder = connect(url)
+        self._holder.execute("BEGIN; LOCK circle.pipelines, circle.pipeline_runs IN ACCESS EXCLUSIVE MODE")
+
+    def waiter(self) -> int:
+        while not (found := self._raw.execute(BLOCKED).fetchone()):
+            pass
+        pid: int = found[0]
+        return pid
+
+    def terminate(self) -> None:
+        self._raw.execute("SELECT pg_terminate_backend(%s, 5000)", [self.waiter()])
+        self._holder.execute("ROLLBACK")
+
+    def interrupt(self) -> None:
+        self.waiter()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def end(self) -> None:
+        self._holder.execute("ROLLBACK")
+
+    def meanwhile(self, action: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=action)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def blocker(
+    raw: psycopg.Connection, connect: Callable[[str], psycopg.Connection], database_url: str
+) -> Callable[[], Blocker]:
+    return lambda: Blocker(raw, connect, database_url)
+
+
+# --- a refused call ends the transaction ------------------------------------------------------------------------------
+
+
+def test_a_block_that_swallows_a_refusal_is_no_success(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(TransactionAbortedError, match=r"begin_nested\(\).*autocommit=True"):
+        with database.session() as session:
+            PipelineRepository(session).create(KEPT)
+            with suppress(RunNotFoundError):
+                RunRepository(session).start(1)
+    assert names(raw) == []
+    with database.session() as session:  # the connection is as good as before
+        PipelineRepository(session).create(KEPT)
+    assert names(raw) == ["kept"]
+
+
+def test_so_is_an_async_one(database: Database, raw: psycopg.Connection) -> None:
+    async def work() -> None:
+        with pytest.raises(TransactionAbortedError):
+            async with database.async_session() as session:
+                await AsyncPipelineRepository(session).create(KEPT)
+                with suppress(RunNotFoundError):
+                    await AsyncRunRepository(session).start(1)
+        assert names(raw) == []
+        async with database.async_session() as session:
+            await AsyncPipelineRepository(session).create(KEPT)
+
+    run_async(database, work)
+    assert names(raw) == ["kept"]
+
+
+def test_so_is_a_commit_of_the_callers_own(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        with pytest.raises(TransactionAbortedError):
+            session.commit()
+        session.rollback()
+        PipelineRepository(session).create(KEPT.model_copy(update={"name": "second"}))
+    assert names(raw) == ["second"]
+
+
+def test_the_next_call_after_a_refusal_says_so_too(database: Database) -> None:
+    with pytest.raises(TransactionAbortedError) as caught, database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        RunRepository(session).counts()
+    assert not is_transient(caught.value)
+
+
+def test_a_refused_flush_ends_the_transaction_too(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        session.add(PipelineRun(pipeline_id=0))
+        with pytest.raises(IntegrityViolationError) as refused:
+            RunRepository(session).counts()
+        assert refused.value.constraint == "pipeline_runs_pipeline_id_fkey"
+        with pytest.raises(TransactionAbortedError):
+            RunRepository(session).counts()
+    assert names(raw) == []
+
+
+def test_what_the_caller_rolled_back_is_over(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        session.rollback()
+    with database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        session.rollback()
+        PipelineRepository(session).create(KEPT)
+    assert names(raw) == ["kept"]
+
+
+def test_a_session_that_did_nothing_needs_no_server() -> None:
+    with Database("postgresql://localhost:1/name") as database, database.session() as session:
+        assert session.in_transaction() is False
+
+
+def test_in_autocommit_a_refusal_ends_nothing(database: Database, raw: psycopg.Connection) -> None:
+    async def work() -> None:
+        async with database.async_session(autocommit=True) as session:
+            with suppress(RunNotFoundError):
+                await AsyncRunRepository(session).start(1)
+            await AsyncPipelineRepository(session).create(KEPT)
+            with suppress(RunNotFoundError):
+                await AsyncRunRepository(session).start(1)
+
+    with database.session(autocommit=True) as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        PipelineRepository(session).create(KEPT)
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+    run_async(database, work)
+    assert names(raw) == ["kept", "kept"]
+
+
+def test_a_savepoint_keeps_the_rest(database: Database, raw: psycopg.Connection) -> None:
+    def refused(session: Session) -> None:
+        with pytest.raises(RunNotFoundError), session.begin_nested():
+            PipelineRepository(session).create(KEPT.model_copy(update={"name": "lost"}))
+            RunRepository(session).start(1)
+
+    async def work() -> None:
+        async with database.async_session() as session:
+            await AsyncPipelineRepository(session).create(KEPT)
+            with pytest.raises(RunNotFoundError):
+                async with session.begin_nested():
+                    await AsyncPipelineRepository(session).create(KEPT.model_copy(update={"name": "lost"}))
+                    await AsyncRunRepository(session).start(1)
+            await AsyncPipelineRepository(session).create(KEPT)
+
+    with database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        refused(session)
+        PipelineRepository(session).create(KEPT)
+    run_async(database, work)
+    assert names(raw) == ["kept"] * 4
+
+
+def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
+    database: Database, raw: psycopg.Connection
+) -> None:
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        with pytest.raises(InternalError, match="aborted"), session.begin_nested():
+            with suppress(RunNotFoundError):
+                RunRepository(session).start(1)
+    assert names(raw) == []
+
+
+# --- connections that break -------------------------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[[Session, int], object]] = {
+    "a function": lambda session, run_id: RunRepository(session).start(run_id),
+    "through SQLAlchemy": lambda session, _: PipelineRepository(session).create(KEPT),
+}
+ACALLS: dict[str, Callable[[AsyncSession, int], Coroutine[Any, Any, object]]] = {
+    "a function": lambda session, run_id: AsyncRunRepository(session).start(run_id),  # type: ignore[dict-item]
+    "through SQLAlchemy": lambda session, _: AsyncPipelineRepository(session).create(KEPT),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_in_autocommit_a_break_leaves_the_call_open(
+    database: Database, blocker: Callable[[], Blocker], how: str
+) -> None:
+    async def work() -> None:
+        async with database.async_session(autocommit=True) as session:
+            await session.execute(text("SELECT 1"))
+            holder = blocker()
+            killer = holder.meanwhile(holder.terminate)
+            with pytest.raises(CommitIndeterminateError, match="the connection broke") as caught:
+                await ACALLS[how](session, run_id)
+            killer.join()
+            assert is_transient(caught.value)
+            await ACALLS[how](session, run_id)  # by another connection
+
+    run_id = new_run(database)
+    with database.session(autocommit=True) as session:
+        session.execute(text("SELECT 1"))
+        holder = blocker()
+        killer = holder.meanwhile(holder.terminate)
+        with pytest.raises(CommitIndeterminateError, match="the connection broke") as caught:
+            CALLS[how](session, run_id)
+        killer.join()
+        assert is_transient(caught.value)
+        CALLS[how](session, run_id)
+    run_id = new_run(database)
+    run_async(database, work)
+
+
+@pytest.mark.parametrize("how", CALLS)
+def test_in_a_transaction_a_break_loses_it_for_certain(
+    database: Database, raw: psycopg.Connection, blocker: Callable[[], Blocker], how: str
+) -> None:
+    run_id = new_run(database)
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        session.execute(text("INSERT INTO circle.pipelines (name) VALUES ('lost') RETURNING id"))
+        session.commit()
+        session.execute(text("SELECT 1"))
+        holder = blocker()
+        killer = holder.meanwhile(holder.terminate)
+        with pytest.raises(DatabaseUnavailableError, match="the connection broke") as caught:
+            CALLS[how](session, run_id)
+        killer.join()
+        assert is_transient(caught.value)
+    assert raw.execute("SELECT status FROM circle.pipeline_runs").fetchall() == [("pending",)]
+
+
+def test_a_break_in_the_last_flush_is_none_of_the_commit(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(OperationalError) as caught, database.session() as session:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        session.add(Pipeline(name="lost", nodes=NODES, edges=[]))
+        raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+    assert is_transient(caught.value)
+    assert names(raw) == []
+
+
+def test_an_exhausted_pool(database_url: str) -> None:
+    settings = DatabaseSettings(pool_size=1, max_overflow=0, pool_timeout=timedelta(seconds=0.1))
+    with Database(database_url, settings=settings) as database, database.session() as first:
+        first.execute(text("SELECT 1"))
+        with pytest.raises(DatabaseUnavailableError, match="no connection became free") as caught:
+            with database.session() as second:
+                RunRepository(second).counts()
+        assert is_transient(caught.value)
+
+
+# --- interrupts -------------------------------------------------------------------------------------------------------
+
+
+def _driver(session: Session) -> psycopg.Connection:
+    driver = session.connection().connection.driver_connection
+    assert isinstance(driver, psycopg.Connection | psycopg.AsyncConnection)
+    return driver  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_an_interrupted_connection_is_not_used_again(
+    database: Database, blocker: Callable[[], Blocker], autocommit: bool
+) -> None:
+    run_id = new_run(database)
+    with pytest.raises(KeyboardInterrupt), database.session(autocommit=autocommit) as session:
+        driver = _driver(session)
+        session.execute(text("SELECT 1"))
+        holder = blocker()
+        interrupter = holder.meanwhile(holder.interrupt)
+        try:
+            RunRepository(session).start(run_id)
+        finally:
+            assert driver.closed
+            interrupter.join()
+            holder.end()
+    with database.session() as session:
+        assert RunRepository(session).start(run_id).status == "running"
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_nor_is_a_cancelled_one(database: Database, blocker: Callable[[], Blocker], autocommit: bool) -> None:
+    async def work() -> None:
+        async with database.async_session(autocommit=autocommit) as session:
+            driver = await session.run_sync(_driver)
+            await session.execute(text("SELECT 1"))
+            holder = blocker()
+            task = asyncio.ensure_future(AsyncRunRepository(session).start(run_id))
+            while not task.done():
+                await asyncio.sleep(0.05)
+                if await asyncio.to_thread(holder.waiter):
+                    task.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+            assert driver.closed
+            holder.end()
+            await session.rollback()
+        async with database.async_session() as session:
+            assert (await AsyncRunRepository(session).start(run_id)).status == "running"
+
+    run_id = new_run(database)
+    run_async(database, work)
+
+
+def test_a_transaction_that_was_interrupted_is_not_committed(
+    database: Database, raw: psycopg.Connection, blocker: Callable[[], Blocker]
+) -> None:
+    run_id = new_run(database)
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        session.execute(text("SELECT 1"))
+        holder = blocker()
+        interrupter = holder.meanwhile(holder.interrupt)
+        with suppress(KeyboardInterrupt):
+            RunRepository(session).start(run_id)
+        interrupter.join()
+        holder.end()
+    assert raw.execute("SELECT status FROM circle.pipeline_runs").fetchall() == [("pending",)]
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
+    async def use() -> None:
+        async with database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+
+    asyncio.run(use())
+
+    @event.listens_for(database.async_engine.sync_engine, "engine_disposed")
+    def fail(_engine: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        database.dispose()
