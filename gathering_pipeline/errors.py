@@ -232,8 +232,9 @@ class TransactionAbortedError(DatabaseError):
 
     def __init__(self) -> None:
         super().__init__(
-            "an error before, such as a refused call, ended the transaction, and it was rolled back: put a call that may"
-            " be refused into 'with session.begin_nested():', catch its error around that, or use session(autocommit=True)"
+            "an error before, such as a refused call, ended the transaction, and it was rolled back: put a call that"
+            " may be refused into 'with session.begin_nested():', catch its error around that, or use"
+            " session(autocommit=True)"
         )
 
 
