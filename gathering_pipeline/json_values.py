@@ -39,13 +39,18 @@ def json_issues(value: object, path: str, depth: int = MAX_DEPTH) -> list[Issue]
 
 def show(value: object) -> str:
     """A value in a message: quoted and escaped, at most 120 characters."""
-    return repr(shorten(value, 120)) if isinstance(value, str) else shorten(repr(value), 120)
+    if isinstance(value, str):
+        return repr(shorten(value, 120))
+    try:
+        return shorten(repr(value), 120)
+    except (RecursionError, ValueError):  # nested too deep, a number of too many digits
+        return f"a {type(value).__name__} too large to be shown"
 
 
-def json_path(root: str, keys: Iterable[str | int]) -> str:
+def json_path(root: str, keys: Iterable[object]) -> str:
     """Name a place in JSON, such as ``nodes[3].config.agent_id``; shortened where keys are long."""
     for key in keys:
-        root += f"[{key}]" if isinstance(key, int) else f".{key}" if key.isidentifier() else f"[{show(key)}]"
+        root += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{show(key)}]"
     return shorten(root, 300)
 
 
@@ -164,4 +169,4 @@ def _walk(value: object, path: str, depth: int) -> Iterator[tuple[str, str]]:
 
 def _named(path: str, items: Iterable[tuple[object, object]]) -> Iterator[tuple[str, object]]:
     for key, value in items:
-        yield json_path(path, [key if isinstance(key, int | str) else repr(key)]), value
+        yield json_path(path, [key]), value

@@ -279,10 +279,10 @@ def _cycles(followers: list[list[int]], rest: set[int]) -> list[list[int]]:
 
 def _cycle_issue(ids: list[Any], cycle: list[int]) -> Issue:
     turn = cycle.index(min(cycle))  # start at the node that stands first in the list
-    names = [str(ids[at]) for at in (*cycle[turn:-1], *cycle[: turn + 1])]
+    names = [ids[at] for at in (*cycle[turn:-1], *cycle[: turn + 1])]
     if len(names) > _MAX_CYCLE:
         names[5:-5] = [f"... ({len(cycle) - 1} nodes) ..."]
-    names = [shorten(name, 40) if name.isprintable() else show(name) for name in names]
+    names = [shorten(name, 40) if isinstance(name, str) and name.isprintable() else show(name) for name in names]
     return _about("node", ids[cycle[turn]], "cycle", f"Pipeline contains a cycle: {' -> '.join(names)}")
 
 
@@ -292,20 +292,20 @@ def _node_warnings(
     lonely = [at for at, after in enumerate(followers) if not after and not waiting[at]]
     lonely = [at for at in lonely if getattr(nodes[at], "type", None) != "trigger"]
     warnings = [(at, "orphan", "is not connected to any other node") for at in lonely]
-    nexts = _column(nodes, "next")
-    for at, texts in enumerate(nexts if any(nexts) else ()):
+    for at, texts in enumerate(nexts if any(nexts := _column(nodes, "next")) else ()):
         named = {text for text in texts if isinstance(text, str)} if isinstance(texts, list) else set()
         unknown = named - place.keys()
         if unknown:
             warnings.append((at, "unknown_next", f"names unknown nodes in next: {show(sorted(unknown))}"))
         if named and named - unknown != {ids[tail] for tail in followers[at]}:
             warnings.append((at, "contradicting_next", "has a next that contradicts the edges, which decide"))
-    if not all(map(str.isascii, map(str, ids))):
+    names = [name for name in place if isinstance(name, str)]
+    if not all(map(str.isascii, names)):
         alike: dict[str, str] = {}
-        for name, at in place.items():
-            other = alike.setdefault(unicodedata.normalize("NFKC", str(name)), name)
+        for name in names:
+            other = alike.setdefault(unicodedata.normalize("NFKC", name), name)
             if other != name:
-                warnings.append((at, "similar_ids", f"looks like node {show(other)}, but is another one"))
+                warnings.append((place[name], "similar_ids", f"looks like node {show(other)}, but is another one"))
     return [_about("node", ids[at], code, f"Node {show(ids[at])} {text}", "warning") for at, code, text in warnings]
 
 

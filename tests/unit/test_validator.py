@@ -213,6 +213,11 @@ class TestConfig:
         bypassed = PipelineNode.model_construct(id="a", type="trigger", name="A", config=config)
         assert "invalid_config" in codes(PipelineDefinition(nodes=[bypassed], edges=[]))
 
+    def test_what_can_not_be_shown_in_a_message(self) -> None:
+        for what in (10**5000, nested(1500)):
+            bypassed = PipelineNode.model_construct(id=what, type=what, name="A", config=what)
+            assert {"invalid_id", "invalid_type"} <= {*codes(PipelineDefinition(nodes=[bypassed], edges=[]))}
+
     def test_absent_config_is_empty(self) -> None:
         assert graph("a").nodes[0].config == {}
 
@@ -345,6 +350,7 @@ NOT_JSON: list[tuple[str, Any, str]] = [
     ("bytes", {"a": b"x"}, "a is not JSON but a bytes"),
     ("object", {"a": object()}, "a is not JSON but a object"),
     ("numeric key", {"a": {1: 2, "1": 3}}, "a has a key that is not a string: 1"),
+    ("huge key", {"a": {10**5000: 1}}, "a has a key that is not a string: a int too large to be shown"),
     ("null key", {"a": {None: 2}}, "a has a key that is not a string: None"),
     ("circle", CIRCLE, "again[0] contains itself"),
     ("deep", {"a": nested(1500)}, "is nested deeper than 64"),
