@@ -287,7 +287,7 @@ def _cycle_issue(ids: list[Any], cycle: list[int]) -> Issue:
 
 
 def _node_warnings(
-    nodes: list[PipelineNode], ids: list[Any], place: dict[str, int], followers: list[list[int]], waiting: list[int]
+    nodes: list[PipelineNode], ids: list[Any], place: dict[Any, int], followers: list[list[int]], waiting: list[int]
 ) -> list[Issue]:
     lonely = [at for at, after in enumerate(followers) if not after and not waiting[at]]
     lonely = [at for at in lonely if getattr(nodes[at], "type", None) != "trigger"]
