@@ -71,17 +71,14 @@ def made(value: Any) -> Any:
 KINDS = ["trigger", "agent", "condition", "action", "parallel", "delay"]
 any_text = st.text(st.characters(codec=None, categories=None), max_size=5)
 ids = st.sampled_from(["a", "b", "c", "d", "é", "e\u0301"]) | any_text
-scalars = st.one_of(
+hashable = st.one_of(
     st.none() | st.booleans() | st.integers() | st.floats() | any_text,
     st.sampled_from([10**400, "x" * 101, "\0", "\ud800", b"x", Decimal("NaN"), UUID(int=1), datetime.now(UTC), *Odd]),
     st.builds(object),
-    st.builds(set),
 )
-keys = st.sampled_from(["agent_id", "task", "condition", "action", "seconds", "type"]) | scalars.filter(
-    lambda value: not isinstance(value, set)
-)
+keys = st.sampled_from(["agent_id", "task", "condition", "action", "seconds", "type"]) | hashable
 anything = st.recursive(
-    scalars,
+    hashable | st.builds(set),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3) | st.tuples(inner, inner),
     max_leaves=6,
 )
