@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load bench format \
+.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
 	generated build clean
 
 help: ## This list
@@ -59,6 +59,10 @@ reliability: setup ## The races and kills of the tests in their long form; takes
 migration-load: setup ## Each revision up and down beside four writers, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \
 		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no
+
+fuzz: setup ## 20,000 random graphs through every door, and an hour of odd definitions
+	GATHERING_GRAPHS=20000 $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s
+	GATHERING_EXAMPLES=100000 $(BIN)/python -m pytest tests/unit/test_fuzz_definition.py
 
 bench: setup ## Times, as ratios to a hand-written script in the same run
 	$(BIN)/python -m benchmarks

