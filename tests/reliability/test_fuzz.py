@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 import psycopg
@@ -94,6 +95,11 @@ def text(chance: random.Random) -> str:
     return word
 
 
+def pick(chance: random.Random, options: list[Any]) -> Any:
+    """A copy, so that no defect is put into two places, or into itself."""
+    return deepcopy(chance.choice(options))
+
+
 def config(chance: random.Random, kind: str) -> dict[str, Any]:
     """A complete configuration, now and then with more in it."""
     made: dict[str, Any] = {
@@ -103,7 +109,7 @@ def config(chance: random.Random, kind: str) -> dict[str, Any]:
         "delay": chance.choice([{}, {"seconds": 0}, {"seconds": 2.5}, {"seconds": None}]),
     }.get(kind, {})
     if chance.random() < 0.2:
-        made = made | {chance.choice(["agent_id", "cron", "ключ", ""]): chance.choice(ODD)} | made
+        made = made | {chance.choice(["agent_id", "cron", "ключ", ""]): pick(chance, ODD)} | made
     return made
 
 
@@ -122,7 +128,7 @@ def graph(chance: random.Random) -> Graph:
         if chance.random() < 0.2:
             node["next"] = chance.choice([None, [], ids[:1], ["nowhere"]])
         if chance.random() < 0.1:
-            node["more"] = chance.choice(ODD)
+            node["more"] = pick(chance, ODD)
         nodes.append(node)
     pairs = [(a, b) for b in range(len(ids)) for a in range(b) if chance.random() < 2 / len(ids)]
     edges: list[Any] = []
@@ -131,7 +137,7 @@ def graph(chance: random.Random) -> Graph:
         if chance.random() < 0.2:
             edge["condition"] = chance.choice([None, "", "x"])
         if chance.random() < 0.1:
-            edge["animated"] = chance.choice(ODD)
+            edge["animated"] = pick(chance, ODD)
         edges.append(edge)
     if chance.random() < 0.5:
         chance.shuffle(nodes)
@@ -159,17 +165,17 @@ def spoil(chance: random.Random, made: Graph) -> Graph:
     name = item["id"] if isinstance(item.get("id"), str) else "x"
     ways: list[Callable[[], object]] = [
         lambda: items.append(dict(item)),
-        lambda: items.append(chance.choice(ODD)),
-        lambda: item.update(id=chance.choice([name + blank, blank + name, blank, "", "x" * 100, "x" * 101, *ODD])),
+        lambda: items.append(pick(chance, ODD)),
+        lambda: item.update(id=pick(chance, [name + blank, blank + name, blank, "", "x" * 100, "x" * 101, *ODD])),
         lambda: item.pop(chance.choice(list(item)), None),
-        lambda: item.update({chance.choice(list(item)): chance.choice(ODD)}),
+        lambda: item.update({chance.choice(list(item)): pick(chance, ODD)}),
         lambda: item.update(config=chance.choice([None, [], "x", {"agent_id": 7}, {"agent_id": blank, "task": "x"}])),
         lambda: item.update(
-            config={"agent_id": chance.choice(ODD), "task": chance.choice(ODD), "seconds": chance.choice(ODD)}
+            config={"agent_id": pick(chance, ODD), "task": pick(chance, ODD), "seconds": pick(chance, ODD)}
         ),
-        lambda: item.update(config={"condition": chance.choice(ODD), "action": chance.choice(ODD), "seconds": -0.5}),
+        lambda: item.update(config={"condition": pick(chance, ODD), "action": pick(chance, ODD), "seconds": -0.5}),
         lambda: item.update(type=chance.choice(["Agent", "agent ", "webhook", 1, None])),
-        lambda: item.update({chance.choice(["from", "to"]): chance.choice([name, "nowhere", name + blank, *ODD])}),
+        lambda: item.update({pick(chance, ["from", "to"]): pick(chance, [name, "nowhere", name + blank, *ODD])}),
         lambda: item.update(more=nested(chance.choice([61, 62, 63, 64, 70, 200]))),
         lambda: item.update(more=chance.choice([1e308, 10**308, 10**309, -(10**400), 1.5])),
         lambda: item.update({chance.choice(["name", "more", "condition"]): "a\0b"}),
