@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         StaleVersionError,
         is_transient,
     )
-    from .events import EventType
+    from .events import EventPage, EventType, PipelineEvent
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
         ActionNodeConfig,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
         PipelineCreate,
         PipelineDefinition,
         PipelineEdge,
-        PipelineEvent,
         PipelineNode,
         PipelineRead,
         PipelineUpdate,
@@ -60,7 +59,14 @@ if TYPE_CHECKING:
         TriggerNodeConfig,
     )
     from .orm import Pipeline, PipelineNodeRun, PipelineRun, metadata
-    from .repositories import AsyncPipelineRepository, AsyncRunRepository, PipelineRepository, RunRepository
+    from .repositories import (
+        AsyncEventRepository,
+        AsyncPipelineRepository,
+        AsyncRunRepository,
+        EventRepository,
+        PipelineRepository,
+        RunRepository,
+    )
     from .settings import DatabaseSettings
     from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
 
@@ -71,6 +77,7 @@ __all__ = [
     "ActionNodeConfig",
     "AdoptionError",
     "AgentNodeConfig",
+    "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
     "CommitIndeterminateError",
@@ -82,6 +89,8 @@ __all__ = [
     "DatabaseSettings",
     "DatabaseUnavailableError",
     "DelayNodeConfig",
+    "EventPage",
+    "EventRepository",
     "EventType",
     "IllegalTransitionError",
     "IntegrityViolationError",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -19,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import embedded, migrations
+from gathering_pipeline import embedded, listening, migrations
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
@@ -27,6 +28,7 @@ from gathering_pipeline.errors import (
     DatabaseUnavailableError,
     shorten,
 )
+from gathering_pipeline.events import PipelineEvent
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
 if TYPE_CHECKING:
@@ -131,6 +133,28 @@ class Database:
             except DBAPIError as error:
                 _raise_if_open(error)
                 raise
+
+    def listen(
+        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
+    ) -> Generator[PipelineEvent, None, None]:
+        """Follow the events for ever: each once, in the order of ``EventRepository.read``, past restarts of the server.
+
+        Args:
+            run_id: Only events of this run.
+            after: The ``cursor`` of the last event that was dealt with; ``None``: from the oldest event that is kept.
+            poll: How often to look. Commits wake listeners earlier after ``SELECT circle.notify_events(true)``.
+
+        Raises:
+            InvalidCursorError: ``after`` is no cursor of this database.
+            DatabaseUnavailableError: There is no server to begin with. Later it is waited for.
+        """
+        return listening.listen(self.engine, run_id, after, poll)
+
+    def alisten(
+        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
+    ) -> AsyncGenerator[PipelineEvent, None]:
+        """The async twin of ``listen``."""
+        return listening.alisten(self.async_engine, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema to a revision; see ``migrations.upgrade`` for the errors."""

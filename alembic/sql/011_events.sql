@@ -65,6 +65,39 @@ BEGIN
     RETURN changed;
 END $$;
 
+-- == upgrade: pages and purges, by the indexes that are in their order, whatever statistics there are
+CREATE OR REPLACE FUNCTION circle.page_of_events(p_run_id bigint, p_xid xid8, p_id bigint, p_limit integer)
+RETURNS SETOF circle.pipeline_events
+LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+SET enable_sort = off SET enable_incremental_sort = off AS $$
+BEGIN
+    IF p_run_id IS NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_events
+        WHERE (xid, id) > (p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY xid, id LIMIT p_limit;
+    ELSE
+        -- by >= and <=, because with "=" the planner would drop run_id from the order, and might take the other index
+        RETURN QUERY SELECT * FROM circle.pipeline_events
+        WHERE run_id >= p_run_id AND run_id <= p_run_id
+          AND (run_id, xid, id) > (p_run_id, p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY run_id, xid, id LIMIT p_limit;
+    END IF;
+END $$;
+-- Ages grow with the order of events; so only its beginning is looked at.
+CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer) RETURNS integer
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_sort = off AS $$
+DECLARE
+    deleted integer;
+BEGIN
+    WITH oldest AS MATERIALIZED (
+        SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
+    )
+    DELETE FROM circle.pipeline_events e USING oldest o
+    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than;
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $$;
+
 -- == upgrade: an event is never changed
 CREATE OR REPLACE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events FOR EACH ROW
     WHEN (NEW.xid <> '0' OR (NEW.id, NEW.run_id, NEW.node_id, NEW.type, NEW.data, NEW.created_at)
@@ -124,11 +157,13 @@ DROP TRIGGER IF EXISTS pipeline_node_runs_event ON circle.pipeline_node_runs;
 DROP TRIGGER IF EXISTS pipeline_node_runs_event_insert ON circle.pipeline_node_runs;
 
 -- == downgrade: the log
+DROP FUNCTION IF EXISTS circle.page_of_events(bigint, xid8, bigint, integer);
 DROP TABLE IF EXISTS circle.pipeline_events;
 
 -- == downgrade: functions
 DROP FUNCTION IF EXISTS circle.pipeline_node_runs_event();
 DROP FUNCTION IF EXISTS circle.pipeline_runs_event();
+DROP FUNCTION IF EXISTS circle.purge_events(interval, integer);
 DROP FUNCTION IF EXISTS circle.reset_event_xids();
 DROP FUNCTION IF EXISTS circle.notify_events(boolean);
 DROP FUNCTION IF EXISTS circle.pipeline_events_notify();
