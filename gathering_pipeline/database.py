@@ -139,6 +139,8 @@ class Database:
     ) -> Generator[PipelineEvent, None, None]:
         """Follow the events for ever: each once, in the order of ``EventRepository.read``, past restarts of the server.
 
+        A listener keeps one connection of the pool for as long as it runs: have one, and pass its events on.
+
         Args:
             run_id: Only events of this run.
             after: The ``cursor`` of the last event that was dealt with; ``None``: from the oldest event that is kept.

@@ -1,7 +1,7 @@
 """The loops behind ``Database.listen`` and ``Database.alisten``: poll, wait, and begin anew when the connection breaks.
 
-A listener has a connection of its own, so that a notification (off by default, see ``circle.notify_events``) can end
-its wait early. Nothing depends on one: behind a pooler that swallows them it polls.
+A listener keeps one connection, so that a notification (off by default, see ``circle.notify_events``) can end its wait
+early. Nothing depends on one: behind a pooler that swallows them it polls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from sqlalchemy import exc
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import DatabaseError, PipelineError, is_transient
@@ -24,7 +24,7 @@ from gathering_pipeline.repositories import AsyncEventRepository, EventRepositor
 from gathering_pipeline.repositories._call import seconds
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,23 @@ def listen(
     tail = _Tail(run_id, after, poll)
     while True:
         try:
-            with engine.connect() as connection, Session(_own(connection)) as session:
-                driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
-                driver.execute(LISTEN)
-                repository = EventRepository(session)
-                while True:
-                    page = repository.read(**tail.arguments)
-                    tail.began = True
-                    for event in page.items:
-                        tail.arguments["after"] = event.cursor
-                        yield event
-                    tail.arguments["after"] = page.next_cursor
-                    if len(page.items) < PAGE:
-                        for _ in driver.notifies(timeout=tail.wait, stop_after=1):
-                            pass
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                try:
+                    driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
+                    driver.execute(LISTEN)
+                    while True:
+                        with Session(connection) as session:
+                            page = EventRepository(session).read(**tail.arguments)
+                        tail.began = True
+                        for event in page.items:
+                            tail.arguments["after"] = event.cursor
+                            yield event
+                        tail.arguments["after"] = page.next_cursor
+                        if len(page.items) < PAGE:
+                            for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                                pass
+                finally:
+                    connection.invalidate()  # closed: whoever gets it next would be listening, too
         except ERRORS as error:
             if not tail.passes(error):
                 raise
@@ -87,34 +90,26 @@ async def alisten(
     tail = _Tail(run_id, after, poll)
     while True:
         try:
-            async with engine.connect() as connection, AsyncSession(await _aown(connection)) as session:
-                driver: psycopg.AsyncConnection[Any]
-                driver = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
-                await driver.execute(LISTEN)
-                repository = AsyncEventRepository(session)
-                while True:
-                    page = await repository.read(**tail.arguments)
-                    tail.began = True
-                    for event in page.items:
-                        tail.arguments["after"] = event.cursor
-                        yield event
-                    tail.arguments["after"] = page.next_cursor
-                    if len(page.items) < PAGE:
-                        async for _ in driver.notifies(timeout=tail.wait, stop_after=1):
-                            pass
+            async with engine.connect() as connection:
+                try:
+                    await connection.execution_options(isolation_level="AUTOCOMMIT")
+                    driver: psycopg.AsyncConnection[Any]
+                    driver = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+                    await driver.execute(LISTEN)
+                    while True:
+                        async with AsyncSession(connection) as session:
+                            page = await AsyncEventRepository(session).read(**tail.arguments)
+                        tail.began = True
+                        for event in page.items:
+                            tail.arguments["after"] = event.cursor
+                            yield event
+                        tail.arguments["after"] = page.next_cursor
+                        if len(page.items) < PAGE:
+                            async for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                                pass
+                finally:
+                    await connection.invalidate()
         except ERRORS as error:
             if not tail.passes(error):
                 raise
         await asyncio.sleep(PAUSE)
-
-
-def _own(connection: Connection) -> Connection:
-    """Take a connection out of its pool for good: it is closed in the end, and the pool's place is free."""
-    connection.execution_options(isolation_level="AUTOCOMMIT")
-    connection.detach()
-    return connection
-
-
-async def _aown(connection: AsyncConnection) -> AsyncConnection:
-    await connection.run_sync(_own)
-    return connection

@@ -33,7 +33,7 @@ FROM here LEFT JOIN LATERAL (
 ) e ON true"""
 _PURGE = "SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)"
 
-_CURSOR = re.compile(r"(\d{1,20}-\d{1,10})-(\d{1,20})-(\d{1,19})")
+_CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
 """System identifier and database, transaction, id."""
 
 

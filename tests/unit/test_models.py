@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gathering_pipeline.errors import InvalidPipelineError
-from gathering_pipeline.events import EventType
+from gathering_pipeline.events import EventType, PipelineEvent
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import (
     ActionNodeConfig,
@@ -27,7 +27,6 @@ from gathering_pipeline.models import (
     PipelineCreate,
     PipelineDefinition,
     PipelineEdge,
-    PipelineEvent,
     PipelineNode,
     PipelineRead,
     PipelineUpdate,
