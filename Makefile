@@ -47,7 +47,7 @@ pytest-embedded: setup ## The tests that need a server, on the embedded one
 	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest tests/integration tests/migrations
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
-	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 $(BIN)/python -m pytest tests/reliability
+	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 $(BIN)/python -m pytest tests/reliability
 
 bench: setup ## Times, as ratios to a hand-written script in the same run
 	$(BIN)/python -m benchmarks

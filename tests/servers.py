@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import psutil
 import psycopg
 from psycopg import sql
 from sqlalchemy.engine import make_url
+
+from gathering_pipeline import embedded
+from gathering_pipeline.embedded import EmbeddedServer
 
 KINDS = ("container", "embedded")
 OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
@@ -98,6 +103,44 @@ def _container_at_hand() -> bool:
 
 
 @contextmanager
+def own() -> Iterator[EmbeddedServer]:
+    """An embedded server that serves one test, which may restart it or change how it is configured."""
+    folder = Path(tempfile.mkdtemp(prefix="gathering-own-"))
+    try:
+        server = embedded.start(folder / "data")
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def postmaster(server: EmbeddedServer) -> psutil.Process:
+    return psutil.Process(int((server.data_dir / "postmaster.pid").read_text(encoding="utf-8").split()[0]))
+
+
+def program(server: EmbeddedServer, name: str, *arguments: str, **environment: str) -> None:
+    """Run one of PostgreSQL's programs, as the server's own user."""
+    process = postmaster(server)
+    subprocess.run(
+        [Path(process.exe()).with_name(name), *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=server.data_dir,
+        env=os.environ | environment,
+        user=process.uids().real,
+    )
+
+
+def restart(server: EmbeddedServer, mode: str = "fast") -> None:
+    """Stop and start a server; ``immediate`` is a crash."""
+    program(
+        server, "pg_ctl", "-D", str(server.data_dir), "-m", mode, "-w", "-l", str(server.data_dir / "log"), "restart"
+    )
+
+
+@contextmanager
 def start() -> Iterator[Server]:
     """Start the server; what was asked for, or an error."""
     wanted = kind()
@@ -128,8 +171,6 @@ def _container() -> Iterator[Server]:
 
 
 def _embedded() -> Iterator[Server]:
-    from gathering_pipeline import embedded
-
     folder = Path(tempfile.mkdtemp(prefix="gathering-test-"))
     try:
         running = embedded.start(folder / "data")
