@@ -9,7 +9,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
-from benchmarks import guard, reads, runs, validation
+from benchmarks import events, guard, reads, runs, validation
 from benchmarks.stage import Row, Stage, head, milliseconds, open_stage, show
 
 
@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[Stage], Iterator[Row]]] = {
     "create": runs.create,
     "trips": runs.trips,
     "wal": runs.wal,
+    "events": events.rows,
     "import": reads.imports,
     "load": reads.load,
     "history": reads.history,

@@ -20,8 +20,11 @@ from pathlib import Path
 
 from sqlalchemy import text
 
+from examples import follow
 from gathering_pipeline import (
     Database,
+    EventRepository,
+    EventType,
     InvalidPipelineError,
     NodeRunRead,
     NodeStatus,
@@ -186,8 +189,15 @@ def tour(url: str) -> None:
         with database.session() as session:
             repository = RunRepository(session)
             nodes = [repository.nodes(run_id) for run_id in run_ids]
+            history = EventRepository(session).read(run_id=run_ids[0]).items
             counted = PipelineRepository(session).get(pipeline.id)
     show(runs, nodes[0])
+    print(f"Its events, as examples.follow prints them (the last 4 of {len(history)}):\n")
+    for event in history[-4:]:
+        print(f"  {follow.line(event)}")
+    print()
+    expect(history[0].type == EventType.PIPELINE_RUN_STARTED, "the first event is not the start")
+    expect(history[-1].type == EventType.PIPELINE_RUN_COMPLETED, "the last event is not the end")
     expect({run.worker_id for run in runs} == set(WORKERS), "one worker did all the work")
     expect(all(run.claim_count == 1 for run in runs), "a run was claimed twice")
     expect((counted.run_count, counted.success_count, counted.error_count) == (RUNS, RUNS, 0), "the counters are wrong")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         TransactionAbortedError,
         is_transient,
     )
-    from .events import EventType
+    from .events import EventPage, EventType, PipelineEvent
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
         ActionNodeConfig,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
         PipelineCreate,
         PipelineDefinition,
         PipelineEdge,
-        PipelineEvent,
         PipelineNode,
         PipelineRead,
         PipelineUpdate,
@@ -61,7 +60,14 @@ if TYPE_CHECKING:
         TriggerNodeConfig,
     )
     from .orm import Pipeline, PipelineNodeRun, PipelineRun, metadata
-    from .repositories import AsyncPipelineRepository, AsyncRunRepository, PipelineRepository, RunRepository
+    from .repositories import (
+        AsyncEventRepository,
+        AsyncPipelineRepository,
+        AsyncRunRepository,
+        EventRepository,
+        PipelineRepository,
+        RunRepository,
+    )
     from .settings import DatabaseSettings
     from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
 
@@ -72,6 +78,7 @@ __all__ = [
     "ActionNodeConfig",
     "AdoptionError",
     "AgentNodeConfig",
+    "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
     "CommitIndeterminateError",
@@ -83,6 +90,8 @@ __all__ = [
     "DatabaseSettings",
     "DatabaseUnavailableError",
     "DelayNodeConfig",
+    "EventPage",
+    "EventRepository",
     "EventType",
     "IllegalTransitionError",
     "IntegrityViolationError",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -20,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import embedded, migrations
+from gathering_pipeline import embedded, listening, migrations
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
@@ -29,6 +30,7 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
+from gathering_pipeline.events import PipelineEvent
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
 if TYPE_CHECKING:
@@ -126,6 +128,30 @@ class Database:
         async with AsyncSession(engine, expire_on_commit=False) as session:
             yield session
             await session.run_sync(_commit)
+
+    def listen(
+        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
+    ) -> Generator[PipelineEvent, None, None]:
+        """Follow the events for ever: each once, in the order of ``EventRepository.read``, past restarts of the server.
+
+        A listener keeps one connection of the pool for as long as it runs: have one, and pass its events on.
+
+        Args:
+            run_id: Only events of this run.
+            after: The ``cursor`` of the last event that was dealt with; ``None``: from the oldest event that is kept.
+            poll: How often to look. Commits wake listeners earlier after ``SELECT circle.notify_events(true)``.
+
+        Raises:
+            InvalidCursorError: ``after`` is no cursor of this database.
+            DatabaseUnavailableError: There is no server to begin with. Later it is waited for.
+        """
+        return listening.listen(self.engine, run_id, after, poll)
+
+    def alisten(
+        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
+    ) -> AsyncGenerator[PipelineEvent, None]:
+        """The async twin of ``listen``."""
+        return listening.alisten(self.async_engine, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema to a revision; see ``migrations.upgrade`` for the errors."""

@@ -1,8 +1,12 @@
-"""The names of all lifecycle events."""
+"""The names of all lifecycle events, and an event as it is read."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 
 class EventType(StrEnum):
@@ -18,3 +22,43 @@ class EventType(StrEnum):
     PIPELINE_NODE_FAILED = "pipeline_node.failed"
     PIPELINE_NODE_SKIPPED = "pipeline_node.skipped"
     PIPELINE_NODE_RETRYING = "pipeline_node.retrying"
+
+
+class PipelineEvent(BaseModel):
+    """A lifecycle event as stored.
+
+    Attributes:
+        id: Grows within a run; numbers are left out.
+        run_id: The run.
+        node_id: The node; ``None`` for an event of the run itself.
+        type: What happened.
+        data: ``error`` of what failed, timed out or was cancelled; of a retry ``attempt`` (the one that ended, from 1),
+            ``error`` and ``available_at`` (when the next one is due).
+        created_at: When it happened, by the database's clock.
+        cursor: Where a reader goes on after this event; good for this database only.
+    """
+
+    # a later revision of the schema may have more columns
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
+
+    id: int
+    run_id: int
+    node_id: str | None
+    type: EventType
+    data: dict[str, Any]
+    created_at: datetime
+    cursor: str
+
+
+class EventPage(BaseModel):
+    """A part of the event log.
+
+    Attributes:
+        items: The events, in the order in which they are read.
+        next_cursor: Goes into ``after=`` for what follows, also when ``items`` is empty.
+    """
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+    items: tuple[PipelineEvent, ...]
+    next_cursor: str

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from .errors import InvalidPipelineError, Issue, shorten
-from .events import EventType
 from .json_values import json_path, show, text_reason
 from .lifecycle import NodeStatus, PipelineStatus, RunStatus
 
@@ -377,14 +376,3 @@ class Page(_Read, Generic[T]):
 
     items: tuple[T, ...]
     next_cursor: int | None
-
-
-class PipelineEvent(_Read):
-    """A lifecycle event as stored; ``node_id`` is ``None`` for an event of the run itself."""
-
-    id: int
-    run_id: int
-    node_id: str | None
-    type: EventType
-    data: dict[str, Any]
-    created_at: datetime

@@ -17,9 +17,11 @@ from sqlalchemy import (
     DateTime,
     Float,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     Result,
     String,
     Text,
@@ -28,6 +30,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.ext.mutable import MutableList
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -41,6 +44,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.naming import conv
+from sqlalchemy.types import UserDefinedType
 
 from . import hooks
 from .models import PipelineDefinition
@@ -271,6 +275,37 @@ class PipelineVersionNode(Base):
     node_type: Mapped[str] = mapped_column(String(50))
     predecessors: Mapped[list[int]] = mapped_column(ARRAY(Integer))
     successors: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+
+
+class XID8(UserDefinedType[str]):
+    """The number of a transaction that is never used again; SQLAlchemy has no type for it."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Name the type in SQL."""
+        return "XID8"
+
+
+ischema_names["xid8"] = XID8  # for reflection, which ``alembic check`` compares with
+
+
+class PipelineEventRow(Base):
+    """An event as a row; written by the database, never changed. ``EventRepository`` reads them without a gap."""
+
+    __tablename__ = "pipeline_events"
+    __table_args__ = (
+        PrimaryKeyConstraint("xid", "id"),
+        Index("idx_pipeline_events_run", "run_id", "xid", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(increment=131072))
+    xid: Mapped[str] = mapped_column(XID8)
+    run_id: Mapped[int] = mapped_column(Integer)
+    node_id: Mapped[str | None] = mapped_column(String(100))
+    type: Mapped[str] = mapped_column(String(50))
+    data: Mapped[Any] = mapped_column(JSONB, server_default=text("'{}'"))
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
 
 # --- the hooks -------------------------------------------------------------------------------------------------------

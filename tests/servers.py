@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import psutil
 import psycopg
 from psycopg import sql
 from sqlalchemy.engine import URL, make_url
+
+from gathering_pipeline import embedded
+from gathering_pipeline.embedded import EmbeddedServer
 
 KINDS = ("container", "embedded")
 OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
@@ -101,6 +105,44 @@ def _container_at_hand() -> bool:
 
 
 @contextmanager
+def own() -> Iterator[EmbeddedServer]:
+    """An embedded server that serves one test, which may restart it or change how it is configured."""
+    folder = Path(tempfile.mkdtemp(prefix="gathering-own-"))
+    try:
+        server = embedded.start(folder / "data")
+        try:
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def postmaster(server: EmbeddedServer) -> psutil.Process:
+    return psutil.Process(int((server.data_dir / "postmaster.pid").read_text(encoding="utf-8").split()[0]))
+
+
+def program(server: EmbeddedServer, name: str, *arguments: str, **environment: str) -> None:
+    """Run one of PostgreSQL's programs, as the server's own user."""
+    process = postmaster(server)
+    subprocess.run(
+        [Path(process.exe()).with_name(name), *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        cwd=server.data_dir,
+        env=os.environ | environment,
+        user=process.uids().real,
+    )
+
+
+def restart(server: EmbeddedServer, mode: str = "fast") -> None:
+    """Stop and start a server; ``immediate`` is a crash."""
+    program(
+        server, "pg_ctl", "-D", str(server.data_dir), "-m", mode, "-w", "-l", str(server.data_dir / "log"), "restart"
+    )
+
+
+@contextmanager
 def start(*, durable: bool = False) -> Iterator[Server]:
     """Start the server; what was asked for, or an error. A durable one writes to the disk as a server does by default."""
     wanted = kind()
@@ -134,8 +176,6 @@ def _container(durable: bool) -> Iterator[Server]:
 
 
 def _embedded(durable: bool) -> Iterator[Server]:
-    from gathering_pipeline import embedded
-
     folder = Path(tempfile.mkdtemp(prefix="gathering-test-"))
     try:
         running = embedded.start(folder / "data")

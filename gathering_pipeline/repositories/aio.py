@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from .events import EventRepository
 from .pipelines import PipelineRepository
 from .runs import RunRepository
 
@@ -79,3 +80,13 @@ class AsyncRunRepository(_Async):
     definition = awaitable(RunRepository.definition)
     counts = awaitable(RunRepository.counts)
     statistics = awaitable(RunRepository.statistics)
+
+
+class AsyncEventRepository(_Async):
+    """``EventRepository`` for ``AsyncSession``."""
+
+    _sync = EventRepository
+
+    read = awaitable(EventRepository.read)
+    last = awaitable(EventRepository.last)
+    purge = awaitable(EventRepository.purge)

@@ -13,9 +13,11 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from gathering_pipeline import (
+    AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
     Database,
+    EventRepository,
     IllegalTransitionError,
     InvalidPipelineError,
     NodeStatus,
@@ -31,7 +33,11 @@ from gathering_pipeline import (
     StaleVersionError,
 )
 
-PAIRS = [(PipelineRepository, AsyncPipelineRepository), (RunRepository, AsyncRunRepository)]
+PAIRS = [
+    (PipelineRepository, AsyncPipelineRepository),
+    (RunRepository, AsyncRunRepository),
+    (EventRepository, AsyncEventRepository),
+]
 NODES: list[dict[str, Any]] = [
     {"id": "t", "type": "trigger", "name": "T"},
     {"id": "a", "type": "agent", "name": "A", "config": {"agent_id": 1, "task": "x"}},

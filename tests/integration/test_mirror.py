@@ -90,7 +90,7 @@ def evaluate(raw: psycopg.Connection, default: str | None, kind: str) -> Any:
 
 
 def orm_default(raw: psycopg.Connection, column: Column[Any]) -> Any:
-    if column.server_default is None:
+    if column.server_default is None or column.identity is not None:
         return None
     text = str(column.server_default.arg)  # type: ignore[attr-defined]
     kind = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]

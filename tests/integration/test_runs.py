@@ -77,7 +77,10 @@ def store(session: Session, spec: str = DIAMOND, **fields: Any) -> int:
 
 def contents(raw: psycopg.Connection) -> list[tuple[Any, ...]]:
     """All rows of all tables."""
-    tables = ("pipelines", "pipeline_runs", "pipeline_node_runs", "pipeline_versions", "pipeline_version_nodes")
+    tables = (
+        *("pipelines", "pipeline_runs", "pipeline_node_runs", "pipeline_versions", "pipeline_version_nodes"),
+        "pipeline_events",
+    )
     return [
         row for table in tables for row in raw.execute(f"SELECT t::text FROM circle.{table} t ORDER BY 1").fetchall()
     ]

@@ -12,10 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from gathering_pipeline import (
+    AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
     Database,
     DatabaseSettings,
+    EventPage,
+    EventRepository,
     EventType,
     InvalidPipelineError,
     Issue,
@@ -27,6 +30,7 @@ from gathering_pipeline import (
     PipelineCreate,
     PipelineDefinition,
     PipelineEdge,
+    PipelineEvent,
     PipelineNode,
     PipelineRead,
     PipelineRepository,
@@ -112,6 +116,25 @@ def runs(session: Session) -> None:
     assert_type(repository.purge(timedelta(days=30)), int)
     repository.record(1, [{"node_id": "a", "status": "completed"}])
     repository.claim("w", 60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def events(session: Session, database: Database) -> None:
+    repository = EventRepository(session)
+    page = repository.read(after=None, limit=10, run_id=1)
+    assert_type(page, EventPage)
+    assert_type(page.items, tuple[PipelineEvent, ...])
+    assert_type(page.next_cursor, str)
+    assert_type(repository.last(), str)
+    assert_type(repository.purge(timedelta(days=30)), int)
+    for event in database.listen(1, after=page.next_cursor, poll=timedelta(seconds=1)):
+        assert_type(event, PipelineEvent)
+        assert_type(event.type, EventType)
+
+
+async def async_events(session: AsyncSession, database: Database) -> None:
+    assert_type(await AsyncEventRepository(session).read("x"), EventPage)
+    async for event in database.alisten():
+        assert_type(event.cursor, str)
 
 
 async def async_pipelines(session: AsyncSession) -> None:

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gathering_pipeline.errors import InvalidPipelineError
-from gathering_pipeline.events import EventType
+from gathering_pipeline.events import EventType, PipelineEvent
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import (
     ActionNodeConfig,
@@ -27,7 +27,6 @@ from gathering_pipeline.models import (
     PipelineCreate,
     PipelineDefinition,
     PipelineEdge,
-    PipelineEvent,
     PipelineNode,
     PipelineRead,
     PipelineUpdate,
@@ -314,7 +313,12 @@ class TestRead:
         assert (page.items, page.next_cursor) == ((1, 2), None)
 
     def test_event(self) -> None:
-        event = PipelineEvent(
-            id=1, run_id=2, node_id=None, type=EventType("pipeline_run.started"), data={}, created_at=datetime.now(UTC)
+        event = PipelineEvent.model_validate_json(
+            '{"id": 1, "run_id": 2, "node_id": null, "type": "pipeline_run.started", "data": {"a": 1}, "xid": "7",'
+            ' "created_at": "2026-01-02T03:04:05+00:00", "cursor": "1-2-7-1", "later": "a column"}'
         )
-        assert EventType.PIPELINE_RUN_STARTED is event.type
+        assert event.type is EventType.PIPELINE_RUN_STARTED
+        assert (event.id, event.run_id, event.node_id, event.data) == (1, 2, None, {"a": 1})
+        assert event.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+        with pytest.raises(ValidationError, match="frozen"):
+            event.run_id = 3  # type: ignore[misc]

@@ -1,0 +1,115 @@
+"""The loops behind ``Database.listen`` and ``Database.alisten``: poll, wait, and begin anew when the connection breaks.
+
+A listener keeps one connection, so that a notification (off by default, see ``circle.notify_events``) can end its wait
+early. Nothing depends on one: behind a pooler that swallows them it polls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Generator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from gathering_pipeline.errors import DatabaseError, PipelineError, is_transient
+from gathering_pipeline.events import PipelineEvent
+from gathering_pipeline.repositories import AsyncEventRepository, EventRepository
+from gathering_pipeline.repositories._call import seconds
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+PAGE = 500
+PAUSE = 0.25
+"""Seconds between attempts to get a new connection."""
+LISTEN = "LISTEN circle_events"
+ERRORS = (PipelineError, psycopg.Error, exc.DBAPIError, exc.TimeoutError)
+
+
+class _Tail:
+    """What both loops keep between connections: where they are, and whether they ever had one."""
+
+    def __init__(self, run_id: int | None, after: str | None, poll: timedelta) -> None:
+        self.wait = seconds(poll, "poll")
+        self.arguments: dict[str, Any] = {"after": after, "limit": PAGE, "run_id": run_id}
+        self.began = False
+
+    def passes(self, error: Exception) -> bool:
+        """Whether to go on after an error: the server was there before, and may be there again."""
+        gone = isinstance(error, (DatabaseError, exc.TimeoutError)) or is_transient(error)
+        broken = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+        if not (self.began and (gone or broken)):
+            return False
+        logger.warning("listening is interrupted: %s", error)
+        return True
+
+
+def listen(
+    engine: Engine, run_id: int | None, after: str | None, poll: timedelta
+) -> Generator[PipelineEvent, None, None]:
+    """See ``Database.listen``."""
+    tail = _Tail(run_id, after, poll)
+    while True:
+        try:
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                try:
+                    driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
+                    driver.execute(LISTEN)
+                    while True:
+                        with Session(connection) as session:
+                            page = EventRepository(session).read(**tail.arguments)
+                        tail.began = True
+                        for event in page.items:
+                            tail.arguments["after"] = event.cursor
+                            yield event
+                        tail.arguments["after"] = page.next_cursor
+                        if len(page.items) < PAGE:
+                            for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                                pass
+                finally:
+                    connection.invalidate()  # closed: whoever gets it next would be listening, too
+        except ERRORS as error:
+            if not tail.passes(error):
+                raise
+        time.sleep(PAUSE)
+
+
+async def alisten(
+    engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta
+) -> AsyncGenerator[PipelineEvent, None]:
+    """See ``Database.alisten``."""
+    tail = _Tail(run_id, after, poll)
+    while True:
+        try:
+            async with engine.connect() as connection:
+                try:
+                    await connection.execution_options(isolation_level="AUTOCOMMIT")
+                    driver: psycopg.AsyncConnection[Any]
+                    driver = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
+                    await driver.execute(LISTEN)
+                    while True:
+                        async with AsyncSession(connection) as session:
+                            page = await AsyncEventRepository(session).read(**tail.arguments)
+                        tail.began = True
+                        for event in page.items:
+                            tail.arguments["after"] = event.cursor
+                            yield event
+                        tail.arguments["after"] = page.next_cursor
+                        if len(page.items) < PAGE:
+                            async for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                                pass
+                finally:
+                    await connection.invalidate()
+        except ERRORS as error:
+            if not tail.passes(error):
+                raise
+        await asyncio.sleep(PAUSE)
