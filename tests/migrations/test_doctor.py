@@ -325,6 +325,9 @@ def test_canonical_forms_keep_what_matters() -> None:
     restored = "CHECK (((status)::text = ANY (ARRAY[('a'::character varying)::text, ('b'::character varying)::text])))"
     assert canonical(one) == canonical(restored)
     assert canonical(one) != canonical(one.replace("'b'", "'c'"))
+    rows = "(((((a <> b) OR (c <> d)) OR (f(e) <> g))) AND (h))"
+    assert canonical(rows) == canonical("((((a <> b) OR (c <> d) OR (f(e) <> g))) AND (h))")
+    assert canonical("(((a <> b) OR (c <> d)) AND (h))") != canonical("((a <> b) OR (c <> d) AND (h))")
     assert canonical("CHECK (((a OR b) AND c))") != canonical("CHECK ((a OR (b AND c)))")
     assert canonical("CHECK ((a)::integer > 1)") != canonical("CHECK ((a)::bigint > 1)")
 
