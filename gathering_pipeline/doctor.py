@@ -85,12 +85,12 @@ _CHECKS = [
     _Check(
         "feed_held_back",
         "warning",
-        "readers of events get nothing newer before it ends: end it, or SELECT pg_terminate_backend(pid)",
+        "readers of events get nothing newer before it ends: end it, by pg_terminate_backend(pid) or ROLLBACK PREPARED",
         """
         SELECT coalesce('session ' || a.pid, format('prepared transaction %L in database %I', x.gid, x.database)),
                format('its transaction holds back all events since %s%s', coalesce(a.xact_start, x.prepared),
-                      format(' (user %s, application %s, %s): %s', a.usename, a.application_name, a.state,
-                             left(a.query, 100))), NULL
+                      ' (' || concat_ws(', ', 'user ' || a.usename, 'application ' || a.application_name, a.state)
+                      || '): ' || left(a.query, 100)), NULL
         FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
         LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND x.transaction = l.transactionid
         WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
