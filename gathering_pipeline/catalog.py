@@ -113,12 +113,15 @@ def reference() -> dict[Object, str]:
 def canonical(definition: str) -> str:
     """A form that is the same on every version, and after a dump and restore; for comparing, not for running.
 
-    PostgreSQL moves casts of lists into their items when it reads its own output, and since version 16 it leaves the
-    aliases of columns out where it can.
+    When PostgreSQL reads its own output, it moves casts of lists into their items and makes one chain of the ORs that a
+    comparison of rows becomes. Since version 16 it leaves the aliases of columns out where it can.
     """
     text = re.sub(r"::(character varying|text)(\[\])?|\b[a-z]\.", "", definition)
     while (shorter := re.sub(r"\(('[^']*'|\w+|ARRAY\[[^\]]*\])\)", r"\1", text)) != text:
         text = shorter
+    term = r"\((?:[^()]|\([^()]*\))*\)"
+    while (flatter := re.sub(rf"(?<=\()\(({term}(?: OR {term})+)\) OR ", r"\1 OR ", text)) != text:
+        text = flatter
     return text
 
 

@@ -85,12 +85,12 @@ _CHECKS = [
     _Check(
         "feed_held_back",
         "warning",
-        "readers of events get nothing newer before it ends: end it, or SELECT pg_terminate_backend(pid)",
+        "readers of events get nothing newer before it ends: end it, by pg_terminate_backend(pid) or ROLLBACK PREPARED",
         """
         SELECT coalesce('session ' || a.pid, format('prepared transaction %L in database %I', x.gid, x.database)),
                format('its transaction holds back all events since %s%s', coalesce(a.xact_start, x.prepared),
-                      format(' (user %s, application %s, %s): %s', a.usename, a.application_name, a.state,
-                             left(a.query, 100))), NULL
+                      ' (' || concat_ws(', ', 'user ' || a.usename, 'application ' || a.application_name, a.state)
+                      || '): ' || left(a.query, 100)), NULL
         FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
         LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND x.transaction = l.transactionid
         WHERE l.locktype = 'transactionid' AND l.mode = 'ExclusiveLock' AND l.granted
@@ -119,12 +119,13 @@ _EVENTS = _Check(
     "foreign_events",
     "error",
     "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
-    # Whatever a snapshot shows was written before its xmax; ids go on where the dump ended.
+    # Whatever a snapshot shows was written before its xmax. Ids go on where the dump ended, so later ones are our own.
     """
     SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
            format('DO $repair$ BEGIN LOOP
-                       UPDATE circle.pipeline_events SET xid = ''3'' WHERE id IN (
-                           SELECT id FROM circle.pipeline_events WHERE id <= %s AND xid <> ''3'' LIMIT 5000);
+                       UPDATE circle.pipeline_events SET xid = ''0'' WHERE (xid, id) IN (
+                           SELECT xid, id FROM circle.pipeline_events WHERE xid > ''0'' AND id <= %s
+                           ORDER BY xid, id LIMIT 5000);
                        EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $repair$', newest)
     FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
           WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0

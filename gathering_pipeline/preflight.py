@@ -171,7 +171,7 @@ def locks(step: Step) -> dict[str, str]:
 def _statements(sql: str) -> Iterator[tuple[str, str]]:
     # A step's own statements and those of its DO blocks. Bodies of functions run later; those in SQL are planned now.
     sql = re.sub(r"--.*", "", sql)
-    sql = re.sub(r"FUNCTION[^$]*?LANGUAGE plpgsql[^$]*\$\$.*?\$\$", "", sql, flags=re.DOTALL)
+    sql = re.sub(r"CREATE OR REPLACE FUNCTION[^$]*?LANGUAGE plpgsql[^$]*\$\$.*?\$\$", "", sql, flags=re.DOTALL)
     for table, change in re.findall(r"\bALTER TABLE (circle\.\w+)([^;]*);", sql):
         actions = re.split(r",\s*(?=(?:ADD|ALTER|DROP|VALIDATE|ENABLE|DISABLE|SET|RESET|RENAME)\b)", change.strip())
         for action in actions:
