@@ -44,7 +44,7 @@ RETURNS TABLE (place bigint, node_id text, code text, message text) LANGUAGE sql
         (n.type = 'action' AND jsonb_typeof(n.config -> 'action') NOT IN ('string', 'null'),
          'invalid_config', '.config.action is not a string'),
         (n.type = 'delay' AND jsonb_typeof(n.config -> 'seconds') <> 'null'
-         AND NOT jsonb_path_exists(n.config, '$.seconds ? (@.type() == "number" && @ >= 0)'),
+         AND NOT jsonb_path_exists(n.config -> 'seconds', 'strict $ ? (@.type() == "number" && @ >= 0)'),
          'invalid_config', '.config.seconds is not a number of seconds from 0'),
         (n.type = 'agent' AND coalesce(circle.trimmed(n.agent_id), '') = '', 'missing_config', '.config.agent_id is missing'),
         (n.type = 'agent' AND coalesce(circle.trimmed(n.task), '') = '', 'missing_config', '.config.task is missing'),
