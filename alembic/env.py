@@ -158,7 +158,8 @@ def build(connection: Connection, name: str, body: str) -> None:
     try:
         execute_yielding(connection, body)
     finally:
-        execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+        if not connection.invalidated:
+            execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
 
 
 def execute_yielding(connection: Connection, sql: str) -> None:
@@ -178,8 +179,9 @@ def execute_yielding(connection: Connection, sql: str) -> None:
     )
     others = connection.engine.pool.recreate()  # a connection like this one, whatever the size of the host's pool
 
+    other = others.connect()
+
     def watch() -> None:
-        other = others.connect()
         try:
             cursor = other.cursor()
             other.driver_connection.autocommit = True
@@ -187,6 +189,8 @@ def execute_yielding(connection: Connection, sql: str) -> None:
                 cursor.execute(cancel)
                 if cursor.fetchone() is not None:
                     gave_way.set()
+        except Exception as error:  # noqa: BLE001 - whatever it was: the step goes on without giving way, and that is told
+            logger.warning("nobody watches any more who waits behind the step: %s", error)
         finally:
             other.close()
             others.dispose()

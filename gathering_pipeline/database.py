@@ -119,7 +119,7 @@ class Database:
         engine = self._in_autocommit(self.engine) if autocommit else self.engine
         with Session(engine, expire_on_commit=False) as session:
             yield session
-            _commit(session)
+            _commit(session, autocommit)
 
     @asynccontextmanager
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
@@ -127,7 +127,7 @@ class Database:
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
         async with AsyncSession(engine, expire_on_commit=False) as session:
             yield session
-            await session.run_sync(_commit)
+            await session.run_sync(_commit, autocommit)
 
     def listen(
         self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
@@ -229,9 +229,10 @@ class Database:
         }
 
 
-def _commit(session: Session) -> None:
+def _commit(session: Session, autocommit: bool) -> None:
     try:
-        session.flush()  # by itself: a connection that breaks here leaves nothing open
+        if not autocommit:
+            session.flush()  # by itself: a connection that breaks here leaves nothing open
         try:
             session.commit()
         except DBAPIError as error:

@@ -123,6 +123,9 @@ BEGIN
                 WHEN n.available_at > clock_timestamp() THEN 'its retry is due at ' || n.available_at
                 WHEN r.failed_node IS NOT NULL AND n.retry_count = 0
                     THEN 'node ' || quote_literal(r.failed_node) || ' failed, and nothing new starts after that'
+                WHEN NOT EXISTS (SELECT FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id
+                                 AND p.position = ANY (n.predecessors) AND p.status = 'completed')
+                    THEN 'all nodes before it are skipped: skip it, too'
                 ELSE 'it has become ready just now: try again' END);
     END IF;
     RAISE EXCEPTION 'node % of run % is % and can''t become %', p_node_id, p_run_id, n.status, p_requested

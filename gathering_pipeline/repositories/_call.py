@@ -97,7 +97,10 @@ def connected(session: Session) -> Iterator[Connection]:
     except (psycopg.Error, DBAPIError) as error:
         original = error.orig if isinstance(error, DBAPIError) else error
         if connection is not None and driver.closed:
-            connection.invalidate(error)
+            if not connection.invalidated:
+                # as SQLAlchemy does it: the others in the pool are older than the break, and not handed out again
+                connection.engine.pool._invalidate(connection.connection, error)  # noqa: SLF001
+                connection.invalidate(error)
             broken = f"the connection broke: {shorten(str(original).strip(), 200)}"
             if not driver.autocommit:
                 raise DatabaseUnavailableError(broken) from error
@@ -116,6 +119,8 @@ def connected(session: Session) -> Iterator[Connection]:
     except BaseException as error:
         if connection is not None and not isinstance(error, Exception):
             connection.invalidate(error)  # an interrupt: the statement may still be under way
+            if driver is not None and driver.autocommit:
+                session.rollback()  # of nothing: it lets the next call have another connection
         raise
 
 

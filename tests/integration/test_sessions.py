@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -296,6 +296,27 @@ def test_a_break_in_the_last_flush_is_none_of_the_commit(database: Database, raw
     assert names(raw) == []
 
 
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_a_break_is_told_once_whatever_the_size_of_the_pool(
+    database: Database, raw: psycopg.Connection, autocommit: bool
+) -> None:
+    with ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(database.session(autocommit=True)).execute(text("SELECT 1"))
+    raw.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with (
+        pytest.raises((CommitIndeterminateError, DatabaseUnavailableError)),
+        database.session(autocommit=autocommit) as session,
+    ):
+        RunRepository(session).counts()
+    for _ in range(4):
+        with database.session(autocommit=autocommit) as session:
+            RunRepository(session).counts()
+
+
 def test_an_exhausted_pool(database_url: str) -> None:
     settings = DatabaseSettings(pool_size=1, max_overflow=0, pool_timeout=timedelta(seconds=0.1))
     with Database(database_url, settings=settings) as database, database.session() as first:
@@ -351,7 +372,10 @@ def test_nor_is_a_cancelled_one(database: Database, blocker: Callable[[], Blocke
                         await task
             assert driver.closed
             holder.end()
-            await session.rollback()
+            if autocommit:
+                assert (await AsyncRunRepository(session).get(run_id)).status == "pending"  # the next call just works
+            else:
+                await session.rollback()
         async with database.async_session() as session:
             assert (await AsyncRunRepository(session).start(run_id)).status == "running"
 
