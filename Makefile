@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
+.PHONY: help setup demo test lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
 	generated build clean
 
 help: ## This list
@@ -36,15 +36,19 @@ types: setup ## mypy and pyright
 	$(BIN)/mypy
 	$(BIN)/pyright
 
-# Where the first round ran in a container (another PostgreSQL than the embedded one), what talks to a server is run again.
-pytest: setup ## The tests, with coverage; then once more on the embedded server
+# Where the tests run in a container (another PostgreSQL than the embedded one), what talks to a server is run on both, at once.
+pytest: setup ## The tests, with coverage; and those that need a server also on the embedded one
+	@if [ "$$($(BIN)/python -m tests.servers)" = container ]; then \
+		$(MAKE) --no-print-directory -j 2 --output-sync=target pytest-all pytest-embedded; \
+	else $(MAKE) --no-print-directory pytest-all; fi
+	@if PATH=$$PATH:/usr/sbin command -v pgbouncer >/dev/null; then $(MAKE) --no-print-directory pytest-pgbouncer; \
+		else echo "pgbouncer is not installed: nothing was tested through it"; fi
+
+pytest-all: setup ## All tests once, with coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
-	@if [ "$$($(BIN)/python -m tests.servers)" = container ]; then $(MAKE) --no-print-directory pytest-embedded; fi
-	@if PATH=$$PATH:/usr/sbin command -v pgbouncer >/dev/null; then $(MAKE) --no-print-directory pytest-pgbouncer; \
-		else echo "pgbouncer is not installed: nothing was tested through it"; fi
 
 pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
 	GATHERING_TEST_POOLER=$$(PATH=$$PATH:/usr/sbin command -v pgbouncer) $(BIN)/python -m pytest \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
-from gathering_pipeline.events import PipelineEvent
+from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
 if TYPE_CHECKING:
@@ -129,27 +129,20 @@ class Database:
             yield session
             await session.run_sync(_commit, autocommit)
 
-    def listen(
-        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
-    ) -> Generator[PipelineEvent, None, None]:
-        """Follow the events for ever: each once, in the order of ``EventRepository.read``, past restarts of the server.
-
-        A listener keeps one connection of the pool for as long as it runs: have one, and pass its events on.
+    def listen(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> Events:
+        """Follow the events for ever, each once, in the order of ``EventRepository.read``, past restarts of the server.
 
         Args:
-            run_id: Only events of this run.
-            after: The ``cursor`` of the last event that was dealt with; ``None``: from the oldest event that is kept.
-            poll: How often to look. Commits wake listeners earlier after ``SELECT circle.notify_events(true)``.
+            after: The ``cursor`` of the last event that was dealt with; ``None``: from the oldest that is kept.
+            poll: How often to look; after ``SELECT circle.notify_events(true)`` commits end the wait.
 
         Raises:
             InvalidCursorError: ``after`` is no cursor of this database.
-            DatabaseUnavailableError: There is no server to begin with. Later it is waited for.
+            DatabaseUnavailableError: There is no server to begin with; later it is waited for.
         """
         return listening.listen(self.engine, run_id, after, poll)
 
-    def alisten(
-        self, run_id: int | None = None, after: str | None = None, poll: timedelta = timedelta(seconds=0.5)
-    ) -> AsyncGenerator[PipelineEvent, None]:
+    def alisten(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> AsyncEvents:
         """The async twin of ``listen``."""
         return listening.alisten(self.async_engine, run_id, after, poll)
 
@@ -238,9 +231,8 @@ def _commit(session: Session, autocommit: bool) -> None:
         except DBAPIError as error:
             if not error.connection_invalidated:
                 raise
-            raise CommitIndeterminateError(
-                "the connection broke during the commit: it may have been done or not"
-            ) from error
+            message = "the connection broke during the commit: it may have been done or not"
+            raise CommitIndeterminateError(message) from error
     except PendingRollbackError as error:
         raise TransactionAbortedError from error
 

@@ -119,14 +119,10 @@ _EVENTS = _Check(
     "foreign_events",
     "error",
     "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
-    # Whatever a snapshot shows was written before its xmax. Ids go on where the dump ended, so later ones are our own.
+    # Whatever a snapshot shows was written before its xmax.
     """
     SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
-           format('DO $repair$ BEGIN LOOP
-                       UPDATE circle.pipeline_events SET xid = ''0'' WHERE (xid, id) IN (
-                           SELECT xid, id FROM circle.pipeline_events WHERE xid > ''0'' AND id <= %s
-                           ORDER BY xid, id LIMIT 5000);
-                       EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $repair$', newest)
+           'SELECT circle.reset_event_xids()'
     FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
           WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
     """,

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Events = Generator[PipelineEvent, None, None]
+AsyncEvents = AsyncGenerator[PipelineEvent, None]
+
+POLL = timedelta(seconds=0.5)
 PAGE = 500
 PAUSE = 0.25
 """Seconds between attempts to get a new connection."""
@@ -53,9 +57,7 @@ class _Tail:
         return True
 
 
-def listen(
-    engine: Engine, run_id: int | None, after: str | None, poll: timedelta
-) -> Generator[PipelineEvent, None, None]:
+def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelta) -> Events:
     """See ``Database.listen``."""
     tail = _Tail(run_id, after, poll)
     while True:
@@ -83,9 +85,7 @@ def listen(
         time.sleep(PAUSE)
 
 
-async def alisten(
-    engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta
-) -> AsyncGenerator[PipelineEvent, None]:
+async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta) -> AsyncEvents:
     """See ``Database.alisten``."""
     tail = _Tail(run_id, after, poll)
     while True:

@@ -390,10 +390,10 @@ BEGIN
         END IF;
     ELSIF NOT (OLD.status = 'running' AND NEW.status IN ('completed', 'failed', 'cancelled', 'timeout', 'pending')
                OR OLD.status = 'pending' AND NEW.status IN ('running', 'failed', 'cancelled')) THEN
-        IF NEW.status = OLD.status AND current_setting('session_replication_role') = 'replica' THEN
-            RETURN NEW;   -- a logical subscriber applies rows as a whole
+        IF OLD.status = NEW.status AND current_setting('session_replication_role') = 'replica' THEN
+            RETURN NEW;   -- a logical subscriber's updates name every column, whatever they change
         END IF;
-        -- the same status again is refused too, or of two that end a run both would win
+        -- else the same status again is refused too, or of two that end a run both would win
         RAISE EXCEPTION 'run % is % and can''t become %', OLD.id, OLD.status, NEW.status
             USING ERRCODE = 'PL001', DETAIL = jsonb_build_object(
                 'entity', 'run', 'id', OLD.id, 'current', OLD.status, 'requested', NEW.status, 'reason', '');
@@ -452,8 +452,8 @@ BEGIN
        -- a node moves only while its run is running, or with it; under replica role other rows may come later
        OR NOT (run_status = 'running' OR NEW.status = 'cancelled' AND run_status IN ('failed', 'cancelled', 'timeout')
                OR current_setting('session_replication_role') = 'replica') THEN
-        IF NEW.status = OLD.status AND current_setting('session_replication_role') = 'replica' THEN
-            RETURN NEW;
+        IF OLD.status = NEW.status AND current_setting('session_replication_role') = 'replica' THEN
+            RETURN NEW;   -- as with runs
         END IF;
         RAISE EXCEPTION 'node % of run % is % and can''t become %', OLD.node_id, OLD.run_id, OLD.status, NEW.status
             USING ERRCODE = 'PL001', DETAIL = jsonb_build_object(

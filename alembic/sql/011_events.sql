@@ -50,15 +50,14 @@ BEGIN
     END IF;
 END $$;
 -- After a dump was restored into a cluster whose transactions have lower numbers: what was restored comes first, in its
--- order. To be called before anybody reads; returns how many events it concerned.
+-- order. To be called before anybody reads; returns how many events it changed. Later events have higher ids.
 CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
-    changed bigint := 0;
+    changed bigint;
 BEGIN
-    IF EXISTS (SELECT FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) THEN
-        UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0';
-        GET DIAGNOSTICS changed = ROW_COUNT;
-    END IF;
+    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
+        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
+    GET DIAGNOSTICS changed = ROW_COUNT;
     RETURN changed;
 END $$;
 

@@ -527,7 +527,7 @@ def test_restored_numbers_are_reset(raw: psycopg.Connection, session: Session) -
     insert = (
         "INSERT INTO circle.pipeline_events (xid, id, run_id, type) VALUES (%s::xid8, %s, %s, 'pipeline_run.started')"
     )
-    raw.execute(insert, ["3", 1, 1])
+    raw.execute(insert, ["4", 1, 1])
     raw.execute(insert, [str(2**40), 2, 2])
     assert [event.run_id for event in read_all(session)] == [1]
     row = raw.execute("SELECT circle.reset_event_xids()").fetchone()
