@@ -117,7 +117,7 @@ class Database:
             CommitIndeterminateError: It is open whether the commit holds.
         """
         engine = self._in_autocommit(self.engine) if autocommit else self.engine
-        with Session(engine, expire_on_commit=False) as session:
+        with Session(engine, expire_on_commit=False, close_resets_only=False) as session:
             yield session
             _commit(session, autocommit)
 
@@ -125,7 +125,7 @@ class Database:
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
         """The async twin of ``session``."""
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
-        async with AsyncSession(engine, expire_on_commit=False) as session:
+        async with AsyncSession(engine, expire_on_commit=False, close_resets_only=False) as session:
             yield session
             await session.run_sync(_commit, autocommit)
 

@@ -197,7 +197,10 @@ class LeaseLostError(ConflictError):
     def __init__(self, run_id: int, status: str) -> None:
         self.run_id = run_id
         self.status = status
-        super().__init__(f"the lease on run {run_id} is lost: the run is {status} and the token is not its current one")
+        super().__init__(
+            f"the lease on run {run_id} is lost: the run is {status}, and the token is missing or not its current one"
+            " (RunRead.claim_token of the claim)"
+        )
 
 
 class IntegrityViolationError(ConflictError):
@@ -254,7 +257,8 @@ class SchemaRevisionError(DatabaseError):
         self.found = found
         self.expected = expected
         super().__init__(
-            f"the schema is at revision {found or 'none'}, this code needs {expected}: run 'alembic upgrade head'"
+            f"the schema is at revision {found or 'none'}, this code needs {expected}: run 'alembic upgrade head',"
+            " 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema is ahead, upgrade the package"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import InternalError, OperationalError
+from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -414,3 +414,11 @@ def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
 
     with pytest.raises(ZeroDivisionError):
         database.dispose()
+
+
+def test_a_repository_ends_with_its_session(database: Database) -> None:
+    """A closed session would begin a transaction that nobody commits."""
+    with database.session() as session:
+        runs = RunRepository(session)
+    with pytest.raises(InvalidRequestError, match="closed"):
+        runs.counts()
