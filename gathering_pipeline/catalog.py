@@ -98,10 +98,12 @@ ORDER BY 1, 2, 3
 
 
 def capture(connection: Connection) -> dict[Object, str]:
-    """Read every object of schema circle, with its definition. Leaves the connection with another search path."""
+    """Read every object of schema circle, with its definition. Leaves the connection with its default search path."""
     connection.exec_driver_sql("SET search_path = pg_catalog")
     rows = connection.exec_driver_sql(_CAPTURE, execution_options={"no_parameters": True})
-    return {Object(kind, table, name): definition for kind, table, name, definition in rows}
+    objects = {Object(kind, table, name): definition for kind, table, name, definition in rows}
+    connection.exec_driver_sql("RESET search_path")  # repairs follow
+    return objects
 
 
 def reference() -> dict[Object, str]:
@@ -131,7 +133,7 @@ def differences(connection: Connection) -> Iterator[Finding]:
     for item, definition in wanted.items():
         if item not in found:
             if item.kind != "firing":  # it is missing with its trigger
-                yield _drift(item, "is missing", _mend(item, wanted, None))
+                yield _drift(item, "is missing", _mend(item, wanted))
         elif canonical(found[item]) != canonical(definition):
             yield _changed(item, wanted, found[item])
     tables = {item.name for item in wanted if item.kind == "table"}
@@ -150,9 +152,9 @@ def _changed(item: Object, wanted: Mapping[Object, str], found: str) -> Finding:
     if found.endswith(" INVALID"):
         advice = "rows that break it stop the build; a repair drops the index and builds it again beside the writers"
         message = "is INVALID: a build was broken off, and no query uses it"
-        return Finding("error", "invalid_index", str(item), message, advice, _mend(item, wanted, found))
+        return Finding("error", "invalid_index", str(item), message, advice, _mend(item, wanted))
     what = "was changed by hand" if item.kind in {"function", "view"} else f"is {found!r}, not {wanted[item]!r}"
-    return _drift(item, what, _mend(item, wanted, found))
+    return _drift(item, what, _mend(item, wanted))
 
 
 def _drift(item: Object, what: str, repair: tuple[str, ...]) -> Finding:
@@ -194,7 +196,7 @@ def _foreign(
         yield Finding("warning", "invalid_index", str(item), message, f"a repair runs {repair}", (repair,))
 
 
-def _mend(item: Object, wanted: Mapping[Object, str], found: str | None) -> tuple[str, ...]:
+def _mend(item: Object, wanted: Mapping[Object, str]) -> tuple[str, ...]:
     """SQL that makes an object as it should be beside live writers; nothing where that can't be."""
     kind, table, name = item
     definition, alter, repair = wanted[item], f"ALTER TABLE circle.{table}", []
@@ -212,8 +214,8 @@ def _mend(item: Object, wanted: Mapping[Object, str], found: str | None) -> tupl
         add = f"{alter} DROP CONSTRAINT IF EXISTS {name}, ADD CONSTRAINT {name} {definition} NOT VALID"
         repair = [add, f"{alter} VALIDATE CONSTRAINT {name}"]
     elif kind == "index":
-        drop = [] if found is None else [f"DROP INDEX CONCURRENTLY {name}"]
-        repair = [*drop, definition.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)]
+        create = definition.replace(" INDEX ", " INDEX CONCURRENTLY ", 1)
+        repair = [f"DROP INDEX CONCURRENTLY IF EXISTS {name}", create]
     elif kind == "trigger":
         always = "ALWAYS " if wanted[Object("firing", table, name)] == "A" else ""
         create = definition.replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1)
