@@ -1,4 +1,4 @@
-"""Finds what is wrong with a database at head, and mends what can be mended beside live writers."""
+"""Finds what is wrong with a database at head, and mends what can be mended beside readers and writers of rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import catalog, migrations
 from gathering_pipeline.catalog import Finding
-from gathering_pipeline.errors import InvalidPipelineError, shorten
+from gathering_pipeline.errors import DatabaseUnavailableError, shorten
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
@@ -31,28 +31,34 @@ class _Check(NamedTuple):
     sql: str
 
 
+_RECOUNT = """SELECT pipeline_id,
+    count(*) FILTER (WHERE (created_at > now() - interval '5 min') IS NOT TRUE) AS runs,
+    count(*) FILTER (WHERE status = 'completed' AND completed_at <= now() - interval '5 min') AS good,
+    count(*) FILTER (WHERE status IN ('failed', 'timeout') AND completed_at <= now() - interval '5 min') AS bad
+FROM circle.pipeline_runs"""
 _CHECKS = [
     _Check(
         "counters",
         "error",
-        "a repair raises them to the recount; they are never lowered, because purged runs are history",
-        # The row is locked first: whoever counts up beside this has committed its run by then, or waits.
+        "a repair adds what is missing; they are never lowered, because purged runs are history",
+        # Runs of the last minutes don't count: who writes past our functions counts them up a moment later. What one
+        # snapshot shows to be missing is added, so nobody has to wait, and what others count up meanwhile stays.
         """
         SELECT 'circle.pipelines id ' || p.id,
-               format('run_count, success_count, error_count are %s, %s, %s, but %s, %s, %s of its runs are there',
+               format('run_count, success_count, error_count are %s, %s, %s, but %s, %s, %s of its runs are there'
+                      ' from more than 5 minutes ago',
                       p.run_count, p.success_count, p.error_count, r.runs, r.good, r.bad),
-               format('SELECT FROM circle.pipelines WHERE id = %1$s FOR NO KEY UPDATE;
-                       UPDATE circle.pipelines p SET run_count = greatest(run_count, r.runs),
-                           success_count = greatest(success_count, r.good), error_count = greatest(error_count, r.bad)
-                       FROM (SELECT count(*) AS runs, count(*) FILTER (WHERE status = ''completed'') AS good,
-                                    count(*) FILTER (WHERE status IN (''failed'', ''timeout'')) AS bad
-                             FROM circle.pipeline_runs WHERE pipeline_id = %1$s) r WHERE p.id = %1$s', p.id)
-        FROM circle.pipelines p JOIN (
-            SELECT pipeline_id, count(*) AS runs, count(*) FILTER (WHERE status = 'completed') AS good,
-                   count(*) FILTER (WHERE status IN ('failed', 'timeout')) AS bad
-            FROM circle.pipeline_runs GROUP BY pipeline_id) r ON r.pipeline_id = p.id
+               format('WITH d AS MATERIALIZED (
+                           SELECT greatest(0, r.runs - run_count) AS runs, greatest(0, r.good - success_count) AS good,
+                                  greatest(0, r.bad - error_count) AS bad
+                           FROM circle.pipelines, ({quoted_recount} WHERE pipeline_id = %1$s GROUP BY pipeline_id) r
+                           WHERE id = %1$s)
+                       UPDATE circle.pipelines SET run_count = run_count + d.runs,
+                           success_count = success_count + d.good, error_count = error_count + d.bad
+                       FROM d WHERE id = %1$s', p.id)
+        FROM circle.pipelines p JOIN ({recount} GROUP BY pipeline_id) r ON r.pipeline_id = p.id
         WHERE p.run_count < r.runs OR p.success_count < r.good OR p.error_count < r.bad ORDER BY p.id
-        """,
+        """.replace("{recount}", _RECOUNT).replace("{quoted_recount}", _RECOUNT.replace("'", "''")),
     ),
     _Check(
         "live_nodes",
@@ -72,13 +78,14 @@ _CHECKS = [
     _Check(
         "expired_leases",
         "warning",
-        "a worker's recover() gives them to others; a repair does that now",
+        "a worker's recover() gives them to others; a repair gives all of them back now",
         """
         SELECT 'circle.pipeline_runs', format('the lease ran out on %s running runs, the longest ago at %s: ids %s%s',
                    count(*), min(lease_expires_at), array_to_string((array_agg(id ORDER BY id))[:10], ', '),
                    CASE WHEN count(*) > 10 THEN ' and more' END),
                'DO $$ BEGIN
-                    LOOP PERFORM FROM circle.recover_runs(100, 10); EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $$'
+                    LOOP PERFORM FROM circle.recover_runs(100, 2147483647);
+                         EXIT WHEN NOT FOUND; COMMIT; END LOOP; END $$'
         FROM circle.pipeline_runs WHERE status = 'running' AND lease_expires_at < clock_timestamp() HAVING count(*) > 0
         """,
     ),
@@ -146,11 +153,16 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
 
     Args:
         engine: Of the database; as its owner, and with ``pg_monitor`` to see the sessions of others.
-        repair: Mend what has a repair, each in short transactions of its own, and examine again.
+        repair: Mend what has a repair, and examine again. Repairs are short transactions that wait at most 200 ms for
+            a lock, but builds of indexes wait for all open transactions, validations read whole tables, and neither
+            gives way to a CREATE INDEX that waits behind it, with all writers behind that.
         held_for: Age in seconds from which a transaction that holds the event feed back is named.
 
     Returns:
         What is wrong now, and with ``repair`` what was mended: ``outcome`` tells.
+
+    Raises:
+        DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
     with engine.connect() as connection:
         found = migrations.current(connection)
@@ -163,15 +175,25 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         try:
             connection.exec_driver_sql("SET statement_timeout = 0")
+            lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
+            if repair and not connection.exec_driver_sql(lock).scalar():
+                raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")
             found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
             tried: dict[tuple[str, str], Finding] = {}
-            while todo := {key: item for key, item in found_now.items() if repair and item.repair and key not in tried}:
-                tried |= {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
-                found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
+            progress = repair
+            while progress:  # what failed is tried again after others were mended: it may have needed them
+                todo = {key: item for key, item in found_now.items() if item.repair}
+                todo = {key: item for key, item in todo.items() if key not in tried or tried[key].outcome}
+                done = {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
+                tried |= done
+                progress = any(item.outcome is None for item in done.values())
+                if done:
+                    found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
         finally:
-            if not connection.invalidated:
-                connection.exec_driver_sql("RESET ALL")  # it goes back to its pool as it came
-    mended = [replace(item, outcome="repaired") for key, item in tried.items() if key not in found_now]
+            if not connection.invalidated:  # it goes back to its pool as it came
+                connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
+                connection.exec_driver_sql("RESET ALL")
+    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found_now]
     left = [
         replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
         for key, item in found_now.items()
@@ -213,7 +235,7 @@ def _graph(id: int, status: str, nodes: str, edges: str, compiled: bool) -> Iter
     what = f"circle.pipelines id {id}"
     try:
         prepare_graph(json.loads(nodes), json.loads(edges), allow_incomplete=status != "active")
-    except (InvalidPipelineError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python reads no number of more than 4300 digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else shorten(str(error), 300)
         message = f"its graph is broken, and it can't be run: {reason}"
         yield Finding("warning", "broken_graph", what, message, "mend it in the editor, or delete it")
@@ -225,19 +247,28 @@ def _graph(id: int, status: str, nodes: str, edges: str, compiled: bool) -> Iter
 
 def _mend(connection: Connection, finding: Finding) -> str | None:
     """Run a repair; why it failed, or None."""
-    for sql in finding.repair:
+    done, attempts = 0, 0
+    while done < len(finding.repair):
+        sql = finding.repair[done]
         # A concurrent build waits for the transactions of others and blocks nobody.
         timeout = "0" if " CONCURRENTLY " in sql else LOCK_TIMEOUT
         connection.exec_driver_sql(f"SET lock_timeout = '{timeout}'")
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                connection.exec_driver_sql(sql, execution_options=_AS_IT_IS)
-                break
-            except DBAPIError as error:
-                diagnostic = getattr(error.orig, "diag", None)
-                if error.connection_invalidated or diagnostic is None:
-                    raise
-                if diagnostic.sqlstate not in BUSY or attempt == ATTEMPTS:
-                    return f"not repaired: {diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
-            time.sleep(random.uniform(0.1, 0.3))  # noqa: S311 - only spreads the retries
+        try:
+            connection.exec_driver_sql(sql, execution_options=_AS_IT_IS)
+            done += 1
+            continue
+        except DBAPIError as error:
+            diagnostic = getattr(error.orig, "diag", None)
+            if error.connection_invalidated or diagnostic is None:
+                raise
+        attempts += 1
+        if diagnostic.sqlstate not in BUSY or attempts == ATTEMPTS:
+            failed = f"not repaired: {diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            if done and " DROP CONSTRAINT tmp_" in finding.repair[-1]:  # it would refuse updates of rows that break it
+                left = _mend(connection, replace(finding, repair=finding.repair[-1:]))
+                failed += f"; {finding.repair[-1]} is still to be run" if left else ""
+            return failed
+        if " CONCURRENTLY " in sql:
+            done = 0  # a build that was broken off leaves its index INVALID: the list begins with dropping it
+        time.sleep(random.uniform(0.1, 0.3))  # noqa: S311 - only spreads the retries
     return None
