@@ -168,7 +168,7 @@ def sql(revision: str, down: bool) -> None:
 
 
 @db.command()
-@click.option("--repair", is_flag=True, help="Mend what can be mended beside live writers.")
+@click.option("--repair", is_flag=True, help="Mend what can be mended; docs/cli.md says what waits.")
 @json_option
 @url_option
 def doctor(repair: bool, as_json: bool, url: str | None) -> None:
