@@ -122,7 +122,7 @@ def test_a_raw_run_needs_no_active_pipeline_and_no_sound_graph(raw: psycopg.Conn
 def test_raw_edits_and_toggles(raw: psycopg.Connection, database: Database) -> None:
     pipeline = new_pipeline(raw)
     assert rows(raw, TOGGLE, id=pipeline) == [{"status": "paused"}]
-    with database.session() as session, pytest.raises(PipelineInactiveError):
+    with pytest.raises(PipelineInactiveError), database.session() as session:
         RunRepository(session).create(pipeline)
     assert rows(raw, TOGGLE, id=pipeline) == [{"status": "active"}]
     nodes, edges = graph("a>b b>c")
