@@ -183,11 +183,11 @@ def cut(what: str, key: str) -> Defect:
     return lambda rng, nodes, edges: rng.choice(edges if what == "edge" else nodes).pop(key)
 
 
-def spoil_id(rng: random.Random, nodes: Items, edges: Items) -> None:
-    item, text, blank = rng.choice(nodes + edges), some_text(rng)[:99], rng.choice(BLANKS)
-    item["id"] = rng.choice(
-        ["", blank, blank * 3, blank + text, text + blank, "é" * 101, "x" * 1_000, 1, 1.5, True, None, [], {}]
-    )
+def spoil_id(make: Callable[[random.Random, str], Any]) -> Defect:
+    def spoil(rng: random.Random, nodes: Items, edges: Items) -> None:
+        rng.choice(rng.choice([nodes, edges]))["id"] = make(rng, some_text(rng)[:99].strip())
+
+    return spoil
 
 
 def same_id(rng: random.Random, nodes: Items, edges: Items) -> None:
@@ -230,7 +230,11 @@ def no_item(rng: random.Random, nodes: Items, edges: Items) -> None:
 NO_TEXT = (None, 1, True, [], {}, ["x"])
 NO_OBJECT = (1, True, "x", [], [{}])
 DEFECTS: dict[str, Defect] = {
-    "an id": spoil_id,
+    "an id that is no text": spoil_id(lambda rng, _: rng.choice([1, 1.5, True, None, [], {}])),
+    "an empty id": spoil_id(lambda rng, _: rng.choice(["", *BLANKS, "\t \n"])),
+    "a blank before an id": spoil_id(lambda rng, text: rng.choice(BLANKS) + text),
+    "a blank after an id": spoil_id(lambda rng, text: text + rng.choice(BLANKS)),
+    "a long id": spoil_id(lambda rng, text: (text * 101)[: rng.choice([101, 101, 1_000])].strip().ljust(101, "x")),
     "no id": cut("node", "id"),
     "no id of an edge": cut("edge", "id"),
     "an id twice": same_id,
@@ -263,7 +267,7 @@ DEFECTS: dict[str, Defect] = {
 def some_case(rng: random.Random, name: str) -> Case:
     nodes, edges = some_graph(rng)
     case = Case(name, rng.choice(["active", "draft", "paused"]), nodes, edges, [])
-    for defect in rng.sample([*DEFECTS], rng.choice([0, 0, 1, 1, 2, 4])):
+    for defect in rng.sample([*DEFECTS], rng.choice([0, 0, 0, 1, 1, 1, 1, 1, 2, 4])):
         try:
             DEFECTS[defect](rng, nodes, edges)
             case.defects.append(defect)
