@@ -150,11 +150,10 @@ def statement(sql: str, role: str = "origin") -> Door:
                 "changes": ", ".join(f"{key} = EXCLUDED.{key}" for key in rows[0] if key != "id"),
             }
             with stage.raw.transaction(), stage.raw.cursor() as cursor:
+                cursor.execute(f"SET LOCAL session_replication_role = {role}")
                 cursor.executemany(sql.format(**parts), [_texts(row) for row in rows])
 
-        stage.raw.execute(f"SET session_replication_role = {role}")
         yield write
-        stage.raw.execute("SET session_replication_role = origin")
 
     return by_sql
 
