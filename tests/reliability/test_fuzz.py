@@ -181,6 +181,14 @@ def dangle(rng: random.Random, nodes: Items, edges: Items) -> None:
     edge[end] = rng.choice(ghosts)
 
 
+def reads_like_an_id(rng: random.Random, nodes: Items, edges: Items) -> None:
+    edge = rng.choice(edges)
+    before, (value, text) = edge["from"], rng.choice([(7, "7"), (True, "true"), ([], "[]"), ({}, "{}")])
+    for item, key in [(node, "id") for node in nodes] + [(edge, end) for edge in edges for end in ("from", "to")]:
+        item[key] = text if item[key] == before else item[key]
+    edge[rng.choice(["from", "to"])] = value
+
+
 def ring(rng: random.Random, nodes: Items, edges: Items) -> None:
     ids = rng.sample([node["id"] for node in nodes], rng.randrange(1, len(nodes) + 1))
     edges += [{"id": f"ring-{at}", "from": a, "to": b} for at, (a, b) in enumerate(pairwise([*ids, ids[0]]))]
@@ -219,6 +227,7 @@ DEFECTS: dict[str, Defect] = {
     "no id of an edge": cut("edge", "id"),
     "an id twice": same_id,
     "an end that is nowhere": dangle,
+    "an end that only reads like an id": reads_like_an_id,
     "an end that is no text": put("edge", "from", *NO_TEXT),
     "no end": cut("edge", "to"),
     "a cycle": ring,
