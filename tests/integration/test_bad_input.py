@@ -429,7 +429,7 @@ CATALOGUE: dict[str, list[Case | Call | Callable[..., object]]] = {
         *(Case(f"null in {key}", {key: None}, key) for key in ("max_retries_per_node", "retry_backoff_base")),
         *(
             Case(f"a delay of {value!r}", of_kind("delay", {"seconds": value}), f"{AT}.config.seconds")
-            for value in (-1, -0.5, "5", True)
+            for value in (-1, -0.5, "5", True, [5])
         ),
         Case("a delay of NaN", of_kind("delay", {"seconds": math.nan}), f"{AT}.config.seconds", ""),
         Case("0 is a value", {"timeout_seconds": 0, "max_retries_per_node": 0, "retry_backoff_base": 0.0}),
