@@ -60,10 +60,6 @@ pytest-embedded: setup ## The tests that need a server, on the embedded one
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 $(BIN)/python -m pytest tests/reliability
 
-fuzz: setup ## 20,000 random graphs through every door, then an hour of Hypothesis; GATHERING_SEED repeats the graphs
-	GATHERING_GRAPHS=20000 $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s
-	GATHERING_EXAMPLES=100000 $(BIN)/python -m pytest tests/unit/test_fuzz_definition.py
-
 migration-load: setup ## Each revision up and down beside four writers, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \
 		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no

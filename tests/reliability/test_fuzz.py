@@ -215,6 +215,15 @@ def no_item(rng: random.Random, nodes: Items, edges: Items) -> None:
     rng.choice([nodes, edges]).append(rng.choice([None, 1, "x", [], ["id"], True]))
 
 
+def anything_anywhere(rng: random.Random, nodes: Items, edges: Items) -> None:
+    """It may be none after all: the oracle knows."""
+    item = rng.choice(nodes + edges)
+    item = rng.choice([item, item.get("config") or item])
+    item[rng.choice([*item, "agent_id", "task", "condition", "action", "seconds", "from_node"])] = copy.deepcopy(
+        rng.choice([None, True, False, 0, 1, -1.5, "", " ", "x", [], ["x"], [1], [None], {}, {"x": 1}])
+    )
+
+
 NO_TEXT = (None, 1, True, [], {}, ["x"])
 NO_OBJECT = (1, True, "x", [], [{}])
 DEFECTS: dict[str, Defect] = {
@@ -247,6 +256,7 @@ DEFECTS: dict[str, Defect] = {
     "no agent": put("config", "agent_id", None, "", *BLANKS, "\t \n", kind="agent"),
     "no task": put("config", "task", None, "", *BLANKS, kind="agent"),
     "no condition": put("config", "condition", None, kind="condition"),
+    "anything anywhere": anything_anywhere,
     "no JSON": spoil_json,
     "too deep": too_deep,
     "an item": no_item,
@@ -383,6 +393,7 @@ def comparable(nodes: Any, edges: Any) -> Any:
     return json.loads(json.dumps([nodes, edges]), parse_int=float)
 
 
+NODE, EDGE = {"id": "n", "type": "delay", "name": ""}, {"id": "e", "from": "m", "to": "a"}
 STORED = """SELECT p.id, p.name, p.status, p.nodes::text, p.edges::text,
         ARRAY(SELECT v.node_id FROM circle.pipeline_version_nodes v
               WHERE (v.pipeline_id, v.version) = (p.id, p.version) ORDER BY v.position)
@@ -432,3 +443,22 @@ def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(door: str, stage: S
     print(f"\n{door}: {dict(sorted(counted.items()))}, failures: {len(failures)} (GATHERING_SEED={SEED})")
     assert counted["graphs"] * 0.2 < counted["legal"] < counted["graphs"] * 0.8
     assert not failures, f"GATHERING_SEED={SEED}: {len(failures)}, such as\n" + "\n".join(failures[:5])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "active", "order"),
+    [
+        ([], [], False, []),
+        ([], [], True, None),
+        ([NODE | {"type": "agent"}], [], False, ["n"]),
+        ([NODE | {"type": "agent"}], [], True, None),
+        ([NODE], [EDGE | {"from": "n", "to": "n"}], False, None),
+        ([NODE, NODE], [], False, None),
+        ([NODE | {"id": "n\x85"}], [], False, None),
+        ([NODE | {"x": [[[]]]}], [], False, ["n"]),
+        ([NODE | {"x": float("nan")}], [], False, None),
+        ([NODE, NODE | {"id": "a"}, NODE | {"id": "m"}], [EDGE], True, ["n", "m", "a"]),
+    ],
+)
+def test_the_oracle_knows(nodes: Items, edges: Items, active: bool, order: list[str] | None) -> None:
+    assert by_oracle(nodes, edges, active=active) == order
