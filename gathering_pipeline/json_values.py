@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from itertools import chain, islice
 from math import isfinite
 from sys import float_info
@@ -14,7 +15,7 @@ from .errors import Issue, shorten
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a stored value."""
 
-_MAX_NUMBER = int(float_info.max)
+_MAX_NUMBER = int(Decimal(repr(float_info.max)))  # as the text in JSON says it, to which the database compares
 _MAX_VALUES = 10_000_000
 _MAX_FINDINGS = 100
 _UNUSUAL, _TOO_MANY = -1, -2

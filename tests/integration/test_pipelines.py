@@ -527,23 +527,6 @@ def test_those_who_delete_at_once(database: Database, force: bool) -> None:
 # --- fields ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        *({"name": ""}, {"name": "x" * 256}, {"name": None}, {"name": "a\0b"}, {"description": "\ud800"}),
-        *({"status": None}, {"status": "archived"}, {"nodes": None}, {"nodes": "[]"}, {"nodes": {}}, {"edges": ()}),
-        *({"timeout_seconds": -1}, {"timeout_seconds": 2**31}, {"max_retries_per_node": -1}),
-        *({"retry_backoff_base": float("nan")}, {"retry_backoff_max": float("inf")}, {"retry_backoff_max": 1e12}),
-        {"version": 3},
-    ],
-    ids=str,
-)
-def test_fields_that_can_not_be_stored_are_refused_by_their_schemas(field: dict[str, Any]) -> None:
-    for schema in (PipelineCreate, PipelineUpdate):
-        with pytest.raises(ValidationError, match=next(iter(field))):
-            schema(**{"name": "p", **field})
-
-
 def test_a_schema_that_was_made_without_validation_is_checked_all_the_same(
     each: Session, raw: psycopg.Connection
 ) -> None:
@@ -792,56 +775,6 @@ def test_real_workflows_compile_to_the_same_order(path: Path, each: Session, raw
     run = RunRepository(each).create(made.id)
     order = get_execution_order(made.definition)
     assert [node.node_id for node in RunRepository(each).nodes(run.id)] == order
-
-
-MERGE = """MERGE INTO circle.pipelines p
-    USING (VALUES (%s::int, %s::jsonb, %s::jsonb)) v (id, nodes, edges) ON p.id = v.id
-    WHEN MATCHED THEN UPDATE SET nodes = v.nodes, edges = v.edges"""
-COPY = "COPY circle.pipelines (name, nodes, edges) FROM STDIN"
-UNSORTABLE: dict[str, tuple[Any, Any]] = {
-    "a self-edge": graph(["a"], [("a", "a")]),
-    "a cycle of two": graph(["a", "b"], [("a", "b"), ("b", "a")]),
-    "a cycle behind a chain": graph(["a", "b", "c", "d"], [("a", "b"), ("b", "c"), ("c", "d"), ("d", "b")]),
-    "an edge to nowhere": graph(["a"], [("a", "ghost")]),
-    "an edge from nowhere": graph(["a"], [("ghost", "a")]),
-    "an edge without ends": ([{"id": "a", "type": "delay"}], [{"id": "e"}]),
-    "an edge that is no object": ([{"id": "a", "type": "delay"}], [7]),
-    "an edge spelled otherwise": (graph(["a", "b"], [])[0], [{"id": "e", "from_node": "a", "to_node": "b"}]),
-    "two nodes with one id": graph(["a", "a"], []),
-    "an unknown type": ([{"id": "a", "type": "robot"}], []),
-    "no type": ([{"id": "a"}], []),
-    "no id": ([{"type": "delay"}], []),
-    "an id that is null": ([{"id": None, "type": "delay"}], []),
-    "an id that is a number": ([{"id": 1, "type": "delay"}], []),
-    "an id that is true": ([{"id": True, "type": "delay"}], []),
-    "an empty id": ([{"id": "", "type": "delay"}], []),
-    "a long id": ([{"id": "x" * 101, "type": "delay"}], []),
-    "a node that is null": ([None], []),
-    "a node that is a list": ([["a"]], []),
-    "nodes that are an object": ({}, []),
-    "edges that are text": ([], "[]"),
-    "JSON null": (None, []),
-}
-
-
-@pytest.mark.parametrize("what", UNSORTABLE)
-def test_what_can_not_be_sorted_is_refused_by_the_database_as_well(what: str, raw: psycopg.Connection) -> None:
-    nodes, edges = map(json.dumps, UNSORTABLE[what])
-    good = raw.execute("INSERT INTO circle.pipelines (name) VALUES ('kept') RETURNING id").fetchone()
-    for statement, arguments in (
-        ("INSERT INTO circle.pipelines (name, nodes, edges) VALUES ('p', %s, %s)", [nodes, edges]),
-        ("UPDATE circle.pipelines SET nodes = %s, edges = %s", [nodes, edges]),
-        (MERGE, [*(good or ()), nodes, edges]),
-    ):
-        with pytest.raises(psycopg.Error) as refused:
-            raw.execute(statement, arguments)
-        assert refused.value.sqlstate == "PL008", refused.value
-        issue = json.loads(refused.value.diag.message_detail or "")["issues"][0]
-        assert set(issue) == {"code", "message", "node_id", "edge_id"}
-    with pytest.raises(psycopg.Error) as refused, raw.cursor().copy(COPY) as copy:
-        copy.write_row(["p", nodes, edges])
-    assert refused.value.sqlstate == "PL008"
-    assert raw.execute("SELECT name, nodes, version FROM circle.pipelines").fetchall() == [("kept", [], 1)]
 
 
 def test_what_the_database_refuses_is_raised_as_ours(each: Session) -> None:

