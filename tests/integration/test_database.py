@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import psycopg
 import pytest
+from psycopg.abc import PQGen
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
@@ -310,6 +311,24 @@ def _cancel_a_waiting_commit(url: str) -> threading.Thread:
     return thread
 
 
+def _interrupt_an_unconfirmed_commit(database: Database, url: str) -> None:
+    """Nor does the next statement answer for a commit whose caller was interrupted when the server's word was there."""
+
+    def interrupted(steps: PQGen[None]) -> PQGen[None]:
+        yield from steps
+        raise KeyboardInterrupt
+
+    with database.engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, psycopg.Connection)
+        driver.execute("INSERT INTO t VALUES (1)")
+        canceller = _cancel_a_waiting_commit(url)
+        with pytest.raises(KeyboardInterrupt):
+            driver.wait(interrupted(driver._commit_gen()))
+        canceller.join()
+        assert driver.execute("SELECT 1").fetchall() == [(1,)]
+
+
 def test_a_commit_that_no_standby_confirmed_is_no_success(own_server: embedded.EmbeddedServer) -> None:
     async def insert(database: Database, *, autocommit: bool) -> None:
         async with database.async_session(autocommit=autocommit) as session:
@@ -342,9 +361,10 @@ def test_a_commit_that_no_standby_confirmed_is_no_success(own_server: embedded.E
                     with pytest.raises(CommitIndeterminateError, match="its standby did not confirm it"):
                         asyncio.run(run(insert(database, autocommit=autocommit), database))
                     canceller.join()
+                _interrupt_an_unconfirmed_commit(database, own_server.url)
                 with database.session() as session:  # the connection is as good as before
                     session.execute(text("SET LOCAL synchronous_commit = local"))
-                    assert session.execute(text("SELECT count(*) FROM t")).scalar_one() == 4
+                    assert session.execute(text("SELECT count(*) FROM t")).scalar_one() == 5
         finally:
             raw.execute("ALTER SYSTEM RESET synchronous_standby_names")
             raw.execute("SELECT pg_reload_conf()")

@@ -66,6 +66,7 @@ PROMISED = [
     "SchemaRevisionError",
     "AdoptionError",
     "CommitIndeterminateError",
+    "TransactionAbortedError",
     "is_transient",
 ]
 
