@@ -339,7 +339,7 @@ def _connect(_dialect: object, _record: object, _args: object, arguments: dict[s
     watch = _Watch(rest.pop("answer_timeout"))
     try:
         connection = _Connection.connect(**rest)
-    except psycopg.OperationalError as error:
+    except psycopg.Error as error:
         raise _refusal(error, rest) from error
     return _checked(connection, watch)
 
@@ -348,7 +348,7 @@ async def _aconnect(*_args: object, **arguments: Any) -> _AsyncConnection:
     watch = _Watch(arguments.pop("answer_timeout"))
     try:
         connection = await _AsyncConnection.connect(**arguments)
-    except psycopg.OperationalError as error:
+    except psycopg.Error as error:
         raise await asyncio.to_thread(_refusal, error, arguments) from error
     return _checked(connection, watch)
 
@@ -371,12 +371,14 @@ def _checked(connection: C, watch: _Watch) -> C:
     return connection
 
 
-def _refusal(error: psycopg.OperationalError, arguments: dict[str, Any]) -> DatabaseError:
+def _refusal(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
     """Say in one sentence why there is no connection.
 
     libpq keeps the SQLSTATE of a refused connection to itself. What can be told without the text is whether a server is
     there: it asked for a password, or answers a ping.
     """
+    if not isinstance(error, psycopg.OperationalError):
+        return ConfigurationError(f"the database URL can't be used: {shorten(str(error).strip(), 200)}")
     host, port = arguments.get("host", "the local socket"), arguments.get("port", 5432)
     where = (
         f"the PostgreSQL server at {host}:{port}" if ":" not in str(port) and "," not in str(host) else f"any of {host}"

@@ -45,6 +45,7 @@ M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", RunRead, PipelineRead)
 
 MAX_BIGINT = 2**63 - 1
+MAX_ID = 10**100
 MAX_DURATION = timedelta(days=36_500)
 
 # SQLSTATEs of the functions and triggers in schema circle; their DETAIL is a JSON object with the error's arguments
@@ -181,10 +182,10 @@ def storable_id(value: object, name: str) -> int:
     """Check an id, a version or a token, and give it as the database can look it up: -1, which none is, beyond BIGINT.
 
     Raises:
-        InvalidDataError: It is no whole number.
+        InvalidDataError: It is no whole number, or one too long for a message.
     """
-    if type(value) is not int:
-        raise InvalidDataError(f"{name} must be a whole number, not {show(value)}")
+    if type(value) is not int or not -MAX_ID < value < MAX_ID:
+        raise InvalidDataError(f"{name} must be a whole number below 10^100, not {show(value)}")
     return value if -MAX_BIGINT <= value <= MAX_BIGINT else -1
 
 
@@ -200,13 +201,13 @@ def to_json(value: object, path: str) -> str | None:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def valid_text(value: str | None, name: str, limit: int | None = None) -> str | None:
+def valid_text(value: str | None, name: str, limit: int | None = None, *, optional: bool = False) -> str | None:
     """Check that PostgreSQL can hold a text.
 
     Raises:
         InvalidDataError: It is no text, has a NUL or a lone surrogate, or more than ``limit`` characters.
     """
-    if value is None:
+    if value is None and optional:
         return None
     if not isinstance(value, str):
         raise InvalidDataError(f"{name} must be a string, not {type(value).__name__}")
@@ -222,6 +223,13 @@ def valid_status(kind: type[RunStatus | PipelineStatus], status: str | None) -> 
         return None if status is None else kind(status).value
     except ValueError:
         raise InvalidDataError(f"status must be one of {', '.join(kind)}, not {show(status)}") from None
+
+
+def flag(value: object, name: str) -> bool:
+    """Check a yes or no: NULL would be neither to the database."""
+    if not isinstance(value, bool):
+        raise InvalidDataError(f"{name} must be True or False, not {show(value)}")
+    return value
 
 
 def positive(value: object, name: str) -> int:

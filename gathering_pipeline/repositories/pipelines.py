@@ -16,6 +16,7 @@ from gathering_pipeline.orm import Pipeline
 from gathering_pipeline.repositories._call import (
     call,
     connected,
+    flag,
     page,
     read,
     storable_id,
@@ -84,7 +85,7 @@ class PipelineRepository:
             after: ``next_cursor`` of the page before.
             limit: Most pipelines of a page.
         """
-        filters = {"status": valid_status(PipelineStatus, status), "name": valid_text(name, "name")}
+        filters = {"status": valid_status(PipelineStatus, status), "name": valid_text(name, "name", optional=True)}
         return page(self._session, PipelineRead, _SEARCH, after, limit, **filters)
 
     def update(
@@ -155,4 +156,4 @@ class PipelineRepository:
             PipelineNotFoundError: There is no such pipeline.
             PipelineInUseError: Runs are pending or running, and ``force`` is not set.
         """
-        call(self._session, _DELETE, {"pipeline_id": pipeline_id, "force": force})
+        call(self._session, _DELETE, {"pipeline_id": pipeline_id, "force": flag(force, "force")})

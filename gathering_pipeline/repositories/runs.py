@@ -24,6 +24,7 @@ from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
 from gathering_pipeline.repositories._call import (
     call,
+    flag,
     page,
     positive,
     read,
@@ -111,7 +112,7 @@ class RunRepository:
             InvalidDataError: The data or the key can't be stored.
         """
         data = to_json({} if trigger_data is None else trigger_data, "trigger_data")
-        key = valid_text(idempotency_key, "idempotency_key", 255)
+        key = valid_text(idempotency_key, "idempotency_key", 255, optional=True)
         try:
             return self._run(_CREATE, pipeline_id=pipeline_id, trigger_data=data, key=key)
         except IntegrityViolationError as error:
@@ -165,7 +166,8 @@ class RunRepository:
             RunNotFoundError: There is no such run.
             IllegalTransitionError: It is over.
         """
-        return self._run(_CONCLUDE, run_id=run_id, status="cancelled", error=valid_text(reason, "reason"), token=None)
+        text = valid_text(reason, "reason", optional=True)
+        return self._run(_CONCLUDE, run_id=run_id, status="cancelled", error=text, token=None)
 
     def append_log(self, run_id: int, entry: Any, token: int | None = None) -> None:
         """Append one JSON entry to the run's ``logs``; also to those of a run that is over.
@@ -230,7 +232,7 @@ class RunRepository:
             LeaseLostError: The token is not the run's.
         """
         text = valid_text(error, "error")
-        return self._node(_FAIL_NODE, run_id, node_id, token, error=text, retryable=retryable)
+        return self._node(_FAIL_NODE, run_id, node_id, token, error=text, retryable=flag(retryable, "retryable"))
 
     def advance(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), token: int | None = None

@@ -160,6 +160,12 @@ def test_a_server_that_is_not_there() -> None:
             attempt()
 
 
+def test_an_option_that_is_none() -> None:
+    for attempt in _both("postgresql://localhost:1/name?nonsense=1"):
+        with pytest.raises(ConfigurationError, match='^the database URL can\'t be used: .*"nonsense"$'):
+            attempt()
+
+
 def test_a_database_that_is_not_there(server: Server) -> None:
     for attempt in _both(server.database_url("nowhere")):
         with pytest.raises(ConfigurationError, match=r'refuses the connection \(database "nowhere" does not exist\)'):

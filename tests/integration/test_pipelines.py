@@ -407,6 +407,34 @@ def test_update_of_what_is_not_there(pipelines: PipelineRepository) -> None:
         pipelines._session.rollback()
 
 
+def test_numbers_that_no_column_holds_are_not_there(each: Session) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    for missing in (2**31, 2**63, -(2**63) - 1, 10**30):
+        for call in (pipelines.get, pipelines.activate, pipelines.pause, pipelines.delete):
+            with pytest.raises(PipelineNotFoundError, match=f"pipeline {missing} does not exist"):
+                call(missing)
+        with pytest.raises(PipelineNotFoundError):
+            pipelines.update(missing, PipelineUpdate(name="q"), expected_version=missing)
+        with pytest.raises(StaleVersionError, match=f"is at version 1, not {missing}:"):
+            pipelines.update(made.id, PipelineUpdate(name="q"), expected_version=missing)
+    assert pipelines.get(made.id) == made
+
+
+@pytest.mark.parametrize("bad", ["1", True, 1.0, [1], 10**5000], ids=lambda bad: type(bad).__name__)
+def test_an_id_that_is_no_number(each: Session, bad: Any) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    for call in (pipelines.get, pipelines.activate, pipelines.pause, pipelines.delete):
+        with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+            call(bad)
+    with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+        pipelines.update(bad, PipelineUpdate(name="q"))
+    with pytest.raises(InvalidDataError, match="^expected_version must be a whole number"):
+        pipelines.update(made.id, PipelineUpdate(name="q"), bad)
+    assert pipelines.get(made.id) == made
+
+
 # --- activate and pause ----------------------------------------------------------------------------------------------
 
 
@@ -424,6 +452,55 @@ def test_activate_and_pause(each: Session) -> None:
         runs.create(made.id)
     assert runs.start(run.id).status == "running"  # those under way go on
     assert pipelines.pause(made.id).status == "paused"
+
+
+def test_a_refused_activation_writes_nothing(each: Session, raw: psycopg.Connection) -> None:
+    """One that was active before there were checks: the database checks what becomes active."""
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    insert = "INSERT INTO circle.pipelines (name, status, nodes) VALUES ('old', 'active', %s) RETURNING id"
+    ((pipeline_id,),) = raw.execute(insert, [json.dumps([TRIGGER, UNFINISHED])]).fetchall()
+    raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept")
+    before = PipelineRepository(each).get(pipeline_id)
+    with pytest.raises(InvalidPipelineError, match="agent_id"):
+        PipelineRepository(each).activate(pipeline_id)
+    assert PipelineRepository(each).get(pipeline_id) == before
+
+
+def test_a_draft_whose_activation_is_refused_is_kept(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        made = PipelineRepository(session).create(new(nodes=[], edges=[]), allow_incomplete=True)
+        with pytest.raises(InvalidPipelineError):
+            PipelineRepository(session).activate(made.id)
+    assert raw.execute("SELECT status FROM circle.pipelines").fetchall() == [("draft",)]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_edit_between_is_checked_too(database: Database, raw: psycopg.Connection, broken: bool) -> None:
+    """The editor holds the row: ``activate`` has read the old graph, and waits for the row to write."""
+    with database.session() as session:
+        made = PipelineRepository(session).create(new())
+    answers: list[object] = []
+
+    def activate() -> None:
+        with database.session(autocommit=True) as session:
+            try:
+                answers.append(PipelineRepository(session).activate(made.id).version)
+            except InvalidPipelineError as error:
+                answers.append(str(error))
+
+    thread = threading.Thread(target=activate)
+    nodes = [TRIGGER, UNFINISHED] if broken else [TRIGGER]
+    with raw.transaction():
+        raw.execute("UPDATE circle.pipelines SET nodes = %s, edges = '[]'", [json.dumps(nodes)])
+        thread.start()
+        waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        while not raw.execute(waiting).fetchone():
+            raw.execute("SELECT pg_stat_clear_snapshot()")
+    thread.join(30)
+    assert len(answers) == 1
+    assert ("agent_id" in str(answers[0])) if broken else (answers == [2])
+    expected = "draft" if broken else "active"
+    assert raw.execute("SELECT status, version FROM circle.pipelines").fetchall() == [(expected, 2)]
 
 
 # --- delete ----------------------------------------------------------------------------------------------------------

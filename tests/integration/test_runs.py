@@ -589,6 +589,40 @@ def test_an_id_that_no_bigint_holds_is_not_there_either(runs: RunRepository) -> 
         assert found == dict.fromkeys(BY_RUN, "RunNotFoundError")
 
 
+@pytest.mark.parametrize("bad", ["1", True, 1.0, None, [1], 10**5000], ids=lambda bad: type(bad).__name__)
+def test_an_id_or_token_that_is_no_number(runs: RunRepository, session: Session, bad: Any) -> None:
+    run_id = started(runs, session, "a")
+    for call in BY_RUN.values():
+        with pytest.raises(InvalidDataError, match="^run_id must be a whole number"):
+            call(runs, bad)
+    with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+        runs.create(bad)
+    with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+        runs.statistics(bad)
+    with pytest.raises(InvalidDataError, match="^limit must be a whole number"):
+        runs.search(limit=bad)
+    if bad is not None:  # a filter, and a run that nobody claimed
+        with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+            runs.search(bad)
+        with pytest.raises(InvalidDataError, match="^token must be a whole number"):
+            runs.advance(run_id, token=bad)
+    assert runs.get(run_id).status == "running"  # the transaction goes on: no SQL was sent
+
+
+def test_what_must_be_given_is_not_none(runs: RunRepository, session: Session) -> None:
+    run_id = started(runs, session, "a")
+    nothing: Any = None
+    for name, call in {
+        "node_id": lambda: runs.start_node(run_id, nothing),
+        "error": lambda: runs.fail(run_id, nothing),
+        "retryable": lambda: runs.fail_node(run_id, "a", "broken", retryable=nothing),
+        "worker_id": lambda: runs.claim(nothing, timedelta(seconds=1)),
+    }.items():
+        with pytest.raises(InvalidDataError, match=f"^{name} must be "):
+            call()
+    assert runs.get(run_id).status == "running"
+
+
 def test_nor_is_such_a_pipeline(runs: RunRepository, refuses: Callable[..., Any]) -> None:
     for missing in (2**63, -(10**30)):
         with refuses(PipelineNotFoundError) as caught:
