@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
@@ -182,17 +181,13 @@ class Database:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.dispose()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.adispose()
 
     def _in_autocommit(self, engine: E) -> E:
@@ -215,10 +210,7 @@ class Database:
             "max_overflow": self.settings.max_overflow,
             "pool_timeout": self.settings.pool_timeout.total_seconds(),
             "use_native_hstore": False,  # else one more query on the first connection
-            "connect_args": {
-                **self.settings.connect_arguments(url),
-                "answer_timeout": None if limit is None else limit.total_seconds(),
-            },
+            "connect_args": self.settings.connect_arguments(url) | {"answer_timeout": limit and limit.total_seconds()},
         }
 
 
@@ -380,9 +372,7 @@ def _refusal(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
     if not isinstance(error, psycopg.OperationalError):
         return ConfigurationError(f"the database URL can't be used: {shorten(str(error).strip(), 200)}")
     host, port = arguments.get("host", "the local socket"), arguments.get("port", 5432)
-    where = (
-        f"the PostgreSQL server at {host}:{port}" if ":" not in str(port) and "," not in str(host) else f"any of {host}"
-    )
+    where = f"any of {host}" if ":" in str(port) or "," in str(host) else f"the PostgreSQL server at {host}:{port}"
     asked = error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password)
     if not asked and not isinstance(error, psycopg.errors.ConnectionTimeout):
         known = {name: arguments[name] for name in ("host", "port", "hostaddr") if name in arguments}
@@ -393,9 +383,8 @@ def _refusal(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
     if not asked:
         return DatabaseUnavailableError(f"no answer from {where}: start it, or correct the URL's host and port")
     words = shorten(str(error).strip().splitlines()[-1].rpartition("FATAL:")[2].strip(), 200)
-    if any(
-        sign in words for sign in ("too many", "connection slots")
-    ):  # passes by itself; there is nothing but the text
+    # this passes by itself; there is nothing but the text to tell it by
+    if "too many" in words or "connection slots" in words:
         return DatabaseUnavailableError(
             f"{where} has no free connection ({words}): try again, or make the pools smaller"
         )

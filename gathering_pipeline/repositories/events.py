@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
+from gathering_pipeline.json_values import show
 from gathering_pipeline.repositories._call import MAX_BIGINT, call, positive, seconds, storable_id
 
 # The order of events, and up to where they can be read, are explained in alembic/sql/011_events.sql.
@@ -101,5 +102,5 @@ def _parse(cursor: object) -> tuple[str | None, int, int]:
         return None, 0, 0
     match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
     if match is None or int(match[2]) > MAX_BIGINT or int(match[3]) > MAX_BIGINT:
-        raise InvalidCursorError(f"after must be the cursor of an event or of a page, not {str(cursor)[:100]!r}")
+        raise InvalidCursorError(f"after must be the cursor of an event or of a page, not {show(cursor)}")
     return match[1], int(match[2]), int(match[3])
