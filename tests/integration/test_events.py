@@ -503,7 +503,7 @@ def test_alisten_goes_on_when_its_connection_breaks(
         await database.adispose()
         return seen
 
-    session.close()
+    session.rollback()
     assert asyncio.run(work()) == [EventType.PIPELINE_RUN_STARTED, EventType.PIPELINE_RUN_COMPLETED]
 
 
