@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -130,8 +130,10 @@ def test_what_the_events_hold(session: Session) -> None:
     events = read_all(session)
     assert names(events) == ["run started", "a started", "a retrying", "a started", "a failed", "run failed"]
     assert {event.run_id for event in events} == {run.id}
-    assert [event.data for event in events if event.data] == [
-        {"attempt": 1, "error": "first", "available_at": due.isoformat()},
+    data = [event.data for event in events if event.data]
+    assert datetime.fromisoformat(data[0].pop("available_at")) == due  # PostgreSQL writes no trailing zeros
+    assert data == [
+        {"attempt": 1, "error": "first"},
         {"error": "second"},
         {"error": "given up"},
     ]
