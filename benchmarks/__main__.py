@@ -18,6 +18,8 @@ def validate(_stage: Stage) -> Iterator[Row]:
     for nodes, edges, shape, mine, base, ratio, bar in validation.measure():
         name = f"validate {nodes} nodes, {edges} edges, {shape}"
         yield Row(name, milliseconds(mine / 1000), milliseconds(base / 1000), ratio, bar)
+    what, mine, base = validation.memory()
+    yield Row(f"validate {what}", f"{mine:.0f} MB", f"{base:.0f} MB", mine / base, float("inf"))
 
 
 ROWS: dict[str, Callable[[Stage], Iterator[Row]]] = {

@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
 from typing import Any
@@ -102,6 +103,19 @@ def measure() -> Iterator[Row]:
                 yield count, len(graph[1]), name, mine, base, mine / base, bar
 
 
+def memory() -> tuple[str, float, float]:
+    """What was measured, and the most memory beside the lists themselves, ours and graphlib's, in MB."""
+    graph = _graph(100_000, _near(100_000))
+    peaks = []
+    for function in (ours, floor):
+        gc.collect()
+        tracemalloc.start()
+        function(*graph)
+        peaks.append(tracemalloc.get_traced_memory()[1] / 1e6)
+        tracemalloc.stop()
+    return f"{len(graph[0])} nodes, {len(graph[1])} edges: peak memory", peaks[0], peaks[1]
+
+
 def rows() -> list[Row]:
     """The whole table."""
     return list(measure())
@@ -112,6 +126,8 @@ def main() -> None:
     print(f"{'nodes':>7} {'edges':>7}  {'shape':<18} {'ours ms':>9} {'graphlib':>9} {'ratio':>6} {'bar':>5}")
     for nodes, edges, shape, mine, base, ratio, bar in measure():
         print(f"{nodes:>7} {edges:>7}  {shape:<18} {mine:>9.3f} {base:>9.3f} {ratio:>6.2f} {bar:>5.1f}", flush=True)
+    what, mine, base = memory()
+    print(f"{what}: {mine:.0f} MB, graphlib {base:.0f} MB, ratio {mine / base:.2f}")
 
 
 if __name__ == "__main__":

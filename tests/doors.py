@@ -49,26 +49,18 @@ def _incomplete(row: Row) -> bool:
     return row.get("status", "draft") != "active"
 
 
-def _objects(rows: list[Row]) -> list[Pipeline]:
-    return [Pipeline(**copy.deepcopy(row), allow_incomplete=_incomplete(row)) for row in rows]
+def by_session(save: Callable[[Session, list[Pipeline]], None]) -> Door:
+    """Objects, in one way or another."""
 
+    @contextmanager
+    def by_objects(stage: Stage) -> Iterator[Write]:
+        def write(rows: list[Row]) -> None:
+            with Session(stage.engine) as session, session.begin():
+                save(session, [Pipeline(**copy.deepcopy(row), allow_incomplete=_incomplete(row)) for row in rows])
 
-@contextmanager
-def by_add(stage: Stage) -> Iterator[Write]:
-    def write(rows: list[Row]) -> None:
-        with Session(stage.engine) as session, session.begin():
-            session.add_all(_objects(rows))
+        yield write
 
-    yield write
-
-
-@contextmanager
-def by_bulk(stage: Stage) -> Iterator[Write]:
-    def write(rows: list[Row]) -> None:
-        with Session(stage.engine) as session, session.begin():
-            session.bulk_save_objects(_objects(rows))
-
-    yield write
+    return by_objects
 
 
 @contextmanager
@@ -192,8 +184,8 @@ def by_psql(stage: Stage) -> Iterator[Write]:
 
 
 INSERTING: dict[str, Door] = {
-    "session.add": by_add,
-    "bulk_save_objects": by_bulk,
+    "session.add": by_session(Session.add_all),
+    "bulk_save_objects": by_session(Session.bulk_save_objects),
     "insert(Pipeline)": by_insert,
     "Core": by_core,
     "COPY": by_copy,

@@ -219,7 +219,7 @@ def anything_anywhere(rng: random.Random, nodes: Items, edges: Items) -> None:
     """It may be none after all: the oracle knows."""
     item = rng.choice(nodes + edges)
     item = rng.choice([item, item.get("config") or item])
-    item[rng.choice([*item, "agent_id", "task", "condition", "action", "seconds", "from_node"])] = copy.deepcopy(
+    item[rng.choice([*item, "agent_id", "task", "condition", "action", "seconds"])] = copy.deepcopy(
         rng.choice([None, True, False, 0, 1, -1.5, "", " ", "x", [], ["x"], [1], [None], {}, {"x": 1}])
     )
 
