@@ -65,7 +65,7 @@ migration-load: setup ## Each revision up and down beside four writers, on 5,000
 		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no
 
 fuzz: setup ## 20,000 random graphs through every door, and an hour of odd definitions
-	GATHERING_GRAPHS=20000 $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s
+	GATHERING_GRAPHS=20000 GATHERING_SEED=$${GATHERING_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s
 	GATHERING_EXAMPLES=100000 $(BIN)/python -m pytest tests/unit/test_fuzz_definition.py
 
 bench: setup ## Times, as ratios to a hand-written script in the same run
