@@ -143,9 +143,11 @@ RETURNS TABLE (node_position integer, id text, type text, preds integer[], succs
 LANGUAGE plpgsql STABLE SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     ids text[];
-    sources integer[];   -- of the edges, by place in nodes, sorted
+    types text[];
+    sources integer[];   -- of the edges, by place in nodes, sorted, each pair once
     targets integer[];
     sorted boolean;
+    complete boolean;
     edge_count integer;
     n integer;
     generation integer[];
@@ -156,13 +158,12 @@ BEGIN
         PERFORM circle.refuse_graph('invalid_shape', 'nodes and edges must be JSON arrays', NULL, NULL);
     END IF;
     n := jsonb_array_length(p_nodes);
-    ids := ARRAY(SELECT e ->> 'id' FROM jsonb_array_elements(p_nodes) e);
+    SELECT array_agg(e ->> 'id'), array_agg(e ->> 'type') INTO ids, types FROM jsonb_array_elements(p_nodes) e;
     SELECT count(DISTINCT u.id COLLATE "C") AS distinct_ids, max(char_length(u.id)) AS longest, min(char_length(u.id)) AS shortest
     INTO bad FROM unnest(ids) u (id);
-    IF n > 0 AND (bad.distinct_ids < n OR bad.longest > 100 OR bad.shortest < 1)
-       OR jsonb_array_length(jsonb_path_query_array(p_nodes, '$[*] ? (@.type() == "object" && @.id.type() == "string"
-              && (@.type == "agent" || @.type == "action" || @.type == "condition" || @.type == "trigger"
-                  || @.type == "parallel" || @.type == "delay")).type()')) < n THEN
+    IF n > 0 AND (bad.distinct_ids < n OR bad.longest > 100 OR bad.shortest < 1
+                  OR NOT types <@ '{trigger,agent,condition,action,parallel,delay}'
+                  OR jsonb_path_match(p_nodes, '$[*].id.type() != "string"')) THEN
         SELECT e.ord - 1 AS place, e.node ->> 'id' AS id, e.node ->> 'type' AS type INTO bad
         FROM jsonb_array_elements(p_nodes) WITH ORDINALITY e (node, ord)
         WHERE (jsonb_typeof(e.node -> 'id') = 'string' AND char_length(e.node ->> 'id') BETWEEN 1 AND 100
@@ -181,14 +182,15 @@ BEGIN
     WITH places AS MATERIALIZED (
         SELECT u.id COLLATE "C" AS id, u.place::integer AS place FROM unnest(ids) WITH ORDINALITY u (id, place)
     ), mapped AS (
-        SELECT s.place AS source, t.place AS target
+        SELECT DISTINCT s.place AS source, t.place AS target
         FROM (SELECT e ->> 'from' AS source, e ->> 'to' AS target FROM jsonb_array_elements(p_edges) e) e
         LEFT JOIN places s ON s.id = e.source LEFT JOIN places t ON t.id = e.target
         ORDER BY s.place, t.place
     )
-    SELECT array_agg(source), array_agg(target), coalesce(bool_and(source < target), true), count(source + target)
-    INTO sources, targets, sorted, edge_count FROM mapped;
-    IF edge_count <> jsonb_array_length(p_edges) THEN
+    SELECT array_agg(source), array_agg(target), count(*), coalesce(bool_and(source < target), true),
+           coalesce(bool_and(source + target IS NOT NULL), true)
+    INTO sources, targets, edge_count, sorted, complete FROM mapped;
+    IF NOT complete THEN
         SELECT e.ord - 1 AS place, e.edge ->> 'id' AS id, e.edge ->> 'from' AS source, e.edge ->> 'to' AS target,
                NOT coalesce((e.edge ->> 'from') = ANY (ids), false) AS no_source INTO bad
         FROM jsonb_array_elements(p_edges) WITH ORDINALITY e (edge, ord)
@@ -277,16 +279,15 @@ BEGIN
 
     positions := ARRAY(SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
                        FROM unnest(generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+    -- sorted before they are gathered: a sort for each list would take longer than all the rest
     RETURN QUERY WITH edges AS MATERIALIZED (
-        SELECT DISTINCT positions[e.source] AS source, positions[e.target] AS target
-        FROM unnest(sources, targets) e (source, target)
+        SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(sources, targets) e (source, target)
     ), incoming AS (
-        SELECT e.target AS pos, array_agg(e.source ORDER BY e.source) AS list FROM edges e GROUP BY e.target
+        SELECT e.target AS pos, array_agg(e.source) AS list FROM (SELECT * FROM edges ORDER BY target, source) e GROUP BY 1
     ), outgoing AS (
-        SELECT e.source AS pos, array_agg(e.target ORDER BY e.target) AS list FROM edges e GROUP BY e.source
+        SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
     )
-    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}')
-    FROM unnest(positions, ids, ARRAY(SELECT e ->> 'type' FROM jsonb_array_elements(p_nodes) e)) u (pos, id, type)
+    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}') FROM unnest(positions, ids, types) u (pos, id, type)
     LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
     ORDER BY u.pos;
 END $$;
