@@ -1,10 +1,19 @@
 -- Revision 010: no writer stores a graph that isn't one, whichever way it comes. The compiler of revision 009 refuses what
--- can't be sorted; here is the rest: ids, shapes, configuration, nesting, and completeness of what is active.
+-- can't be sorted; here is the rest: ids, shapes, configuration, nesting, and completeness of what is active. And no writer
+-- stores JSON of runs that Python can't read back.
 
 -- == upgrade: the checks
 -- Blanks are those of Unicode's White_Space and the four separators U+001C to U+001F, as Python's str.strip has them.
 CREATE OR REPLACE FUNCTION circle.trimmed(p_text text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
+$$;
+-- JSON that Python can't read back: more than 64 levels, or a number that no float holds. Comparing texts and numbers is
+-- never true, nor is what is asked of NULL.
+CREATE OR REPLACE FUNCTION circle.nested_too_deep(p_json jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT jsonb_path_exists(p_json, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")')
+$$;
+CREATE OR REPLACE FUNCTION circle.number_too_large(p_json jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT jsonb_path_match(p_json, '$.** > 1.7976931348623157e308 || $.** < -1.7976931348623157e308')
 $$;
 -- Whether a text surely begins with something else than a blank, by the order of code points.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
@@ -142,16 +151,13 @@ BEGIN
             USING ERRCODE = 'PL008', DETAIL = jsonb_build_object('issues', issues);
     END IF;
 
-    -- The list is the first of 64 levels; a number has to fit a float. Comparing texts and numbers is never true.
-    IF jsonb_path_exists(p_nodes, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")') THEN
+    IF circle.nested_too_deep(p_nodes) THEN   -- the list is the first of the levels
         PERFORM circle.refuse_graph('invalid_json', 'nodes are nested deeper than 64', NULL, NULL);
-    ELSIF jsonb_path_match(p_nodes, '$.** > 1.7976931348623157e308 || $.** < -1.7976931348623157e308') THEN
+    ELSIF circle.number_too_large(p_nodes) THEN
         PERFORM circle.refuse_graph('invalid_json', 'nodes hold a number too large for a float', NULL, NULL);
-    ELSIF texts_only THEN
-        NULL;
-    ELSIF jsonb_path_exists(p_edges, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")') THEN
+    ELSIF NOT texts_only AND circle.nested_too_deep(p_edges) THEN
         PERFORM circle.refuse_graph('invalid_json', 'edges are nested deeper than 64', NULL, NULL);
-    ELSIF jsonb_path_match(p_edges, '$.** > 1.7976931348623157e308 || $.** < -1.7976931348623157e308') THEN
+    ELSIF NOT texts_only AND circle.number_too_large(p_edges) THEN
         PERFORM circle.refuse_graph('invalid_json', 'edges hold a number too large for a float', NULL, NULL);
     END IF;
 END $$;
@@ -168,6 +174,11 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
+CREATE OR REPLACE FUNCTION circle.refuse_json() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% of %: nested deeper than 64, or a number too large for a float', TG_ARGV[0], TG_TABLE_NAME
+        USING ERRCODE = 'check_violation', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, CONSTRAINT = TG_NAME;
+END $$;
 
 -- == upgrade: for every writer
 -- Fires before pipelines_after_*, which compile. A column list, because without one it would run for every counter update.
@@ -175,10 +186,33 @@ CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edge
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_accept();
 ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept;
 
+-- == upgrade: JSON of runs
+-- By triggers, because a CHECK would look at all of it again whenever the row changes.
+CREATE OR REPLACE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs FOR EACH ROW
+    WHEN (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data)
+          OR circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs))
+    EXECUTE FUNCTION circle.refuse_json('trigger_data or logs');
+ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_json;
+
+-- == upgrade: and of node runs
+CREATE OR REPLACE TRIGGER pipeline_node_runs_json BEFORE INSERT OR UPDATE OF input_data, output_data
+    ON circle.pipeline_node_runs FOR EACH ROW
+    WHEN (circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data)
+          OR circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data))
+    EXECUTE FUNCTION circle.refuse_json('input_data or output_data');
+ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_json;
+
 -- == downgrade: the guard
 DROP TRIGGER IF EXISTS pipelines_accept ON circle.pipelines;
 
+-- == downgrade: of runs
+DROP TRIGGER IF EXISTS pipeline_runs_json ON circle.pipeline_runs;
+
+-- == downgrade: of node runs
+DROP TRIGGER IF EXISTS pipeline_node_runs_json ON circle.pipeline_node_runs;
+
 -- == downgrade: and what it calls
+DROP FUNCTION IF EXISTS circle.refuse_json();
 DROP FUNCTION IF EXISTS circle.pipelines_accept();
 DROP FUNCTION IF EXISTS circle.check_graph(jsonb, jsonb, boolean);
 DROP FUNCTION IF EXISTS circle.begins_well(text);
@@ -186,3 +220,5 @@ DROP FUNCTION IF EXISTS circle.edge_findings(jsonb);
 DROP FUNCTION IF EXISTS circle.surely_trimmed(text[]);
 DROP FUNCTION IF EXISTS circle.node_findings(jsonb);
 DROP FUNCTION IF EXISTS circle.trimmed(text);
+DROP FUNCTION IF EXISTS circle.number_too_large(jsonb);
+DROP FUNCTION IF EXISTS circle.nested_too_deep(jsonb);

@@ -155,6 +155,42 @@ def test_raw_reports_of_nodes_afterwards(raw: psycopg.Connection) -> None:
     ]
 
 
+TOO_DEEP, TOO_LARGE = "[" * 65 + "]" * 65, '{"k": [1e309]}'
+WRITES_OF_JSON = {
+    "a run's insert": "INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data) VALUES (%(id)s, 'pending', %(json)s)",
+    "its data": "UPDATE circle.pipeline_runs SET trigger_data = %(json)s WHERE id = %(run)s",
+    "its logs": "UPDATE circle.pipeline_runs SET logs = logs || %(json)s::jsonb WHERE id = %(run)s",
+    "a node's insert": "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, input_data)"
+    " VALUES (%(run)s, 'x', 'agent', 'pending', %(json)s)",
+    "its input": "UPDATE circle.pipeline_node_runs SET input_data = %(json)s WHERE run_id = %(run)s",
+    "its output": "UPDATE circle.pipeline_node_runs SET output_data = %(json)s WHERE run_id = %(run)s",
+}
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+@pytest.mark.parametrize("write", WRITES_OF_JSON)
+def test_json_of_runs_that_could_not_be_read_back_is_refused(
+    raw: psycopg.Connection, database: Database, write: str, role: str
+) -> None:
+    pipeline = new_pipeline(raw)
+    with database.session() as session:
+        run = RunRepository(session).create(pipeline).id
+        session.commit()
+    raw.execute(f"SET session_replication_role = {role}")
+    try:
+        for bad in (TOO_DEEP, TOO_LARGE):
+            with pytest.raises(psycopg.errors.CheckViolation, match="nested deeper than 64, or a number") as refused:
+                raw.execute(WRITES_OF_JSON[write], {"id": pipeline, "run": run, "json": bad})
+            assert "_json" in (refused.value.diag.constraint_name or "")
+        good = "[" * 64 + "1.7976931348623157e308, null" + "]" * 64
+        raw.execute(WRITES_OF_JSON[write], {"id": pipeline, "run": run, "json": good})
+    finally:
+        raw.execute("RESET session_replication_role")
+    with database.session() as session:
+        assert run in {found.id for found in RunRepository(session).search(pipeline_id=pipeline).items}
+        assert len(RunRepository(session).nodes(run)) >= 2
+
+
 def test_our_repositories_read_and_end_raw_runs(raw: psycopg.Connection, database: Database) -> None:
     pipeline = new_pipeline(raw)
     first, second, third = (rows(raw, CREATE_RUN, id=pipeline, data="{}")[0]["id"] for _ in range(3))
