@@ -58,7 +58,8 @@ pytest-embedded: setup ## The tests that need a server, on the embedded one
 	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest tests/integration tests/migrations
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
-	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 $(BIN)/python -m pytest tests/reliability
+	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 GATHERING_KILLS=50 \
+		$(BIN)/python -m pytest tests/reliability
 
 migration-load: setup ## Each revision up and down beside four writers, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \

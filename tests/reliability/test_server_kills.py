@@ -1,0 +1,190 @@
+"""Eight workers on a server that is killed again and again: nothing that was acknowledged is lost.
+
+The worker is this file, run as a program. Each call that returned it writes down, line by line, in a file of its own.
+``GATHERING_KILLS`` times every process of the server gets SIGKILL at once, twice unless that is set.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import psycopg
+
+from gathering_pipeline import Database, NodeRunRead, RunRead, RunRepository
+from gathering_pipeline.errors import ConflictError, DatabaseError
+from tests import servers
+from tests.integration.test_runs import store
+from tests.servers import connect
+
+KILLS = int(os.environ.get("GATHERING_KILLS", "2"))
+WORKERS = 8
+LEASE = timedelta(seconds=2)
+GRAPH = "t>a t>b t>c a>j b>j c>j j>e"
+DONE = "no more runs"
+
+Acknowledge = Callable[..., None]
+
+
+def work(url: str, name: str, path: str) -> None:
+    """Create a run, run what can be claimed, and so on; on errors that a lost server explains, again."""
+    chance, number = random.Random(name), 0
+    with Database(url) as database, Path(path).open("ab", buffering=0) as out:
+
+        def acknowledge(*what: object) -> None:
+            out.write(("\t".join(map(str, what)) + "\n").encode())
+
+        while True:
+            try:
+                with database.session(autocommit=True) as session:
+                    runs = RunRepository(session)
+                    runs.recover(max_claims=1_000)
+                    if not Path(path).with_name(DONE).exists():
+                        run = runs.create(1, idempotency_key=f"{name}, {number}")
+                        acknowledge("created", run.id, run.idempotency_key)
+                        number += 1
+                    claimed = runs.claim(name, LEASE, limit=2)
+                    for run in claimed:
+                        acknowledge("started", run.id, "", run.claim_token)
+                        execute(runs, run, acknowledge, chance)
+                if not claimed:
+                    time.sleep(0.05)
+            except (DatabaseError, ConflictError):  # it is away, or another call was not told of its end
+                time.sleep(0.05)
+
+
+def execute(runs: RunRepository, run: RunRead, acknowledge: Acknowledge, chance: random.Random) -> None:
+    token = run.claim_token
+    open_nodes: list[NodeRunRead] = runs.advance(run.id, token=token)
+    while open_nodes:
+        node = open_nodes.pop()
+        acknowledge("started", run.id, node.node_id, node.retry_count)
+        if chance.random() < 0.5:
+            runs.complete_node(run.id, node.node_id, {"by": run.worker_id}, token)
+        else:
+            result = {"node_id": node.node_id, "status": "completed", "output": {"by": run.worker_id}}
+            open_nodes += runs.advance(run.id, [result], token)
+        acknowledge("completed", run.id, node.node_id)
+        open_nodes = open_nodes or runs.advance(run.id, token=token)
+    acknowledge("completed", run.id, "")
+
+
+def kill(postmaster: psutil.Process) -> None:
+    processes = [postmaster, *postmaster.children()]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert alive == []
+
+
+def live(raw: psycopg.Connection) -> int:
+    row = raw.execute("SELECT count(*) FROM circle.pipeline_runs WHERE completed_at IS NULL").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+# what a status tells that events there are, and how many there are
+DIFFERENT = """
+WITH told AS (
+    SELECT run_id, coalesce(node_id, '') AS node_id, split_part(type, '.', 2) AS type, count(*) FROM circle.pipeline_events
+    GROUP BY 1, 2, 3
+), meant AS (
+    SELECT id AS run_id, '' AS node_id, 'started' AS type, claim_count::bigint AS count FROM circle.pipeline_runs
+    UNION ALL SELECT id, '', status, 1 FROM circle.pipeline_runs
+    UNION ALL SELECT run_id, node_id, status, 1 FROM circle.pipeline_node_runs
+    UNION ALL SELECT run_id, node_id, 'started', retry_count + 1 FROM circle.pipeline_node_runs
+    UNION ALL SELECT run_id, node_id, 'retrying', retry_count FROM circle.pipeline_node_runs WHERE retry_count > 0
+)
+SELECT * FROM told FULL JOIN meant USING (run_id, node_id, type, count) WHERE told IS NULL OR meant IS NULL"""
+
+
+def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+    files = [tmp_path / f"worker {number}" for number in range(WORKERS)]
+    chance = random.Random(KILLS)
+    with servers.own() as server:
+        with Database(server.url) as database:
+            database.upgrade()
+            with database.session() as session:
+                assert store(session, GRAPH, max_retries_per_node=1_000, retry_backoff_base=0) == 1
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.reliability.test_server_kills", server.url, file.name, str(file)],
+                cwd=Path(__file__).parents[2],
+            )
+            for file in files
+        ]
+        try:
+            for _ in range(KILLS):
+                before = sum(file.stat().st_size for file in files if file.exists())
+                deadline = time.monotonic() + 60
+                while sum(file.stat().st_size for file in files if file.exists()) < before + 5_000:
+                    assert time.monotonic() < deadline, "the workers stand still"
+                    assert all(worker.poll() is None for worker in workers), "a worker died of itself"
+                    time.sleep(0.05)
+                time.sleep(chance.random() / 2)
+                kill(servers.postmaster(server))
+                server._server.ensure_postgres_running()
+            (tmp_path / DONE).touch()
+            time.sleep(LEASE.total_seconds())
+            with connect(server.url) as raw:
+                raw.execute("SELECT FROM circle.recover_runs(1000000, 1000)")  # one sweep after the lease
+                stuck = raw.execute(
+                    "SELECT id FROM circle.pipeline_runs WHERE status = 'running' AND lease_expires_at < clock_timestamp()"
+                ).fetchall()
+                assert stuck == []
+                deadline = time.monotonic() + 60 + live(raw) / 10
+                while live(raw):
+                    assert time.monotonic() < deadline, f"{live(raw)} runs have not ended"
+                    assert all(worker.poll() is None for worker in workers), "a worker died of itself"
+                    time.sleep(0.1)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+
+        lines = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        with connect(server.url) as raw:
+            runs = dict(raw.execute("SELECT id::text, idempotency_key FROM circle.pipeline_runs").fetchall())
+            ended = {
+                ("completed", *row)
+                for row in raw.execute(
+                    "SELECT id::text, '' FROM circle.pipeline_runs WHERE status = 'completed' UNION ALL"
+                    " SELECT run_id::text, node_id FROM circle.pipeline_node_runs WHERE status = 'completed'"
+                )
+            }
+            begun = Counter(
+                raw.execute(
+                    "SELECT run_id::text, coalesce(node_id, '') FROM circle.pipeline_events WHERE type LIKE '%.started'"
+                )
+            )
+            assert raw.execute(DIFFERENT).fetchall() == []
+            assert raw.execute("SELECT run_count, success_count, error_count FROM circle.pipelines").fetchall() == [
+                (len(runs), len(runs), 0)
+            ]
+    for what, run, *rest in lines:
+        if what == "created":
+            assert runs[run] == rest[0]
+        elif what == "completed":
+            assert ("completed", run, rest[0]) in ended
+        else:
+            assert begun[run, rest[0]] >= 1
+    # a worker that was not told of a creation asked for it again: one run a key
+    keys = sorted((name, int(number)) for name, number in (key.split(", ") for key in runs.values()))
+    assert keys == [(file.name, number) for file in files for number in range(sum(n == file.name for n, _ in keys))]
+    print(f"{KILLS} kills of the server: {len(runs)} runs, {len(lines)} calls acknowledged, 0 lost, 0 doubled, 0 stuck")
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
