@@ -174,10 +174,27 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
-CREATE OR REPLACE FUNCTION circle.refuse_json() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION circle.refuse_json(p_where text, p_table name, p_trigger name) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION '% of %: nested deeper than 64, or a number too large for a float', TG_ARGV[0], TG_TABLE_NAME
-        USING ERRCODE = 'check_violation', SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME, CONSTRAINT = TG_NAME;
+    RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
+        USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data)
+       OR circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs) THEN
+        PERFORM circle.refuse_json(format('trigger_data or logs of run %s', NEW.id), TG_TABLE_NAME, TG_NAME);
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data)
+       OR circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data) THEN
+        PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
+                                   TG_TABLE_NAME, TG_NAME);
+    END IF;
+    RETURN NEW;
 END $$;
 
 -- == upgrade: for every writer
@@ -187,19 +204,16 @@ CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edge
 ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept;
 
 -- == upgrade: JSON of runs
--- By triggers, because a CHECK would look at all of it again whenever the row changes.
-CREATE OR REPLACE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs FOR EACH ROW
-    WHEN (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data)
-          OR circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs))
-    EXECUTE FUNCTION circle.refuse_json('trigger_data or logs');
+-- Not by CHECKs, which would look at all of it again whenever the row changes; and not in WHEN, which is planned anew for
+-- each statement.
+CREATE OR REPLACE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs
+    FOR EACH ROW WHEN (NEW.trigger_data <> '{}' OR NEW.logs <> '[]') EXECUTE FUNCTION circle.pipeline_runs_json();
 ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_json;
 
 -- == upgrade: and of node runs
 CREATE OR REPLACE TRIGGER pipeline_node_runs_json BEFORE INSERT OR UPDATE OF input_data, output_data
-    ON circle.pipeline_node_runs FOR EACH ROW
-    WHEN (circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data)
-          OR circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data))
-    EXECUTE FUNCTION circle.refuse_json('input_data or output_data');
+    ON circle.pipeline_node_runs
+    FOR EACH ROW WHEN (NEW.input_data <> '{}' OR NEW.output_data <> '{}') EXECUTE FUNCTION circle.pipeline_node_runs_json();
 ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_json;
 
 -- == downgrade: the guard
@@ -212,7 +226,9 @@ DROP TRIGGER IF EXISTS pipeline_runs_json ON circle.pipeline_runs;
 DROP TRIGGER IF EXISTS pipeline_node_runs_json ON circle.pipeline_node_runs;
 
 -- == downgrade: and what it calls
-DROP FUNCTION IF EXISTS circle.refuse_json();
+DROP FUNCTION IF EXISTS circle.pipeline_node_runs_json();
+DROP FUNCTION IF EXISTS circle.pipeline_runs_json();
+DROP FUNCTION IF EXISTS circle.refuse_json(text, name, name);
 DROP FUNCTION IF EXISTS circle.pipelines_accept();
 DROP FUNCTION IF EXISTS circle.check_graph(jsonb, jsonb, boolean);
 DROP FUNCTION IF EXISTS circle.begins_well(text);
