@@ -251,14 +251,26 @@ class CommitIndeterminateError(DatabaseError):
 
 
 class SchemaRevisionError(DatabaseError):
-    """The schema's revision is not the one that this code was written for."""
+    """The schema's revision is not the one that this code was written for.
 
-    def __init__(self, found: str | None, expected: str) -> None:
+    Attributes:
+        found: The schema's revision, None before the first; also None where a call met what is ``missing``.
+        expected: The revision needed; None where a call met what is ``missing``.
+        missing: What a call did not find, as the server says it.
+    """
+
+    def __init__(self, found: str | None = None, expected: str | None = None, missing: str = "") -> None:
         self.found = found
         self.expected = expected
+        self.missing = missing
         super().__init__(
-            f"the schema is at revision {found or 'none'}, this code needs {expected}: run 'alembic upgrade head',"
-            " 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema is ahead, upgrade the package"
+            (
+                f"the schema lacks what this code needs ({shorten(missing, 200)})"
+                if missing
+                else f"the schema is at revision {found or 'none'}, this code needs {expected}"
+            )
+            + ": run 'alembic upgrade head', 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema"
+            " is ahead, upgrade the package"
         )
 
 

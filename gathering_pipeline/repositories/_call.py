@@ -32,6 +32,7 @@ from gathering_pipeline.errors import (
     PipelineInUseError,
     PipelineNotFoundError,
     RunNotFoundError,
+    SchemaRevisionError,
     StaleVersionError,
     TransactionAbortedError,
     shorten,
@@ -60,6 +61,8 @@ _ERRORS: dict[str, type[PipelineError]] = {
     "PL009": StaleVersionError,
     "PL010": PipelineInUseError,
 }
+_UNDEFINED = {"3F000", "42P01", "42703", "42883"}
+"""SQLSTATEs of a schema, table, column or function that is not there."""
 
 
 def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]:
@@ -108,6 +111,10 @@ def connected(session: Session) -> Iterator[Connection]:  # noqa: C901 - a branc
             session.rollback()  # of nothing: it lets the next call have another connection
             raise CommitIndeterminateError(f"{broken}; the call may have been done or not") from error
         known = translate(original) if isinstance(original, psycopg.Error) else None
+        # what is flushed may be the caller's own
+        ours = not isinstance(error, DBAPIError) or "circle." in (error.statement or "")
+        if ours and isinstance(original, psycopg.Error) and original.sqlstate in _UNDEFINED:
+            known = SchemaRevisionError(missing=original.diag.message_primary or "")
         if known is None:
             raise
         raise known from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,12 +25,12 @@ class _Async:
         self._session = session
 
 
-def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Awaitable[R]]:
+def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Coroutine[Any, Any, R]]:
     """Make the async twin of a repository's method, with the same arguments, result and errors."""
 
     @wraps(method)
-    def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
-        return self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
+    async def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
 
     return twin
 

@@ -107,12 +107,14 @@ def test_an_error_at_commit_is_the_databases_own(database: Database, raw: psycop
     assert caught.type.__name__ == "IntegrityError"
 
 
-def test_upgrade_and_check(empty_database_url: str, raw: psycopg.Connection) -> None:
+def test_upgrade_and_check(empty_database_url: str, connect: Callable[[str], psycopg.Connection]) -> None:
     with Database(empty_database_url) as database:
         with pytest.raises(
             SchemaRevisionError, match=r"at revision none, this code needs \w+: run 'alembic upgrade head'"
         ):
             database.check()
+        found = connect(empty_database_url).execute("SELECT count(*) FROM pg_namespace WHERE nspname = 'circle'")
+        assert found.fetchone() == (0,)  # it only looked
         database.upgrade("007_pipeline_execution")
         with pytest.raises(SchemaRevisionError) as caught:
             database.check()

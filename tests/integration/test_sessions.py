@@ -12,17 +12,19 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from gathering_pipeline import (
+    AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
     CommitIndeterminateError,
     Database,
     DatabaseSettings,
     DatabaseUnavailableError,
+    EventRepository,
     IntegrityViolationError,
     Pipeline,
     PipelineCreate,
@@ -31,6 +33,7 @@ from gathering_pipeline import (
     PipelineStatus,
     RunNotFoundError,
     RunRepository,
+    SchemaRevisionError,
     TransactionAbortedError,
     is_transient,
 )
@@ -38,6 +41,7 @@ from gathering_pipeline import (
 NODES: list[dict[str, Any]] = [{"id": "t", "type": "trigger", "name": "T"}]
 KEPT = PipelineCreate(name="kept", status=PipelineStatus.ACTIVE, nodes=NODES)
 BLOCKED = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+COMMANDS = r"'alembic upgrade head', 'gathering-pipeline db upgrade' or Database\(\).upgrade\(\)"
 
 
 def names(raw: psycopg.Connection) -> list[str]:
@@ -228,6 +232,56 @@ def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
     assert names(raw) == []
 
 
+# --- a schema that is not there, or is an older one -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+@pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010_graph_guard"])
+def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
+    empty_database_url: str, revision: str | None, autocommit: bool
+) -> None:
+    calls: list[Callable[[Session], object]] = [lambda session: EventRepository(session).read()]
+    acalls: list[Callable[[AsyncSession], Coroutine[Any, Any, object]]] = [
+        lambda session: AsyncEventRepository(session).read()
+    ]
+    if revision != "010_graph_guard":
+        calls += [
+            lambda session: RunRepository(session).start(1),
+            lambda session: PipelineRepository(session).create(KEPT),
+        ]
+        acalls += [lambda session: AsyncPipelineRepository(session).create(KEPT)]
+
+    async def work() -> None:
+        for acall in acalls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}"):
+                async with database.async_session(autocommit=autocommit) as session:
+                    await acall(session)
+
+    with Database(empty_database_url) as database:
+        if revision is not None:
+            database.upgrade(revision)
+        for call in calls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}") as caught:
+                with database.session(autocommit=autocommit) as session:
+                    call(session)
+            assert caught.value.missing
+            assert not is_transient(caught.value)
+        run_async(database, work)
+
+
+def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(database: Database) -> None:
+    class Theirs(DeclarativeBase):
+        pass
+
+    class Missing(Theirs):
+        __tablename__ = "missing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    with pytest.raises(ProgrammingError, match="missing"), database.session() as session:
+        session.add(Missing(id=1))
+        RunRepository(session).counts()
+
+
 # --- connections that break -------------------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[[Session, int], object]] = {
@@ -235,8 +289,8 @@ CALLS: dict[str, Callable[[Session, int], object]] = {
     "through SQLAlchemy": lambda session, _: PipelineRepository(session).create(KEPT),
 }
 ACALLS: dict[str, Callable[[AsyncSession, int], Coroutine[Any, Any, object]]] = {
-    "a function": lambda session, run_id: AsyncRunRepository(session).start(run_id),  # type: ignore[dict-item]
-    "through SQLAlchemy": lambda session, _: AsyncPipelineRepository(session).create(KEPT),  # type: ignore[dict-item]
+    "a function": lambda session, run_id: AsyncRunRepository(session).start(run_id),
+    "through SQLAlchemy": lambda session, _: AsyncPipelineRepository(session).create(KEPT),
 }
 
 
