@@ -244,9 +244,9 @@ class TransactionAbortedError(DatabaseError):
 class CommitIndeterminateError(DatabaseError):
     """It is open whether what was done is stored, or stays so.
 
-    The connection broke during the commit, or during a call in autocommit mode, which commits by itself; or the server
-    committed, but its standby did not confirm it, so that a failover may lose it. Running the same again is right where
-    it does no harm when done twice: see ``is_transient``.
+    The connection broke during the commit, or during a call in autocommit mode that writes, and so commits by itself;
+    or the server committed, but its standby did not confirm it, so that a failover may lose it. Running the same again
+    is right where it does no harm when done twice: see ``is_transient``.
     """
 
 

@@ -65,6 +65,12 @@ _UNDEFINED = {"3F000", "42P01", "42703", "42883"}
 """SQLSTATEs of a schema, table, column or function that is not there."""
 
 
+class Query(str):
+    """A statement that writes nothing: when the connection breaks under it, nothing is open."""
+
+    __slots__ = ()
+
+
 def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]:
     """Run one statement in the session's transaction, after what the session still has to write; return its rows.
 
@@ -76,7 +82,7 @@ def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]
         psycopg.Error: Whatever else it said; ``is_transient`` tells whether to run the transaction again.
     """
     parameters = _in_range(parameters)
-    with connected(session) as connection:
+    with connected(session, reads=isinstance(sql, Query)) as connection:
         cursor = connection.connection.cursor()
         try:
             cursor.execute(sql, parameters)
@@ -86,17 +92,19 @@ def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]
 
 
 @contextmanager
-def connected(session: Session) -> Iterator[Connection]:  # noqa: C901 - a branch for each way in which a call can end
+def connected(session: Session, *, reads: bool = False) -> Iterator[Connection]:  # noqa: C901 - a branch for each way in which a call can end
     """Give the session's connection, after what the session still has to write, and raise its errors as ours.
 
     Those that are none of ours pass.
     """
     connection: Connection | None = None
     driver: Any = None
+    writing = True
     try:
         connection = session.connection()
         driver = connection.connection.driver_connection
         session.flush()
+        writing = not reads
         yield connection
     except (psycopg.Error, DBAPIError) as error:
         original = error.orig if isinstance(error, DBAPIError) else error
@@ -106,9 +114,10 @@ def connected(session: Session) -> Iterator[Connection]:  # noqa: C901 - a branc
                 connection.engine.pool._invalidate(connection.connection, error)  # noqa: SLF001
                 connection.invalidate(error)
             broken = f"the connection broke: {shorten(str(original).strip(), 200)}"
-            if not driver.autocommit:
+            if driver.autocommit:
+                session.rollback()  # of nothing: it lets the next call have another connection
+            if not (driver.autocommit and writing):
                 raise DatabaseUnavailableError(broken) from error
-            session.rollback()  # of nothing: it lets the next call have another connection
             raise CommitIndeterminateError(f"{broken}; the call may have been done or not") from error
         known = translate(original) if isinstance(original, psycopg.Error) else None
         # what is flushed may be the caller's own

@@ -14,6 +14,7 @@ from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
 from gathering_pipeline.repositories._call import (
+    Query,
     call,
     connected,
     flag,
@@ -25,12 +26,12 @@ from gathering_pipeline.repositories._call import (
 )
 
 _RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
-_GET = "SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s"
-_SEARCH = """
+_GET = Query("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s")
+_SEARCH = Query("""
 SELECT to_json(p)::text FROM circle.pipelines p
 WHERE p.id < %(after)s AND (%(status)s::text IS NULL OR p.status = %(status)s)
   AND (%(name)s::text IS NULL OR strpos(lower(p.name), lower(%(name)s)) > 0)
-ORDER BY p.id DESC LIMIT %(limit)s"""
+ORDER BY p.id DESC LIMIT %(limit)s""")
 _DELETE = "SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)"
 
 
