@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.errors import Diagnostic
     from sqlalchemy.engine import URL, Engine
+
+logger = logging.getLogger(__name__)
 
 RV = TypeVar("RV")
 E = TypeVar("E", "Engine", AsyncEngine)
@@ -200,7 +203,10 @@ class Database:
     def _resolve(self) -> URL:
         with self._lock:
             if self._url is None:
-                self._url = parse_url(embedded.start(self.settings.data_dir).url)
+                server = embedded.start(self.settings.data_dir)
+                # a warning, because who forgot the variable sees an empty database, and nobody shows what is less
+                logger.warning("no database URL is set: using the embedded PostgreSQL in %s", server.data_dir)
+                self._url = parse_url(server.url)
             return self._url
 
     def _engine_arguments(self, url: URL) -> dict[str, Any]:
