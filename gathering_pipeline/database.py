@@ -30,6 +30,7 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
+from gathering_pipeline.json_values import expect
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
@@ -62,8 +63,9 @@ class Database:
         ConfigurationError: The URL is not one of PostgreSQL, or there is neither a URL nor an embedded server.
     """
 
-    def __init__(self, url: str | None = None, *, settings: DatabaseSettings | None = None) -> None:
+    def __init__(self, url: str | URL | None = None, *, settings: DatabaseSettings | None = None) -> None:
         self.settings = DatabaseSettings.load() if settings is None else settings
+        expect(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
         self._url = self.settings.url() if url is None else parse_url(url)
         self._direct = None
         if self._url is None and not embedded.installed():

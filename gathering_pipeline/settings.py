@@ -145,9 +145,9 @@ _SEVERAL = re.compile(
 _HOST = re.compile(r"(?:\[([0-9a-fA-F:]+)\]|([^:]*))(?::([0-9]*))?")
 
 
-def _several_hosts(text: str) -> URL | None:
+def _several_hosts(text: str | URL) -> URL | None:
     """Read a URL of several hosts as libpq spells it, which ``make_url`` can't."""
-    parts = _SEVERAL.fullmatch(text)
+    parts = _SEVERAL.fullmatch(text) if isinstance(text, str) else None
     if parts is None:
         return None
     found = [_HOST.fullmatch(host) for host in parts["hosts"].split(",")]
@@ -158,7 +158,7 @@ def _several_hosts(text: str) -> URL | None:
     return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
 
 
-def parse_url(text: str) -> URL:
+def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
     ``postgres://`` and ``postgresql://`` are taken as ``postgresql+psycopg://``. Several hosts are taken as libpq

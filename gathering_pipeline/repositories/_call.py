@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
@@ -38,7 +38,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
-from gathering_pipeline.json_values import show
+from gathering_pipeline.json_values import expect, show
 from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
 from gathering_pipeline.models import Page, PipelineRead, RunRead
 
@@ -63,6 +63,15 @@ _ERRORS: dict[str, type[PipelineError]] = {
 }
 _UNDEFINED = {"3F000", "42P01", "42703", "42883"}
 """SQLSTATEs of a schema, table, column or function that is not there."""
+
+
+class Repository:
+    """What every repository has: a session."""
+
+    def __init__(self, session: Session) -> None:
+        hint = f"'with database.session() as session:' gives one; Async{type(self).__name__} takes an AsyncSession"
+        expect(session, (Session, scoped_session), "session", hint)
+        self._session = session
 
 
 class Query(str):
@@ -258,5 +267,6 @@ def positive(value: object, name: str) -> int:
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
     """Check a duration."""
     if not isinstance(value, timedelta) or value < timedelta(0) or not (value or zero) or value > MAX_DURATION:
-        raise InvalidDataError(f"{name} must be a timedelta above 0 and at most {MAX_DURATION}, not {show(value)}")
+        span = f"{'from' if zero else 'above'} 0 and at most {MAX_DURATION.days} days"
+        raise InvalidDataError(f"{name} must be a timedelta {span}, not {show(value)}")
     return value.total_seconds()

@@ -6,8 +6,10 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
+
+from gathering_pipeline.json_values import expect
 
 from .events import EventRepository
 from .pipelines import PipelineRepository
@@ -22,6 +24,9 @@ class _Async:
     _sync: Callable[[Session], Any]
 
     def __init__(self, session: AsyncSession) -> None:
+        name = type(self).__name__.removeprefix("Async")
+        hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
+        expect(session, (AsyncSession, async_scoped_session), "session", hint)
         self._session = session
 
 

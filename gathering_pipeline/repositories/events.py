@@ -6,12 +6,10 @@ import re
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import show
-from gathering_pipeline.repositories._call import MAX_BIGINT, Query, call, positive, seconds, storable_id
+from gathering_pipeline.repositories._call import MAX_BIGINT, Query, Repository, call, positive, seconds, storable_id
 
 # The order of events, and up to where they can be read, are explained in alembic/sql/011_events.sql.
 _HERE = """
@@ -38,16 +36,13 @@ _CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
 """System identifier and database, transaction, id."""
 
 
-class EventRepository:
+class EventRepository(Repository):
     """The log of lifecycle events. Works in the session it is given and never commits.
 
     Events are there when the transaction that changed a status has committed, and every transaction that began before
     it has ended: a long one that writes, anywhere on the server, holds the log back. Within a run they stand in the
     order in which they happened, nodes of one call by position, the run's end last.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     def read(self, after: str | None = None, limit: int = 500, run_id: int | None = None) -> EventPage:
         """Read the events that follow a cursor: none is missed, and none comes twice.

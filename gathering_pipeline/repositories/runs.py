@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import (
     IntegrityViolationError,
@@ -24,6 +23,7 @@ from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
 from gathering_pipeline.repositories._call import (
     Query,
+    Repository,
     call,
     flag,
     page,
@@ -82,7 +82,7 @@ SELECT status, count(*) AS runs,
 FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status""")
 
 
-class RunRepository:
+class RunRepository(Repository):
     """Runs and their nodes. Every transition is one statement and one round trip.
 
     Works in the session it is given and never commits. A call that is refused raises a ``PipelineError`` and changes
@@ -92,9 +92,6 @@ class RunRepository:
     On a claimed run every call of its worker needs the ``token`` (``RunRead.claim_token``) of the claim: without it, or
     with an older one, it raises ``LeaseLostError``.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     # --- runs ---
 

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from gathering_pipeline import (
     AsyncEventRepository,
@@ -26,6 +26,7 @@ from gathering_pipeline import (
     DatabaseUnavailableError,
     EventRepository,
     IntegrityViolationError,
+    InvalidDataError,
     Pipeline,
     PipelineCreate,
     PipelineRepository,
@@ -490,6 +491,46 @@ def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
 
     with pytest.raises(ZeroDivisionError):
         database.dispose()
+
+
+# --- wrong types ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_session_is_refused_at_once_with_where_to_get_one(database: Database) -> None:
+    wrong: list[Any] = [database, database.session(), AsyncSession(), None]
+    for kind in (PipelineRepository, RunRepository, EventRepository):
+        for value in wrong:
+            with pytest.raises(
+                InvalidDataError, match=rf"^session must be of type Session, not .*Async{kind.__name__}"
+            ):
+                kind(value)
+    for akind in (AsyncPipelineRepository, AsyncRunRepository, AsyncEventRepository):
+        for value in (database, Session(), None):
+            with pytest.raises(InvalidDataError, match="must be of type AsyncSession, not .* 'async with database"):
+                akind(value)  # type: ignore[arg-type]
+
+
+def test_so_are_dicts_where_a_schema_is_needed(session: Session) -> None:
+    values: Any = {"name": "x"}
+    with pytest.raises(InvalidDataError, match=r"data must be of type PipelineCreate, not dict: PipelineCreate\("):
+        PipelineRepository(session).create(values)
+    with pytest.raises(InvalidDataError, match=r"changes must be of type PipelineUpdate, not dict"):
+        PipelineRepository(session).update(1, values)
+    with pytest.raises(InvalidDataError, match="settings must be of type DatabaseSettings, not dict"):
+        Database(settings=values)
+    assert not session.in_transaction()  # no SQL was sent
+
+
+def test_a_scoped_session_is_a_session(database: Database) -> None:
+    scoped = scoped_session(sessionmaker(database.engine))
+    assert RunRepository(scoped).counts()  # type: ignore[arg-type]
+    scoped.remove()
+
+
+def test_a_call_that_is_not_awaited_is_named(database: Database) -> None:
+    call = AsyncRunRepository(AsyncSession()).get(1)
+    assert "RunRepository.get" in repr(call)
+    call.close()
 
 
 def test_a_repository_ends_with_its_session(database: Database) -> None:

@@ -34,6 +34,13 @@ def test_several_hosts_in_all_spellings(hosts: str, expected: tuple[str, str]) -
     assert arguments["target_session_attrs"] == "any"
 
 
+def test_a_url_object_is_taken_and_what_is_none_refused() -> None:
+    url = parse_url("postgresql://u:p@h/d")
+    assert parse_url(url) == url
+    with pytest.raises(ConfigurationError, match="can't be read"):
+        parse_url(Path("/d"))  # type: ignore[arg-type]
+
+
 def test_a_comma_elsewhere_is_none_between_hosts() -> None:
     url = parse_url("postgresql://u:p,ss@h/d?options=-c%20search_path=a,b")
     assert (url.host, url.password, url.query["options"]) == ("h", "p,ss", "-c search_path=a,b")
