@@ -13,7 +13,9 @@ import argparse
 import asyncio
 import logging
 import os
+import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -26,6 +28,7 @@ from gathering_pipeline import (
     NodeExecutionResult,
     NodeStatus,
     PipelineDefinition,
+    PipelineError,
     PipelineNode,
     RunRead,
     is_transient,
@@ -34,6 +37,8 @@ from gathering_pipeline import (
 LEASE = timedelta(seconds=15)
 POLL_SECONDS = 0.1
 SWEEP_SECONDS = 5.0
+LONGEST_PAUSE = 15.0
+"""Seconds between two attempts to reach a database that is away for long."""
 RUNS_AT_ONCE = 2
 
 logger = logging.getLogger("examples.worker")
@@ -77,7 +82,7 @@ class Worker:
         """Work; with ``once`` only until there is nothing left to claim."""
         drivers: set[asyncio.Task[None]] = set()
         stopped = asyncio.create_task(self.stopping.wait())
-        sweep_at = monotonic()
+        sweep_at, pause = monotonic(), POLL_SECONDS
         while not stopped.done():
             try:
                 async with self.runs() as runs:
@@ -88,13 +93,17 @@ class Worker:
                     if len(drivers) < RUNS_AT_ONCE:  # one at a time, so that other workers get some, too
                         for run in await runs.claim(self.name, LEASE):
                             drivers.add(asyncio.create_task(self.drive(run)))
+                pause = POLL_SECONDS
             except Exception as error:
-                if not is_transient(error):
+                if once or not is_transient(error):
                     raise
-                logger.warning("the database is away: %s", error)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                logger.warning("the database is away, next attempt within %.1f s: %s", pause, error)
             if once and not drivers:
                 break
-            await asyncio.wait({stopped, *drivers}, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            # at random, so that many workers don't come all at once when it is back
+            timeout = pause * random.uniform(0.5, 1)  # noqa: S311 - no secret
+            await asyncio.wait({stopped, *drivers}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             drivers = {driver for driver in drivers if not driver.done()}
         for task in (stopped, *drivers):
             task.cancel()
@@ -191,4 +200,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except PipelineError as error:
+        sys.exit(str(error))

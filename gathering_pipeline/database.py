@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
+from gathering_pipeline.json_values import expect
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.errors import Diagnostic
     from sqlalchemy.engine import URL, Engine
+
+logger = logging.getLogger(__name__)
 
 RV = TypeVar("RV")
 E = TypeVar("E", "Engine", AsyncEngine)
@@ -59,8 +63,9 @@ class Database:
         ConfigurationError: The URL is not one of PostgreSQL, or there is neither a URL nor an embedded server.
     """
 
-    def __init__(self, url: str | None = None, *, settings: DatabaseSettings | None = None) -> None:
+    def __init__(self, url: str | URL | None = None, *, settings: DatabaseSettings | None = None) -> None:
         self.settings = DatabaseSettings.load() if settings is None else settings
+        expect(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
         self._url = self.settings.url() if url is None else parse_url(url)
         self._direct = None
         if self._url is None and not embedded.installed():
@@ -200,7 +205,10 @@ class Database:
     def _resolve(self) -> URL:
         with self._lock:
             if self._url is None:
-                self._url = parse_url(embedded.start(self.settings.data_dir).url)
+                server = embedded.start(self.settings.data_dir)
+                # a warning, because who forgot the variable sees an empty database, and nobody shows what is less
+                logger.warning("no database URL is set: using the embedded PostgreSQL in %s", server.data_dir)
+                self._url = parse_url(server.url)
             return self._url
 
     def _engine_arguments(self, url: URL) -> dict[str, Any]:

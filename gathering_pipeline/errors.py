@@ -244,21 +244,33 @@ class TransactionAbortedError(DatabaseError):
 class CommitIndeterminateError(DatabaseError):
     """It is open whether what was done is stored, or stays so.
 
-    The connection broke during the commit, or during a call in autocommit mode, which commits by itself; or the server
-    committed, but its standby did not confirm it, so that a failover may lose it. Running the same again is right where
-    it does no harm when done twice: see ``is_transient``.
+    The connection broke during the commit, or during a call in autocommit mode that writes, and so commits by itself;
+    or the server committed, but its standby did not confirm it, so that a failover may lose it. Running the same again
+    is right where it does no harm when done twice: see ``is_transient``.
     """
 
 
 class SchemaRevisionError(DatabaseError):
-    """The schema's revision is not the one that this code was written for."""
+    """The schema's revision is not the one that this code was written for.
 
-    def __init__(self, found: str | None, expected: str) -> None:
+    Attributes:
+        found: The schema's revision, None before the first; also None where a call met what is ``missing``.
+        expected: The revision needed; None where a call met what is ``missing``.
+        missing: What a call did not find, as the server says it.
+    """
+
+    def __init__(self, found: str | None = None, expected: str | None = None, missing: str = "") -> None:
         self.found = found
         self.expected = expected
+        self.missing = missing
         super().__init__(
-            f"the schema is at revision {found or 'none'}, this code needs {expected}: run 'alembic upgrade head',"
-            " 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema is ahead, upgrade the package"
+            (
+                f"the schema lacks what this code needs ({shorten(missing, 200)})"
+                if missing
+                else f"the schema is at revision {found or 'none'}, this code needs {expected}"
+            )
+            + ": run 'alembic upgrade head', 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema"
+            " is ahead, upgrade the package"
         )
 
 

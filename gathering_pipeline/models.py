@@ -210,6 +210,9 @@ class NodeExecutionResult(_Model):
         retry_count: Retries made, so 0 after one attempt.
     """
 
+    # an ``outputs`` that is no field would be lost without a word
+    model_config = ConfigDict(extra="forbid")
+
     node_id: str
     status: Literal["completed", "failed", "skipped", "cancelled"]
     output: dict[str, Any] | None = None

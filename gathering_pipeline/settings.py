@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticUseDefault
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -52,7 +64,6 @@ class DatabaseSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="GATHERING_",
-        env_ignore_empty=True,
         env_parse_none_str="none",
         populate_by_name=True,
         extra="forbid",
@@ -74,6 +85,16 @@ class DatabaseSettings(BaseSettings):
     statement_timeout: AtLeastASecond | None = None
     prepare_threshold: int | None = Field(default=5, ge=0)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _left_out(cls, value: object, info: ValidationInfo) -> object:
+        """An empty variable is one that is not set; but who sets a URL means a database, and not the embedded one."""
+        if value == "":
+            if info.field_name == "database_url":
+                raise ValueError("it is empty: set it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or unset it")
+            raise PydanticUseDefault
+        return value
+
     @classmethod
     def load(cls, **overrides: Any) -> DatabaseSettings:
         """Read the environment.
@@ -87,14 +108,17 @@ class DatabaseSettings(BaseSettings):
             first = error.errors(include_input=False, include_url=False)[0]
             name = str(first["loc"][0]) if first["loc"] else "settings"
             variable = name if name.isupper() else f"GATHERING_{name.upper()}"
-            raise ConfigurationError(f"{variable} can't be used: {first['msg'].lower()}") from None
+            if name == "GATHERING_DATABASE_URL" and name not in os.environ:  # Pydantic tells the first alias only
+                variable = "DATABASE_URL"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigurationError(f"{variable} can't be used: {reason[:1].lower()}{reason[1:]}") from None
 
     def url(self) -> URL | None:
         """The database's URL in SQLAlchemy's form, or None for the embedded server."""
         return None if self.database_url is None else parse_url(self.database_url.get_secret_value())
 
     def connect_arguments(self, url: URL) -> dict[str, Any]:
-        """Keyword arguments for psycopg. What the URL says itself is left to it."""
+        """Keyword arguments for psycopg. What the URL says itself is left to it, and its ``options`` come last."""
         arguments: dict[str, Any] = {
             "connect_timeout": int(self.connect_timeout.total_seconds()),
             "tcp_user_timeout": int(self.tcp_user_timeout.total_seconds() * 1000),
@@ -105,29 +129,54 @@ class DatabaseSettings(BaseSettings):
             "client_encoding": "utf8",
             "fallback_application_name": "gathering_pipeline",
         }
+        options: dict[str, str] = {}
         if self.statement_timeout is not None:
             milliseconds = int(self.statement_timeout.total_seconds() * 1000)
-            arguments["options"] = f"-c statement_timeout={milliseconds}"
+            # the later of two values of one setting counts
+            own = url.normalized_query.get("options") or (os.environ.get("PGOPTIONS", ""),)
+            options = {"options": " ".join((f"-c statement_timeout={milliseconds}", *own)).strip()}
         arguments = {name: value for name, value in arguments.items() if name not in url.query}
-        return arguments | {"prepare_threshold": self.prepare_threshold}
+        return arguments | options | {"prepare_threshold": self.prepare_threshold}
 
 
-def parse_url(text: str) -> URL:
+_SEVERAL = re.compile(
+    r"(?P<before>[^:]*://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^@/?]*,[^@/?]*)(?P<after>(?:[/?].*)?)", re.DOTALL
+)
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:]+)\]|([^:]*))(?::([0-9]*))?")
+
+
+def _several_hosts(text: str | URL) -> URL | None:
+    """Read a URL of several hosts as libpq spells it, which ``make_url`` can't."""
+    parts = _SEVERAL.fullmatch(text) if isinstance(text, str) else None
+    if parts is None:
+        return None
+    found = [_HOST.fullmatch(host) for host in parts["hosts"].split(",")]
+    places = [(match[1] or unquote(match[2]), match[3] or "") for match in found if match is not None]
+    if len(places) < len(found):
+        raise ValueError("a host can't be read")
+    hosts, ports = map(",".join, zip(*places, strict=True))
+    return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
+
+
+def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
-    ``postgres://`` and ``postgresql://`` are taken as ``postgresql+psycopg://``.
+    ``postgres://`` and ``postgresql://`` are taken as ``postgresql+psycopg://``. Several hosts are taken as libpq
+    spells them, ``HOST:PORT,HOST:PORT``, and as SQLAlchemy does, ``?host=HOST:PORT&host=HOST:PORT``.
 
     Raises:
         ConfigurationError: It is no URL, or not one of PostgreSQL. The message holds no password.
     """
     try:
-        url = make_url(text)
+        url = _several_hosts(text) or make_url(text)
+        if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
+            url = url.set(drivername="postgresql+psycopg")
+            url.get_dialect()().create_connect_args(url)  # which finds that hosts and ports don't match
+            return url
     except (ArgumentError, ValueError):
         raise ConfigurationError(
             "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         ) from None
-    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
-        return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() == "postgresql":
         raise ConfigurationError(
             f"the driver of {url.drivername}:// is not supported: this package uses psycopg, write postgresql://"

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import InvalidPipelineError, Issue, shorten
-from .json_values import MAX_DEPTH, json_issues, json_path, scan, show, text_reason, text_size
+from .json_values import MAX_DEPTH, expect, json_issues, json_path, scan, show, text_reason, text_size
 from .models import NodeConfig, NodeType, PipelineDefinition, PipelineEdge, PipelineNode
 from .ordering import components, generations
 
@@ -34,6 +34,7 @@ INCOMPLETE_CODES = frozenset({"no_nodes", "missing_config"})
 
 _NODE_TYPES = frozenset(get_args(NodeType))
 _REQUIRED = {"agent": ("agent_id", "task"), "condition": ("condition",), "action": ("action",)}
+_HINT = "parse_pipeline_definition(nodes, edges) makes one, and so does .definition of what is stored"
 _MAX_FINDINGS = 100
 _MAX_CYCLE = 20
 _MANY = 1_000
@@ -80,6 +81,7 @@ def find_issues(definition: PipelineDefinition, limits: Limits = DEFAULT_LIMITS)
         definition: The graph; it may have been made without validation.
         limits: How large it may be; what is larger is not looked into.
     """
+    expect(definition, PipelineDefinition, "definition", _HINT)
     nodes, edges = definition.nodes, definition.edges
     if len(nodes) > limits.max_nodes or len(edges) > limits.max_edges:
         return size_issues(nodes, edges, limits)
@@ -111,8 +113,8 @@ def get_execution_order(definition: PipelineDefinition) -> list[str]:
     Raises:
         InvalidPipelineError: (a ``ValueError``) The graph has a cycle, an unknown end of an edge, or an id twice.
     """
-    nodes, edges = definition.nodes, definition.edges
-    ids = _column(nodes, "id")
+    expect(definition, PipelineDefinition, "definition", _HINT)
+    ids, edges = _column(definition.nodes, "id"), definition.edges
     known: _Compiled | None = getattr(definition, "_compiled", None)
     if known is None or known[:3] != (ids, _column(edges, "from_node"), _column(edges, "to_node")):
         issues: list[Issue] = []
@@ -346,7 +348,8 @@ def _check_config(index: int, name: Any, kind: Any, config: Any, issues: list[Is
         issues.append(_about("node", name, "invalid_config", f"{root} must be an object, not {show(config)}"))
         return
     given = {key: value for key, value in config.items() if value is not None and isinstance(key, str)}
-    absent = [key for key in _REQUIRED.get(kind, ()) if given.get(key) is None or _is_blank(kind, given[key])]
+    blank = {key for key, value in given.items() if isinstance(value, str) and not value.strip()}
+    absent = [key for key in _REQUIRED.get(kind, ()) if key not in given or (key in blank and kind != "condition")]
     for key in absent:
         what = f"{root}.{key}: {kind} node {show(name)}"
         if kind == "action":  # existing editors store such nodes, and they are run
@@ -363,10 +366,6 @@ def _check_config(index: int, name: Any, kind: Any, config: Any, issues: list[Is
                 issues.append(_about("node", name, "invalid_config", message))
 
 
-def _is_blank(kind: str, value: object) -> bool:
-    return kind != "condition" and isinstance(value, str) and not value.strip()
-
-
 def _content_size(nodes: list[PipelineNode], edges: list[PipelineEdge], configs: list[Any]) -> int:
     """A bound of the size of all but ids and types as JSON, if it is surely storable, else a negative number."""
     nexts, conditions = filter(None, _column(nodes, "next")), filter(None, _column(edges, "condition"))
@@ -378,9 +377,8 @@ def _content_size(nodes: list[PipelineNode], edges: list[PipelineEdge], configs:
 def _is_plain(definition: PipelineDefinition, nodes: list[dict[str, Any]], edges: list[dict[str, Any]]) -> bool:
     """Whether the JSON that was parsed is surely storable. The models hold all of it, unless there are other keys."""
     models, arrows = definition.nodes, definition.edges
-    fields = map(_GETTERS[_FIELDS_SET], chain(models, arrows))
     try:
-        if sum(map(len, chain(nodes, edges))) != sum(map(len, fields)):
+        if sum(map(len, chain(nodes, edges))) != sum(map(len, map(_GETTERS[_FIELDS_SET], chain(models, arrows)))):
             return False
     except TypeError:  # a model among the items
         return False

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
@@ -32,12 +32,13 @@ from gathering_pipeline.errors import (
     PipelineInUseError,
     PipelineNotFoundError,
     RunNotFoundError,
+    SchemaRevisionError,
     StaleVersionError,
     TransactionAbortedError,
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
-from gathering_pipeline.json_values import show
+from gathering_pipeline.json_values import expect, show
 from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
 from gathering_pipeline.models import Page, PipelineRead, RunRead
 
@@ -60,6 +61,23 @@ _ERRORS: dict[str, type[PipelineError]] = {
     "PL009": StaleVersionError,
     "PL010": PipelineInUseError,
 }
+_UNDEFINED = {"3F000", "42P01", "42703", "42883"}
+"""SQLSTATEs of a schema, table, column or function that is not there."""
+
+
+class Repository:
+    """What every repository has: a session."""
+
+    def __init__(self, session: Session) -> None:
+        hint = f"'with database.session() as session:' gives one; Async{type(self).__name__} takes an AsyncSession"
+        expect(session, (Session, scoped_session), "session", hint)
+        self._session = session
+
+
+class Query(str):
+    """A statement that writes nothing: when the connection breaks under it, nothing is open."""
+
+    __slots__ = ()
 
 
 def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]:
@@ -73,7 +91,7 @@ def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]
         psycopg.Error: Whatever else it said; ``is_transient`` tells whether to run the transaction again.
     """
     parameters = _in_range(parameters)
-    with connected(session) as connection:
+    with connected(session, reads=isinstance(sql, Query)) as connection:
         cursor = connection.connection.cursor()
         try:
             cursor.execute(sql, parameters)
@@ -83,17 +101,19 @@ def call(session: Session, sql: str, parameters: Mapping[str, Any]) -> list[Any]
 
 
 @contextmanager
-def connected(session: Session) -> Iterator[Connection]:  # noqa: C901 - a branch for each way in which a call can end
+def connected(session: Session, *, reads: bool = False) -> Iterator[Connection]:  # noqa: C901 - a branch for each way in which a call can end
     """Give the session's connection, after what the session still has to write, and raise its errors as ours.
 
     Those that are none of ours pass.
     """
     connection: Connection | None = None
     driver: Any = None
+    writing = True
     try:
         connection = session.connection()
         driver = connection.connection.driver_connection
         session.flush()
+        writing = not reads
         yield connection
     except (psycopg.Error, DBAPIError) as error:
         original = error.orig if isinstance(error, DBAPIError) else error
@@ -103,11 +123,16 @@ def connected(session: Session) -> Iterator[Connection]:  # noqa: C901 - a branc
                 connection.engine.pool._invalidate(connection.connection, error)  # noqa: SLF001
                 connection.invalidate(error)
             broken = f"the connection broke: {shorten(str(original).strip(), 200)}"
-            if not driver.autocommit:
+            if driver.autocommit:
+                session.rollback()  # of nothing: it lets the next call have another connection
+            if not (driver.autocommit and writing):
                 raise DatabaseUnavailableError(broken) from error
-            session.rollback()  # of nothing: it lets the next call have another connection
             raise CommitIndeterminateError(f"{broken}; the call may have been done or not") from error
         known = translate(original) if isinstance(original, psycopg.Error) else None
+        # what is flushed may be the caller's own
+        ours = not isinstance(error, DBAPIError) or "circle." in (error.statement or "")
+        if ours and isinstance(original, psycopg.Error) and original.sqlstate in _UNDEFINED:
+            known = SchemaRevisionError(missing=original.diag.message_primary or "")
         if known is None:
             raise
         raise known from error
@@ -242,5 +267,6 @@ def positive(value: object, name: str) -> int:
 def seconds(value: object, name: str, *, zero: bool = False) -> float:
     """Check a duration."""
     if not isinstance(value, timedelta) or value < timedelta(0) or not (value or zero) or value > MAX_DURATION:
-        raise InvalidDataError(f"{name} must be a timedelta above 0 and at most {MAX_DURATION}, not {show(value)}")
+        span = f"{'from' if zero else 'above'} 0 and at most {MAX_DURATION.days} days"
+        raise InvalidDataError(f"{name} must be a timedelta {span}, not {show(value)}")
     return value.total_seconds()

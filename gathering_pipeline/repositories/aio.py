@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
+
+from gathering_pipeline.json_values import expect
 
 from .events import EventRepository
 from .pipelines import PipelineRepository
@@ -22,15 +24,18 @@ class _Async:
     _sync: Callable[[Session], Any]
 
     def __init__(self, session: AsyncSession) -> None:
+        name = type(self).__name__.removeprefix("Async")
+        hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
+        expect(session, (AsyncSession, async_scoped_session), "session", hint)
         self._session = session
 
 
-def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Awaitable[R]]:
+def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Coroutine[Any, Any, R]]:
     """Make the async twin of a repository's method, with the same arguments, result and errors."""
 
     @wraps(method)
-    def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
-        return self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
+    async def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
 
     return twin
 

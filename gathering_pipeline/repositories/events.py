@@ -6,12 +6,10 @@ import re
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy.orm import Session
-
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import show
-from gathering_pipeline.repositories._call import MAX_BIGINT, call, positive, seconds, storable_id
+from gathering_pipeline.repositories._call import MAX_BIGINT, Query, Repository, call, positive, seconds, storable_id
 
 # The order of events, and up to where they can be read, are explained in alembic/sql/011_events.sql.
 _HERE = """
@@ -19,35 +17,32 @@ WITH here AS MATERIALIZED (
     SELECT c.system_identifier || '-' || d.oid AS name, pg_snapshot_xmax(pg_current_snapshot()) AS next_xid
     FROM pg_control_system() c, pg_database d WHERE d.datname = current_database()
 )"""
-_READ = f"""{_HERE}
+_READ = Query(f"""{_HERE}
 SELECT here.name, here.next_xid::text::numeric, to_json(e)::text
 FROM here LEFT JOIN LATERAL (
     SELECT e.*, here.name || '-' || e.xid || '-' || e.id AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
 ) e ON true
-ORDER BY e.xid, e.id"""
-_LAST = f"""{_HERE}
+ORDER BY e.xid, e.id""")
+_LAST = Query(f"""{_HERE}
 SELECT here.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0)
 FROM here LEFT JOIN LATERAL (
     SELECT xid, id FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
-) e ON true"""
+) e ON true""")
 _PURGE = "SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)"
 
 _CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
 """System identifier and database, transaction, id."""
 
 
-class EventRepository:
+class EventRepository(Repository):
     """The log of lifecycle events. Works in the session it is given and never commits.
 
     Events are there when the transaction that changed a status has committed, and every transaction that began before
     it has ended: a long one that writes, anywhere on the server, holds the log back. Within a run they stand in the
     order in which they happened, nodes of one call by position, the run's end last.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     def read(self, after: str | None = None, limit: int = 500, run_id: int | None = None) -> EventPage:
         """Read the events that follow a cursor: none is missed, and none comes twice.

@@ -6,14 +6,16 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import BigInteger, func, insert, literal, update
-from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
+from gathering_pipeline.json_values import expect
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
 from gathering_pipeline.repositories._call import (
+    Query,
+    Repository,
     call,
     connected,
     flag,
@@ -25,23 +27,20 @@ from gathering_pipeline.repositories._call import (
 )
 
 _RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
-_GET = "SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s"
-_SEARCH = """
+_GET = Query("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s")
+_SEARCH = Query("""
 SELECT to_json(p)::text FROM circle.pipelines p
 WHERE p.id < %(after)s AND (%(status)s::text IS NULL OR p.status = %(status)s)
   AND (%(name)s::text IS NULL OR strpos(lower(p.name), lower(%(name)s)) > 0)
-ORDER BY p.id DESC LIMIT %(limit)s"""
+ORDER BY p.id DESC LIMIT %(limit)s""")
 _DELETE = "SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)"
 
 
-class PipelineRepository:
+class PipelineRepository(Repository):
     """Pipelines. Works in the session it is given and never commits; returns frozen read models.
 
     A call that is refused raises a ``PipelineError`` and changes nothing.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     def create(self, data: PipelineCreate, *, allow_incomplete: bool = False) -> PipelineRead:
         """Store a pipeline.
@@ -53,6 +52,7 @@ class PipelineRepository:
         Raises:
             InvalidPipelineError: The graph is not valid; ``.issues`` has every error. Nothing was stored.
         """
+        expect(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
         statement = insert(Pipeline).values(values).returning(*_RETURNED)
         with connected(self._session):
@@ -109,6 +109,7 @@ class PipelineRepository:
             StaleVersionError: The graph is at another version than expected.
             InvalidPipelineError: The graph is not valid, or is incomplete and would be active.
         """
+        expect(changes, PipelineUpdate, "changes", "PipelineUpdate(name=...) makes one")
         values: dict[str, Any] = {name: getattr(changes, name) for name in changes.model_fields_set}
         # BIGINTs, so that a number that no INTEGER holds is just not found
         statement = update(Pipeline).where(Pipeline.id == literal(storable_id(pipeline_id, "pipeline_id"), BigInteger))

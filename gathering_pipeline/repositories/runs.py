@@ -7,7 +7,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy.orm import Session
 
 from gathering_pipeline.errors import (
     IntegrityViolationError,
@@ -23,6 +22,8 @@ from gathering_pipeline.json_values import json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
 from gathering_pipeline.repositories._call import (
+    Query,
+    Repository,
     call,
     flag,
     page,
@@ -59,29 +60,29 @@ _EXPIRE = "SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY
 _APPEND_LOG = "SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)"
 _PURGE = "SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)"
 
-_GET = "SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s"
-_NODES = """
-SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s ORDER BY n.position, n.id"""
-_READY = """
+_GET = Query("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s")
+_NODES = Query("""
+SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s ORDER BY n.position, n.id""")
+_READY = Query("""
 SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
 WHERE n.run_id = %(run_id)s AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
-ORDER BY n.position, n.id"""
-_DEFINITION = """
+ORDER BY n.position, n.id""")
+_DEFINITION = Query("""
 SELECT r.pipeline_version, v.nodes, v.edges FROM circle.pipeline_runs r
 LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-WHERE r.id = %(run_id)s"""
-_SEARCH = """
+WHERE r.id = %(run_id)s""")
+_SEARCH = Query("""
 SELECT to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
-ORDER BY r.id DESC"""
-_COUNTS = "SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status"
-_STATISTICS = """
+ORDER BY r.id DESC""")
+_COUNTS = Query("SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status")
+_STATISTICS = Query("""
 SELECT status, count(*) AS runs,
        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
            FILTER (WHERE status = 'completed' AND started_at IS NOT NULL) AS quantiles
-FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status"""
+FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status""")
 
 
-class RunRepository:
+class RunRepository(Repository):
     """Runs and their nodes. Every transition is one statement and one round trip.
 
     Works in the session it is given and never commits. A call that is refused raises a ``PipelineError`` and changes
@@ -91,9 +92,6 @@ class RunRepository:
     On a claimed run every call of its worker needs the ``token`` (``RunRead.claim_token``) of the claim: without it, or
     with an older one, it raises ``LeaseLostError``.
     """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
     # --- runs ---
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import psycopg
@@ -107,12 +108,14 @@ def test_an_error_at_commit_is_the_databases_own(database: Database, raw: psycop
     assert caught.type.__name__ == "IntegrityError"
 
 
-def test_upgrade_and_check(empty_database_url: str, raw: psycopg.Connection) -> None:
+def test_upgrade_and_check(empty_database_url: str, connect: Callable[[str], psycopg.Connection]) -> None:
     with Database(empty_database_url) as database:
         with pytest.raises(
             SchemaRevisionError, match=r"at revision none, this code needs \w+: run 'alembic upgrade head'"
         ):
             database.check()
+        found = connect(empty_database_url).execute("SELECT count(*) FROM pg_namespace WHERE nspname = 'circle'")
+        assert found.fetchone() == (0,)  # it only looked
         database.upgrade("007_pipeline_execution")
         with pytest.raises(SchemaRevisionError) as caught:
             database.check()
@@ -384,6 +387,28 @@ def test_settings_of_a_database(database_url: str) -> None:
         assert session.execute(text("SHOW statement_timeout")).scalar_one() == "1s"
         assert session.execute(text("SHOW application_name")).scalar_one() == "gathering_pipeline"
         assert session.execute(text("SHOW client_encoding")).scalar_one() == "UTF8"
+
+
+def test_options_of_the_url_are_merged_with_the_settings(database_url: str) -> None:
+    url = make_url(database_url).update_query_dict({"options": "-c work_mem=1MB"}).render_as_string(hide_password=False)
+    settings = DatabaseSettings(statement_timeout=timedelta(seconds=1))
+    with Database(url, settings=settings) as database, database.session() as session:
+        assert session.execute(text("SHOW statement_timeout")).scalar_one() == "1s"
+        assert session.execute(text("SHOW work_mem")).scalar_one() == "1MB"
+
+
+@pytest.mark.parametrize("libpqs", [True, False])
+def test_of_several_hosts_one_that_serves_is_taken(database_url: str, libpqs: bool) -> None:
+    url = make_url(database_url)
+    host, port = str(url.query.get("host", url.host)), url.query.get("port", url.port or 5432)
+    user = "postgres" if url.password is None else f"postgres:{url.password}"
+    several = (
+        f"postgresql://{user}@localhost:1,{quote(host, safe='')}:{port}/{url.database}?"
+        if libpqs
+        else f"postgresql://{user}@/{url.database}?host=localhost:1&host={quote(host, safe='')}:{port}&"
+    )
+    for attempt in _both(f"{several}target_session_attrs=read-write"):
+        attempt()
 
 
 def test_async_connections_can_be_disposed_from_anywhere(database: Database) -> None:

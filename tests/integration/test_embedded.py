@@ -26,17 +26,16 @@ sys.stdin.read()
 
 def test_it_starts_says_so_and_keeps_its_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "data"
-    with (
-        caplog.at_level(logging.INFO, "gathering_pipeline"),
-        Database(settings=DatabaseSettings(data_dir=folder)) as db,
-    ):
+    caplog.set_level(logging.INFO)
+    with Database(settings=DatabaseSettings(data_dir=folder)) as db:
         assert str(folder) not in caplog.text
         with db.engine.connect() as connection:
             assert connection.exec_driver_sql("SHOW server_encoding").scalar() == "UTF8"
             connection.exec_driver_sql("CREATE TABLE kept AS SELECT 1 AS one")
             connection.commit()
-    assert f"using the embedded PostgreSQL in {folder}" in caplog.text
+    assert caplog.messages == [f"no database URL is set: using the embedded PostgreSQL in {folder}"]
     first = embedded.start(folder)  # the same server, joined
+    assert len(caplog.messages) == 1
     first.stop()
     assert not (folder / "postmaster.pid").exists()
     again = embedded.start(folder)

@@ -37,6 +37,14 @@ def test_python_blocks_run(empty_database_url: str, tmp_path: Path):
     assert [line for line in promised if line not in done.stdout] == []
 
 
+def test_python_blocks_pass_the_strict_checker(tmp_path: Path):
+    program = tmp_path / "readme.py"
+    program.write_text(blocks(), encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", str(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_two_commands_come_first():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.index("make demo") < text.index("make test") < text.index("\n## ")

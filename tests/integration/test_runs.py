@@ -1541,3 +1541,10 @@ def test_what_a_caller_rolls_back_never_was(database: Database, raw: psycopg.Con
         assert contents(raw) == before  # and nobody else sees it yet
         session.rollback()
     assert contents(raw) == before
+
+
+@pytest.mark.parametrize("call", [RunRepository.advance, RunRepository.record])
+def test_a_result_with_an_unknown_key_is_refused_not_cut(session: Session, call: Any) -> None:
+    results = [{"node_id": "a", "status": "completed", "outputs": {"text": "lost"}}]
+    with pytest.raises(InvalidDataError, match=r"^results\[0\]\.outputs: Extra inputs are not permitted"):
+        call(RunRepository(session), 1, results)

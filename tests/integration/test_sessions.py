@@ -12,18 +12,21 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from gathering_pipeline import (
+    AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
     CommitIndeterminateError,
     Database,
     DatabaseSettings,
     DatabaseUnavailableError,
+    EventRepository,
     IntegrityViolationError,
+    InvalidDataError,
     Pipeline,
     PipelineCreate,
     PipelineRepository,
@@ -31,6 +34,7 @@ from gathering_pipeline import (
     PipelineStatus,
     RunNotFoundError,
     RunRepository,
+    SchemaRevisionError,
     TransactionAbortedError,
     is_transient,
 )
@@ -38,6 +42,7 @@ from gathering_pipeline import (
 NODES: list[dict[str, Any]] = [{"id": "t", "type": "trigger", "name": "T"}]
 KEPT = PipelineCreate(name="kept", status=PipelineStatus.ACTIVE, nodes=NODES)
 BLOCKED = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+COMMANDS = r"'alembic upgrade head', 'gathering-pipeline db upgrade' or Database\(\).upgrade\(\)"
 
 
 def names(raw: psycopg.Connection) -> list[str]:
@@ -228,6 +233,56 @@ def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
     assert names(raw) == []
 
 
+# --- a schema that is not there, or is an older one -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+@pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010_graph_guard"])
+def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
+    empty_database_url: str, revision: str | None, autocommit: bool
+) -> None:
+    calls: list[Callable[[Session], object]] = [lambda session: EventRepository(session).read()]
+    acalls: list[Callable[[AsyncSession], Coroutine[Any, Any, object]]] = [
+        lambda session: AsyncEventRepository(session).read()
+    ]
+    if revision != "010_graph_guard":
+        calls += [
+            lambda session: RunRepository(session).start(1),
+            lambda session: PipelineRepository(session).create(KEPT),
+        ]
+        acalls += [lambda session: AsyncPipelineRepository(session).create(KEPT)]
+
+    async def work() -> None:
+        for acall in acalls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}"):
+                async with database.async_session(autocommit=autocommit) as session:
+                    await acall(session)
+
+    with Database(empty_database_url) as database:
+        if revision is not None:
+            database.upgrade(revision)
+        for call in calls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}") as caught:
+                with database.session(autocommit=autocommit) as session:
+                    call(session)
+            assert caught.value.missing
+            assert not is_transient(caught.value)
+        run_async(database, work)
+
+
+def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(database: Database) -> None:
+    class Theirs(DeclarativeBase):
+        pass
+
+    class Missing(Theirs):
+        __tablename__ = "missing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    with pytest.raises(ProgrammingError, match="missing"), database.session() as session:
+        session.add(Missing(id=1))
+        RunRepository(session).counts()
+
+
 # --- connections that break -------------------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[[Session, int], object]] = {
@@ -235,8 +290,8 @@ CALLS: dict[str, Callable[[Session, int], object]] = {
     "through SQLAlchemy": lambda session, _: PipelineRepository(session).create(KEPT),
 }
 ACALLS: dict[str, Callable[[AsyncSession, int], Coroutine[Any, Any, object]]] = {
-    "a function": lambda session, run_id: AsyncRunRepository(session).start(run_id),  # type: ignore[dict-item]
-    "through SQLAlchemy": lambda session, _: AsyncPipelineRepository(session).create(KEPT),  # type: ignore[dict-item]
+    "a function": lambda session, run_id: AsyncRunRepository(session).start(run_id),
+    "through SQLAlchemy": lambda session, _: AsyncPipelineRepository(session).create(KEPT),
 }
 
 
@@ -267,6 +322,34 @@ def test_in_autocommit_a_break_leaves_the_call_open(
         CALLS[how](session, run_id)
     run_id = new_run(database)
     run_async(database, work)
+
+
+READS: list[Callable[[Session], object]] = [
+    lambda session: PipelineRepository(session).get(1),
+    lambda session: PipelineRepository(session).search(),
+    lambda session: RunRepository(session).get(1),
+    lambda session: RunRepository(session).search(),
+    lambda session: RunRepository(session).nodes(1),
+    lambda session: RunRepository(session).ready_nodes(1),
+    lambda session: RunRepository(session).definition(1),
+    lambda session: RunRepository(session).counts(),
+    lambda session: RunRepository(session).statistics(1),
+    lambda session: EventRepository(session).read(),
+    lambda session: EventRepository(session).last(),
+]
+
+
+@pytest.mark.parametrize("number", range(len(READS)))
+def test_in_autocommit_a_read_that_breaks_off_leaves_nothing_open(
+    database: Database, raw: psycopg.Connection, number: int
+) -> None:
+    with database.session(autocommit=True) as session:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        with pytest.raises(DatabaseUnavailableError, match="the connection broke") as caught:
+            READS[number](session)
+        assert is_transient(caught.value)
+        assert RunRepository(session).counts()  # by another connection
 
 
 @pytest.mark.parametrize("how", CALLS)
@@ -307,10 +390,7 @@ def test_a_break_is_told_once_whatever_the_size_of_the_pool(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
-    with (
-        pytest.raises((CommitIndeterminateError, DatabaseUnavailableError)),
-        database.session(autocommit=autocommit) as session,
-    ):
+    with pytest.raises(DatabaseUnavailableError), database.session(autocommit=autocommit) as session:
         RunRepository(session).counts()
     for _ in range(4):
         with database.session(autocommit=autocommit) as session:
@@ -411,6 +491,46 @@ def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
 
     with pytest.raises(ZeroDivisionError):
         database.dispose()
+
+
+# --- wrong types ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_session_is_refused_at_once_with_where_to_get_one(database: Database) -> None:
+    wrong: list[Any] = [database, database.session(), AsyncSession(), None]
+    for kind in (PipelineRepository, RunRepository, EventRepository):
+        for value in wrong:
+            with pytest.raises(
+                InvalidDataError, match=rf"^session must be of type Session, not .*Async{kind.__name__}"
+            ):
+                kind(value)
+    for akind in (AsyncPipelineRepository, AsyncRunRepository, AsyncEventRepository):
+        for value in (database, Session(), None):
+            with pytest.raises(InvalidDataError, match="must be of type AsyncSession, not .* 'async with database"):
+                akind(value)  # type: ignore[arg-type]
+
+
+def test_so_are_dicts_where_a_schema_is_needed(session: Session) -> None:
+    values: Any = {"name": "x"}
+    with pytest.raises(InvalidDataError, match=r"data must be of type PipelineCreate, not dict: PipelineCreate\("):
+        PipelineRepository(session).create(values)
+    with pytest.raises(InvalidDataError, match=r"changes must be of type PipelineUpdate, not dict"):
+        PipelineRepository(session).update(1, values)
+    with pytest.raises(InvalidDataError, match="settings must be of type DatabaseSettings, not dict"):
+        Database(settings=values)
+    assert not session.in_transaction()  # no SQL was sent
+
+
+def test_a_scoped_session_is_a_session(database: Database) -> None:
+    scoped = scoped_session(sessionmaker(database.engine))
+    assert RunRepository(scoped).counts()  # type: ignore[arg-type]
+    scoped.remove()
+
+
+def test_a_call_that_is_not_awaited_is_named(database: Database) -> None:
+    call = AsyncRunRepository(AsyncSession()).get(1)
+    assert "RunRepository.get" in repr(call)
+    call.close()
 
 
 def test_a_repository_ends_with_its_session(database: Database) -> None:

@@ -17,6 +17,36 @@ def test_urls_of_postgresql_get_our_driver(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("h1:5432,h2:5433/d?target_session_attrs=any", ("h1,h2", "5432,5433")),
+        ("/d?host=h1:5432&host=h2:5433&target_session_attrs=any", ("h1,h2", "5432,5433")),
+        ("/d?host=h1,h2&port=5432,5433&target_session_attrs=any", ("h1,h2", "5432,5433")),
+        ("h1,h2:5433/d?target_session_attrs=any", ("h1,h2", ",5433")),  # as libpq has it: the first one's is 5432
+        ("[::1]:1,%2Ftmp/d?target_session_attrs=any", ("::1,/tmp", "1,")),
+    ],
+)
+def test_several_hosts_in_all_spellings(hosts: str, expected: tuple[str, str]) -> None:
+    url = parse_url(f"postgresql://u:p,ss@{hosts}")
+    arguments = url.get_dialect()().create_connect_args(url)[1]
+    assert (arguments["host"], arguments["port"]) == expected
+    assert (arguments["user"], arguments["password"], arguments["dbname"]) == ("u", "p,ss", "d")
+    assert arguments["target_session_attrs"] == "any"
+
+
+def test_a_url_object_is_taken_and_what_is_none_refused() -> None:
+    url = parse_url("postgresql://u:p@h/d")
+    assert parse_url(url) == url
+    with pytest.raises(ConfigurationError, match="can't be read"):
+        parse_url(Path("/d"))  # type: ignore[arg-type]
+
+
+def test_a_comma_elsewhere_is_none_between_hosts() -> None:
+    url = parse_url("postgresql://u:p,ss@h/d?options=-c%20search_path=a,b")
+    assert (url.host, url.password, url.query["options"]) == ("h", "p,ss", "-c search_path=a,b")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("mysql://u:hunter2@h/d", r"mysql:// is not PostgreSQL: write a URL that begins with postgresql://"),
@@ -24,6 +54,8 @@ def test_urls_of_postgresql_get_our_driver(scheme: str) -> None:
         ("postgresql+psycopg2://u:hunter2@h/d", r"the driver of postgresql\+psycopg2:// is not supported"),
         ("u:hunter2@h/d", r"the database URL can't be read"),
         ("postgresql://u:hunter2@h:port/d", r"the database URL can't be read"),
+        ("postgresql://u:hunter2@h:1,h2:port/d", r"the database URL can't be read"),
+        ("postgresql://u:hunter2@/d?host=h1,h2,h3&port=1,2", r"the database URL can't be read"),
         ("", r"the database URL can't be read"),
     ],
 )
@@ -40,8 +72,22 @@ def test_the_url_comes_from_our_variable_first(monkeypatch: pytest.MonkeyPatch) 
     assert str(DatabaseSettings.load().url()) == "postgresql+psycopg://h/theirs"
     monkeypatch.setenv("GATHERING_DATABASE_URL", "postgresql://h/ours")
     assert str(DatabaseSettings.load().url()) == "postgresql+psycopg://h/ours"
-    monkeypatch.setenv("GATHERING_DATABASE_URL", "")
-    assert str(DatabaseSettings.load().url()) == "postgresql+psycopg://h/theirs"
+
+
+@pytest.mark.parametrize("variable", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_an_empty_url_is_refused_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://h/theirs")
+    monkeypatch.setenv(variable, "")
+    with pytest.raises(
+        ConfigurationError, match=f"^{variable} can't be used: it is empty: set it to postgresql://USER"
+    ):
+        DatabaseSettings.load()
+
+
+def test_other_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MIGRATION_URL", "DATA_DIR", "POOL_SIZE", "ANSWER_TIMEOUT"):
+        monkeypatch.setenv(f"GATHERING_{name}", "")
+    assert DatabaseSettings.load() == DatabaseSettings.model_construct()
 
 
 @pytest.mark.parametrize("variable", ["DATABASE_URL", "GATHERING_DATABASE_URL"])
@@ -78,6 +124,26 @@ def test_what_the_url_says_is_left_to_it() -> None:
     assert "connect_timeout" not in arguments
     assert "keepalives" not in arguments
     assert arguments["tcp_user_timeout"] == 10_000
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        ("", "-c statement_timeout=2000"),
+        ("?options=-c%20work_mem%3D1MB", "-c statement_timeout=2000 -c work_mem=1MB"),
+        ("?options=-c%20a.b%3D1&options=-c%20a.c%3D2", "-c statement_timeout=2000 -c a.b=1 -c a.c=2"),
+    ],
+)
+def test_options_of_the_url_come_after_ours(query: str, options: str) -> None:
+    settings = DatabaseSettings(statement_timeout=timedelta(seconds=2))
+    assert settings.connect_arguments(parse_url(f"postgresql://h/d{query}"))["options"] == options
+
+
+def test_those_of_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGOPTIONS", "-c work_mem=1MB")
+    settings = DatabaseSettings(statement_timeout=timedelta(seconds=2))
+    arguments = settings.connect_arguments(parse_url("postgresql://h/d"))
+    assert arguments["options"] == "-c statement_timeout=2000 -c work_mem=1MB"
 
 
 def test_the_password_is_never_shown() -> None:

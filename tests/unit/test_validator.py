@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gathering_pipeline.errors import InvalidPipelineError
+from gathering_pipeline.errors import InvalidDataError, InvalidPipelineError
 from gathering_pipeline.json_values import json_issues, scan
 from gathering_pipeline.models import PipelineDefinition, PipelineEdge, PipelineNode
 from gathering_pipeline.validator import (
@@ -548,6 +548,16 @@ class TestOrder:
         else:
             assert sorted(names, key=level.__getitem__) == get_execution_order(definition)
             assert "cycle" not in codes(definition)
+
+
+class TestWrongTypes:
+    @pytest.mark.parametrize("function", [validate_pipeline_dag, find_issues, get_execution_order])
+    @pytest.mark.parametrize("value", [{"nodes": [], "edges": []}, [], None])
+    def test_the_error_says_how_to_get_a_definition(self, function: Any, value: object) -> None:
+        with pytest.raises(
+            InvalidDataError, match=r"must be of type PipelineDefinition, .*parse_pipeline_definition\("
+        ):
+            function(value)
 
 
 class TestRealData:

@@ -1,0 +1,51 @@
+"""The example worker where the database can't be used; ``make demo`` shows it at work."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gathering_pipeline import Database
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = "postgresql://localhost:1/name"
+
+
+def worker(url: str, *options: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"GATHERING_DATABASE_URL": url}
+    command = [sys.executable, "-m", "examples.worker", *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_once_fails_in_a_sentence_where_there_is_no_server() -> None:
+    process = worker(NOWHERE, "--once")
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.startswith("no answer from the PostgreSQL server at localhost:1")
+    assert said.count("\n") == 1
+
+
+def test_and_where_there_is_no_schema(empty_database_url: str) -> None:
+    process = worker(empty_database_url)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert said.startswith("the schema lacks")
+    assert said.count("\n") == 1
+
+
+def test_once_ends_well_where_nothing_is_to_do(database: Database) -> None:
+    process = worker(database.engine.url.render_as_string(hide_password=False), "--once")
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 0)
+
+
+def test_a_worker_waits_longer_and_longer_for_a_server_that_is_away() -> None:
+    process = worker(NOWHERE)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    time.sleep(4)
+    process.terminate()
+    rest = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 0
+    assert "the database is away" in first
+    assert 1 <= len(rest) <= 8  # at ten a second they would be forty
