@@ -18,8 +18,6 @@ from gathering_pipeline.errors import DatabaseUnavailableError, shorten
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
-BUSY = ("55P03", "40P01")
-"""SQLSTATEs after which a repair is tried again: a lock that was not free, a deadlock."""
 
 
 class _Check(NamedTuple):
@@ -154,8 +152,8 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Args:
         engine: Of the database; as its owner, and with ``pg_monitor`` to see the sessions of others.
         repair: Mend what has a repair, and examine again. Repairs are short transactions that wait at most 200 ms for
-            a lock, but builds of indexes wait for all open transactions, validations read whole tables, and neither
-            gives way to a CREATE INDEX that waits behind it, with all writers behind that.
+            a lock, but builds of indexes wait for all open transactions, and validations read whole tables. Both are
+            broken off when somebody waits behind them, and tried again.
         held_for: Age in seconds from which a transaction that holds the event feed back is named.
 
     Returns:
@@ -251,24 +249,29 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
     while done < len(finding.repair):
         sql = finding.repair[done]
         # A concurrent build waits for the transactions of others and blocks nobody.
-        timeout = "0" if " CONCURRENTLY " in sql else LOCK_TIMEOUT
-        connection.exec_driver_sql(f"SET lock_timeout = '{timeout}'")
+        builds = " CONCURRENTLY " in sql
+        connection.exec_driver_sql(f"SET lock_timeout = '{'0' if builds else LOCK_TIMEOUT}'")
+        send = migrations.execute_yielding if builds or " VALIDATE " in sql else migrations.execute
         try:
-            connection.exec_driver_sql(sql, execution_options=_AS_IT_IS)
+            send(connection, sql)
             done += 1
             continue
+        except migrations.GaveWayError:
+            tell, is_final = "others waited behind it each time", False
         except DBAPIError as error:
             diagnostic = getattr(error.orig, "diag", None)
             if error.connection_invalidated or diagnostic is None:
                 raise
+            tell = f"{diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            is_final = diagnostic.sqlstate not in migrations.BUSY
         attempts += 1
-        if diagnostic.sqlstate not in BUSY or attempts == ATTEMPTS:
-            failed = f"not repaired: {diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+        if is_final or attempts == ATTEMPTS:
+            failed = f"not repaired: {tell}"
             if done and " DROP CONSTRAINT tmp_" in finding.repair[-1]:  # it would refuse updates of rows that break it
                 left = _mend(connection, replace(finding, repair=finding.repair[-1:]))
                 failed += f"; {finding.repair[-1]} is still to be run" if left else ""
             return failed
-        if " CONCURRENTLY " in sql:
+        if builds:
             done = 0  # a build that was broken off leaves its index INVALID: the list begins with dropping it
         time.sleep(random.uniform(0.1, 0.3))  # noqa: S311 - only spreads the retries
     return None

@@ -356,6 +356,31 @@ def test_after_a_deadlock_the_index_is_dropped_and_built_again(
     assert catalog(database_url) == clean
 
 
+def test_a_build_gives_way_to_who_waits_behind_it(
+    database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
+) -> None:
+    clean = catalog(database_url)
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    reader, result = connect(database_url), list[Finding]()
+    waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
+    with reader.transaction():
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute(f"SELECT FROM {RUNS}")
+        thread = threading.Thread(target=lambda: result.extend(doctor(database.engine, repair=True)))
+        thread.start()
+        deadline = time.monotonic() + 30
+        while raw.execute(waits).fetchone() is None:
+            assert time.monotonic() < deadline
+        raw.execute(
+            "SET lock_timeout = '10s'"
+        )  # the build waits for the reader, and all writers would wait behind this
+        raw.execute(f"CREATE INDEX IF NOT EXISTS idx_pipeline_runs_history ON {RUNS} (id)")
+        assert thread.is_alive()
+    thread.join()
+    assert outcomes(result) == {"repaired"}
+    assert catalog(database_url) == clean
+
+
 def test_one_repairs_at_a_time(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("SELECT pg_advisory_lock(%s)", (migrations.MIGRATOR,))
     assert doctor(database.engine) == []

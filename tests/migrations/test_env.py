@@ -213,6 +213,35 @@ def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, c
     assert raw.execute(index).fetchone() == (True,)
 
 
+@pytest.mark.parametrize("value", [False, "false", "off", "0"])
+def test_no_in_other_words(scripts: Path, empty_database_url: str, connect: Connect, value: object) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    config = migrations.config(empty_database_url)
+    config.attributes.update({"yield": value, "patience": 0, "lock_timeout": 50})
+    with raw.transaction():
+        raw.execute(
+            "SET LOCAL idle_in_transaction_session_timeout = '10s'"
+        )  # for as long a concurrent build would wait
+        raw.execute("UPDATE circle.t SET id = id WHERE id = 1")
+        # not built concurrently, so it waits for the writer's lock
+        with pytest.raises(DatabaseUnavailableError, match="a lock was not free within 50"):
+            command.upgrade(config, "head")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("yield", "nein"), ("yield", ""), ("lock_timeout", "soon"), ("lock_timeout", 0), ("lock_timeout", "1s; SELECT 1"),
+     ("patience", "nan"), ("patience", "-1"), ("patience", "long")],
+)  # fmt: skip
+def test_an_option_that_is_not_understood(empty_database_url: str, name: str, value: object) -> None:
+    config = migrations.config(empty_database_url)
+    config.attributes[name] = value
+    with pytest.raises(ConfigurationError, match=f"the option {name} can't be {value!r}: write "):
+        command.upgrade(config, "head")
+
+
 COUNT_STEPS = """
 import logging, sys
 from gathering_pipeline import migrations
@@ -309,7 +338,7 @@ def test_the_command_alembic(empty_database_url: str) -> None:
             check=True,
         ).stdout
 
-    alembic("-x", "lock_timeout=1s", "upgrade", "head")
+    alembic("-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5", "upgrade", "head")
     assert alembic("current").strip() == f"{migrations.head()} (head)"
 
 
