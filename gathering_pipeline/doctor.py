@@ -104,6 +104,26 @@ _CHECKS = [
         """,
     ),
     _Check(
+        "incomplete_version",
+        "error",
+        "no run can be created on it; a repair compiles it again",
+        """
+        SELECT format('circle.pipeline_versions %s, %s', v.pipeline_id, v.version),
+               format('it has %s of its %s nodes', n.count, v.node_count),
+               format('DELETE FROM circle.pipeline_version_nodes WHERE (pipeline_id, version) = (%1$s, %2$s);
+                       INSERT INTO circle.pipeline_version_nodes
+                           (pipeline_id, version, position, node_id, node_type, predecessors, successors)
+                       SELECT %1$s, %2$s, c.node_position, c.id, c.type, c.preds, c.succs
+                       FROM (SELECT * FROM circle.pipeline_versions
+                             WHERE (pipeline_id, version) = (%1$s, %2$s) FOR SHARE) v,
+                            circle.compile_graph(v.nodes, v.edges) c', v.pipeline_id, v.version)
+        FROM circle.pipeline_versions v CROSS JOIN LATERAL (
+            SELECT count(*) FROM circle.pipeline_version_nodes n
+            WHERE (n.pipeline_id, n.version) = (v.pipeline_id, v.version)) n
+        WHERE n.count <> v.node_count ORDER BY v.pipeline_id, v.version
+        """,
+    ),
+    _Check(
         "ids",
         "warning",
         "plan the change to BIGINT while there is time: it rewrites the table under an exclusive lock",
@@ -162,41 +182,49 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Raises:
         DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
-    with engine.connect() as connection:
-        found = migrations.current(connection)
-    if found != migrations.head():
-        finding = _revision(found)
-        if not (repair and finding.repair):
-            return [finding]
-        migrations.upgrade(engine)
-        return [replace(finding, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         try:
             connection.exec_driver_sql("SET statement_timeout = 0")
             lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
             if repair and not connection.exec_driver_sql(lock).scalar():
                 raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")
-            found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
-            tried: dict[tuple[str, str], Finding] = {}
-            progress = repair
-            while progress:  # what failed is tried again after others were mended: it may have needed them
-                todo = {key: item for key, item in found_now.items() if item.repair}
-                todo = {key: item for key, item in todo.items() if key not in tried or tried[key].outcome}
-                done = {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
-                tried |= done
-                progress = any(item.outcome is None for item in done.values())
-                if done:
-                    found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
+            revision = migrations.current(connection)  # under the lock nobody changes it
+            wrong = None if revision == migrations.head() else _revision(revision)
+            findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
             if not connection.invalidated:  # it goes back to its pool as it came
                 connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
                 connection.exec_driver_sql("RESET ALL")
-    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found_now]
+    if wrong and repair and wrong.repair:
+        migrations.upgrade(engine)
+        return [replace(wrong, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
+    return findings
+
+
+def _found(connection: Connection, held_for: float, *, repair: bool) -> list[Finding]:
+    """Examine, and mend what can be mended."""
+    found = {_key(item): item for item in _examine(connection, held_for)}
+    tried: dict[tuple[str, str], Finding] = {}
+    progress = repair
+    while progress:  # what failed is tried again after others were mended: it may have needed them
+        todo = {key: item for key, item in found.items() if item.repair}
+        todo = {key: item for key, item in todo.items() if key not in tried or tried[key].outcome}
+        done = {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
+        tried |= done
+        progress = any(item.outcome is None for item in done.values())
+        if done:
+            found = {_key(item): item for item in _examine(connection, held_for)}
+    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found]
     left = [
         replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
-        for key, item in found_now.items()
+        for key, item in found.items()
     ]
     return mended + left
+
+
+def _key(item: Finding) -> tuple[str, str]:
+    # a build that fails makes an INVALID index of a missing one: that is one finding
+    return "drift" if item.code == "invalid_index" else item.code, item.object
 
 
 def _revision(found: str | None) -> Finding:
