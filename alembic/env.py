@@ -31,7 +31,7 @@ from alembic.util import CommandError
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import MetaData, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
@@ -314,11 +314,17 @@ try:
     PATIENCE = option("patience", SECONDS, "600", "write a number of seconds")
     YIELD = option("yield", bool, "yes", "write yes or no")
     main()
-except DBAPIError as error:
-    if sqlstate(error) != DIFFERS:
+except (DBAPIError, PendingRollbackError) as error:
+    told: PipelineError
+    if isinstance(error, PendingRollbackError) or error.connection_invalidated:  # the former hides the latter
+        told = DatabaseUnavailableError(
+            "the connection broke during the migration: start it again, it goes on where it was"
+        )
+    elif sqlstate(error) == DIFFERS:
+        told = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
+    else:
         raise
-    differences = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
-    raise (CommandError(str(differences)) if config.cmd_opts is not None else differences) from error
+    raise (CommandError(str(told)) if config.cmd_opts is not None else told) from error
 except PipelineError as error:
     if config.cmd_opts is None:
         raise

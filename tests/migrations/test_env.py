@@ -138,6 +138,30 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
             command.upgrade(config, "head")
 
 
+@pytest.mark.parametrize("sql", ["ALTER TABLE circle.t ADD COLUMN more int;", "SELECT pg_sleep(60);"])
+def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connect: Connect, sql: str) -> None:
+    raw, reader = connect(empty_database_url), connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
+    _revision(scripts, "one", None, f"-- == upgrade: column\n{sql}\n")
+    broken: list[str] = []
+
+    def migrate() -> None:
+        try:
+            migrations.upgrade(empty_database_url)
+        except DatabaseUnavailableError as error:
+            broken.append(str(error))
+
+    migrator = threading.Thread(target=migrate)
+    with reader.transaction():
+        reader.execute("SELECT FROM circle.t")
+        migrator.start()
+        _wait_until(lambda: raw.execute("SELECT to_regclass('circle.alembic_version')").fetchone() != (None,))
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gathering_pipeline'"
+        _wait_until(lambda: raw.execute(f"{end} AND datname = current_database()").fetchone() is not None)
+        migrator.join(30)
+    assert broken == ["the connection broke during the migration: start it again, it goes on where it was"]
+
+
 BIG_TABLE = """
 CREATE SCHEMA circle; CREATE TABLE circle.t (id int, filler text);
 INSERT INTO circle.t SELECT n, repeat('x', 1000) FROM generate_series(1, 10000) n"""
