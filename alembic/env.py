@@ -18,30 +18,38 @@ import logging
 import random
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging.config import fileConfig
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
 from alembic.util import CommandError
+from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import MetaData, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
+from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import AdoptionError, ConfigurationError, DatabaseUnavailableError, PipelineError
+from gathering_pipeline.migrations import (
+    BUSY,
+    MIGRATOR,
+    SCHEMA,
+    SMALL_TABLE,
+    GaveWayError,
+    Step,
+    execute,
+    execute_yielding,
+    sqlstate,
+)
 from gathering_pipeline.settings import DatabaseSettings
 
-SCHEMA = "circle"
 VERSIONS = f"{SCHEMA}.alembic_version"
-MIGRATOR = 0x6761746865720007  # any constant; the lock is one of this database only
-SMALL_TABLE = 8 * 1024 * 1024  # bytes
-LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, QUERY_CANCELED = "55P03", "40P01", "57014"
 DIFFERS = "PL090"  # with which a revision refuses what it finds; the error's detail is a JSON list of sentences
 CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone asks for the right to create one even where there is one
@@ -52,19 +60,18 @@ logger = logging.getLogger("alembic.gathering_pipeline")
 config = context.config
 
 
-def option(name: str, default: str) -> str:
+# Zero would be no limit: all others would wait behind the step for as long as it waits.
+DURATION = Annotated[str, Field(pattern=r"^([1-9]\d{0,5} ?(ms|s)?|[1-9]\d{0,3} ?min)$", coerce_numbers_to_str=True)]
+SECONDS = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def option(name: str, kind: Any, default: str, form: str) -> Any:
     """An option from ``-x``, else from the attributes of the host's configuration."""
-    given: dict[str, str] = context.get_x_argument(as_dictionary=True)
-    return str(given.get(name, config.attributes.get(name, default)))
-
-
-LOCK_TIMEOUT = option("lock_timeout", "100ms")
-PATIENCE = float(option("patience", "600"))
-YIELD = option("yield", "yes") != "no"
-
-
-class GaveWayError(Exception):
-    """Somebody waited behind a step that takes long, which was broken off for that."""
+    given = context.get_x_argument(as_dictionary=True).get(name, config.attributes.get(name, default))
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError:
+        raise ConfigurationError(f"the option {name} can't be {given!r}: {form}") from None
 
 
 def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
@@ -76,7 +83,7 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
         except (DBAPIError, GaveWayError) as error:
             if isinstance(error, GaveWayError):
                 why = "others waited behind the step: stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
-            elif sqlstate(error) in (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED):
+            elif sqlstate(error) in BUSY:
                 why = f"a lock was not free within {LOCK_TIMEOUT}: see in pg_stat_activity which transaction is open"
             else:
                 raise
@@ -88,14 +95,8 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
         pause = min(pause * 1.5, 2.0)
 
 
-def sqlstate(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None)
-
-
 # Steps. A revision's SQL lies in sql/REVISION.sql; a line "-- == upgrade: WHAT" or "-- == downgrade: WHAT" begins one,
 # which is idempotent and a transaction of its own. "-- == upgrade index: SCHEMA.NAME" builds an index concurrently.
-
-STEP = re.compile(r"^-- == (upgrade|downgrade)( index)?: (.+)$", re.MULTILINE)
 
 
 @Operations.register_operation("run_steps")
@@ -115,13 +116,7 @@ class RunSteps(MigrateOperation):
 @Operations.implementation_for(RunSteps)
 def run_steps(operations: Operations, operation: RunSteps) -> None:
     migration = operations.get_context()
-    source = (Path(context.script.dir) / "sql" / f"{operation.revision}.sql").read_text(encoding="utf-8")
-    _, *parts = STEP.split(source)
-    steps = [
-        (what, body.strip(), bool(index))
-        for direction, index, what, body in zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
-        if direction == operation.direction
-    ]
+    steps = migrations.steps(operation.revision, operation.direction, Path(context.script.dir))
     with migration.autocommit_block():
         if context.is_offline_mode():
             write_steps(operation, steps)
@@ -137,7 +132,7 @@ def run_step(connection: Connection, what: str, body: str, *, is_index: bool) ->
     if is_index:
         again(lambda: build(connection, what, body))
     elif "VALIDATE CONSTRAINT" in body:
-        again(lambda: execute_yielding(connection, body))
+        again(lambda: (execute_yielding if YIELD else execute)(connection, body))
     else:
         again(lambda: execute(connection, body))
 
@@ -162,55 +157,7 @@ def build(connection: Connection, name: str, body: str) -> None:
             execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
 
 
-def execute_yielding(connection: Connection, sql: str) -> None:
-    """Send SQL that blocks no writer, and break it off as soon as it does.
-
-    A ``CREATE INDEX IF NOT EXISTS`` waits until a build or a validation is over, all writers wait behind it, and a
-    build that waits for its transaction in turn would be a deadlock.
-    """
-    if not YIELD:
-        execute(connection, sql)
-        return
-    over, gave_way = threading.Event(), threading.Event()
-    me = connection.scalar(text("SELECT pg_backend_pid()"))
-    cancel = (
-        f"SELECT pg_cancel_backend({me}) WHERE EXISTS (SELECT FROM pg_locks WHERE NOT granted"
-        f" AND waitstart < clock_timestamp() - interval '20 ms' AND {me} = ANY (pg_blocking_pids(pid)))"
-    )
-    others = connection.engine.pool.recreate()  # a connection like this one, whatever the size of the host's pool
-
-    other = others.connect()
-
-    def watch() -> None:
-        try:
-            cursor = other.cursor()
-            other.driver_connection.autocommit = True
-            while not over.wait(0.03):
-                cursor.execute(cancel)
-                if cursor.fetchone() is not None:
-                    gave_way.set()
-        except Exception as error:  # noqa: BLE001 - whatever it was: the step goes on without giving way, and that is told
-            logger.warning("nobody watches any more who waits behind the step: %s", error)
-        finally:
-            other.close()
-            others.dispose()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        execute(connection, sql)
-    except DBAPIError as error:
-        over.set()
-        watcher.join()  # the cancellation is there before the watcher knows that it sent one
-        if gave_way.is_set() and sqlstate(error) == QUERY_CANCELED:
-            raise GaveWayError from error
-        raise
-    finally:
-        over.set()
-        watcher.join()
-
-
-def write_steps(operation: RunSteps, steps: list[tuple[str, str, bool]]) -> None:
+def write_steps(operation: RunSteps, steps: list[Step]) -> None:
     """Write steps into the script that a DBA runs with ``psql -v ON_ERROR_STOP=1``, again where it was broken off."""
     output = context.get_context().impl.static_output
     there = f"EXISTS (SELECT FROM {VERSIONS} WHERE version_num >= '{operation.revision}')"
@@ -230,11 +177,6 @@ def write_steps(operation: RunSteps, steps: list[tuple[str, str, bool]]) -> None
         else:
             output(f"BEGIN;\n{body}\nCOMMIT;")
     output("\\endif")
-
-
-def execute(connection: Connection, sql: str) -> None:
-    """Send SQL as it stands, percent signs included."""
-    connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
 
 
 # The run
@@ -368,12 +310,21 @@ def main() -> None:
 
 
 try:
+    LOCK_TIMEOUT = option("lock_timeout", DURATION, "100ms", "write a duration as 100ms, 2s or 1min")
+    PATIENCE = option("patience", SECONDS, "600", "write a number of seconds")
+    YIELD = option("yield", bool, "yes", "write yes or no")
     main()
-except DBAPIError as error:
-    if sqlstate(error) != DIFFERS:
+except (DBAPIError, PendingRollbackError) as error:
+    told: PipelineError
+    if isinstance(error, PendingRollbackError) or error.connection_invalidated:  # the former hides the latter
+        told = DatabaseUnavailableError(
+            "the connection broke during the migration: start it again, it goes on where it was"
+        )
+    elif sqlstate(error) == DIFFERS:
+        told = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
+    else:
         raise
-    differences = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
-    raise (CommandError(str(differences)) if config.cmd_opts is not None else differences) from error
+    raise (CommandError(str(told)) if config.cmd_opts is not None else told) from error
 except PipelineError as error:
     if config.cmd_opts is None:
         raise

@@ -89,6 +89,13 @@ UNION ALL
 SELECT 'firing', c.tab, quote_ident(t.tgname), t.tgenabled::text
 FROM ours c JOIN pg_trigger t ON t.tgrelid = c.oid WHERE NOT t.tgisinternal OR t.tgenabled <> 'O'
 UNION ALL
+SELECT 'rule', c.tab, quote_ident(r.rulename), pg_get_ruledef(r.oid)
+FROM ours c JOIN pg_rewrite r ON r.ev_class = c.oid AND r.ev_type <> '1'
+UNION ALL
+SELECT 'row security', c.tab, 'policies', coalesce(string_agg(quote_ident(o.polname), ', ' ORDER BY o.polname), 'none')
+FROM ours c JOIN pg_class t ON t.oid = c.oid AND t.relrowsecurity LEFT JOIN pg_policy o ON o.polrelid = c.oid
+GROUP BY c.tab
+UNION ALL
 SELECT 'function', '', p.oid::regprocedure::text, concat_ws(', ', pg_get_function_result(p.oid), l.lanname,
        p.provolatile, p.prosecdef, p.proisstrict, array_to_string(p.proconfig, ' '),
        encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex'))
@@ -116,15 +123,23 @@ def canonical(definition: str) -> str:
     """A form that is the same on every version, and after a dump and restore; for comparing, not for running.
 
     When PostgreSQL reads its own output, it moves casts of lists into their items and makes one chain of the ORs that a
-    comparison of rows becomes. Since version 16 it leaves the aliases of columns out where it can.
+    comparison of rows becomes. For aliases of columns see ``same``.
     """
-    text = re.sub(r"::(character varying|text)(\[\])?|\b[a-z]\.", "", definition)
-    while (shorter := re.sub(r"\(('[^']*'|\w+|ARRAY\[[^\]]*\])\)", r"\1", text)) != text:
+    text = re.sub(r"::(character varying|text)(\[\])?", "", definition)
+    while (shorter := re.sub(r"\(('[^']*'|(?:[a-z]\.)?\w+|ARRAY\[[^\]]*\])\)", r"\1", text)) != text:
         text = shorter
     term = r"\((?:[^()]|\([^()]*\))*\)"
     while (flatter := re.sub(rf"(?<=\()\(({term}(?: OR {term})+)\) OR ", r"\1 OR ", text)) != text:
         text = flatter
     return text
+
+
+def same(one: str, other: str) -> bool:
+    """Whether definitions mean the same, apart from aliases that only one has: since version 16 some are left out."""
+    parts = [re.findall(r"(\b[a-z]\.)?(\w+|\W)", canonical(text)) for text in (one, other)]
+    return len(parts[0]) == len(parts[1]) and all(
+        x == y and (a == b or not a or not b) for (a, x), (b, y) in zip(*parts, strict=True)
+    )
 
 
 def differences(connection: Connection) -> Iterator[Finding]:
@@ -134,12 +149,17 @@ def differences(connection: Connection) -> Iterator[Finding]:
         if item not in found:
             if item.kind != "firing":  # it is missing with its trigger
                 yield _drift(item, "is missing", _mend(item, wanted))
-        elif canonical(found[item]) != canonical(definition):
+        elif not same(found[item], definition):
             yield _changed(item, wanted, found[item])
     tables = {item.name for item in wanted if item.kind == "table"}
+    functions = {_bare(item) for item in wanted if item.kind == "function"}
     for item, definition in found.items():
-        if item not in wanted and item.table in tables:
+        if item not in wanted and (item.table in tables or (item.kind == "function" and _bare(item) in functions)):
             yield from _foreign(item, definition, wanted, found)
+
+
+def _bare(function: Object) -> str:
+    return function.name.partition("(")[0]
 
 
 def _changed(item: Object, wanted: Mapping[Object, str], found: str) -> Finding:
@@ -182,9 +202,24 @@ def _foreign(
         yield Finding("warning", "foreign_trigger", str(item), message, "make sure that it leaves our columns alone")
     elif item.kind == "firing" and Object("trigger", item.table, item.name) not in found:
         yield _demoted(item, "guards a foreign key and doesn't fire as it should", "O")
-    elif item.kind == "constraint":
+    elif item.kind == "constraint" or (definition.startswith("CREATE UNIQUE") and not definition.endswith(" INVALID")):
         message = f"is not ours and may refuse what we write: {definition}"
         yield Finding("warning", "foreign_constraint", str(item), message, "drop it if it is not meant")
+    elif item.kind == "rule":
+        message = f"is not ours and can change or drop what we write: {definition}"
+        yield Finding("warning", "foreign_rule", str(item), message, "drop it if it is not meant")
+    elif item.kind == "row security":
+        message = f"is enabled: who is not the owner reads and writes only what these allow: {definition}"
+        yield Finding(
+            "warning", "row_security", str(item), message, "make sure that they allow all rows to our services"
+        )
+    elif item.kind == "function":
+        message = "is not ours, and calls of ours may get it instead, or fail because both fit"
+        yield Finding("warning", "foreign_function", str(item), message, "drop it if it is not meant")
+    elif item.kind == "default" and column in wanted:
+        repair = f"ALTER TABLE circle.{item.table} ALTER COLUMN {item.name} DROP DEFAULT"
+        message = f"is not ours and fills in what we leave empty: {definition}"
+        yield Finding("error", "drift", str(item), message, f"a repair runs {repair}", (repair,))
     elif item.kind == "NOT NULL" and (column in wanted or Object("default", item.table, item.name) not in found):
         repair = f"ALTER TABLE circle.{item.table} ALTER COLUMN {item.name} DROP NOT NULL"
         yield Finding(

@@ -18,8 +18,6 @@ from gathering_pipeline.errors import DatabaseUnavailableError, shorten
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
-BUSY = ("55P03", "40P01")
-"""SQLSTATEs after which a repair is tried again: a lock that was not free, a deadlock."""
 
 
 class _Check(NamedTuple):
@@ -106,6 +104,26 @@ _CHECKS = [
         """,
     ),
     _Check(
+        "incomplete_version",
+        "error",
+        "no run can be created on it; a repair compiles it again",
+        """
+        SELECT format('circle.pipeline_versions %s, %s', v.pipeline_id, v.version),
+               format('it has %s of its %s nodes', n.count, v.node_count),
+               format('DELETE FROM circle.pipeline_version_nodes WHERE (pipeline_id, version) = (%1$s, %2$s);
+                       INSERT INTO circle.pipeline_version_nodes
+                           (pipeline_id, version, position, node_id, node_type, predecessors, successors)
+                       SELECT %1$s, %2$s, c.node_position, c.id, c.type, c.preds, c.succs
+                       FROM (SELECT * FROM circle.pipeline_versions
+                             WHERE (pipeline_id, version) = (%1$s, %2$s) FOR SHARE) v,
+                            circle.compile_graph(v.nodes, v.edges) c', v.pipeline_id, v.version)
+        FROM circle.pipeline_versions v CROSS JOIN LATERAL (
+            SELECT count(*) FROM circle.pipeline_version_nodes n
+            WHERE (n.pipeline_id, n.version) = (v.pipeline_id, v.version)) n
+        WHERE n.count <> v.node_count ORDER BY v.pipeline_id, v.version
+        """,
+    ),
+    _Check(
         "ids",
         "warning",
         "plan the change to BIGINT while there is time: it rewrites the table under an exclusive lock",
@@ -154,8 +172,8 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Args:
         engine: Of the database; as its owner, and with ``pg_monitor`` to see the sessions of others.
         repair: Mend what has a repair, and examine again. Repairs are short transactions that wait at most 200 ms for
-            a lock, but builds of indexes wait for all open transactions, validations read whole tables, and neither
-            gives way to a CREATE INDEX that waits behind it, with all writers behind that.
+            a lock, but builds of indexes wait for all open transactions, and validations read whole tables. Both are
+            broken off when somebody waits behind them, and tried again.
         held_for: Age in seconds from which a transaction that holds the event feed back is named.
 
     Returns:
@@ -164,41 +182,49 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Raises:
         DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
-    with engine.connect() as connection:
-        found = migrations.current(connection)
-    if found != migrations.head():
-        finding = _revision(found)
-        if not (repair and finding.repair):
-            return [finding]
-        migrations.upgrade(engine)
-        return [replace(finding, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         try:
             connection.exec_driver_sql("SET statement_timeout = 0")
             lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
             if repair and not connection.exec_driver_sql(lock).scalar():
                 raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")
-            found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
-            tried: dict[tuple[str, str], Finding] = {}
-            progress = repair
-            while progress:  # what failed is tried again after others were mended: it may have needed them
-                todo = {key: item for key, item in found_now.items() if item.repair}
-                todo = {key: item for key, item in todo.items() if key not in tried or tried[key].outcome}
-                done = {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
-                tried |= done
-                progress = any(item.outcome is None for item in done.values())
-                if done:
-                    found_now = {(item.code, item.object): item for item in _examine(connection, held_for)}
+            revision = migrations.current(connection)  # under the lock nobody changes it
+            wrong = None if revision == migrations.head() else _revision(revision)
+            findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
             if not connection.invalidated:  # it goes back to its pool as it came
                 connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
                 connection.exec_driver_sql("RESET ALL")
-    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found_now]
+    if wrong and repair and wrong.repair:
+        migrations.upgrade(engine)
+        return [replace(wrong, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
+    return findings
+
+
+def _found(connection: Connection, held_for: float, *, repair: bool) -> list[Finding]:
+    """Examine, and mend what can be mended."""
+    found = {_key(item): item for item in _examine(connection, held_for)}
+    tried: dict[tuple[str, str], Finding] = {}
+    progress = repair
+    while progress:  # what failed is tried again after others were mended: it may have needed them
+        todo = {key: item for key, item in found.items() if item.repair}
+        todo = {key: item for key, item in todo.items() if key not in tried or tried[key].outcome}
+        done = {key: replace(item, outcome=_mend(connection, item)) for key, item in todo.items()}
+        tried |= done
+        progress = any(item.outcome is None for item in done.values())
+        if done:
+            found = {_key(item): item for item in _examine(connection, held_for)}
+    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found]
     left = [
         replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
-        for key, item in found_now.items()
+        for key, item in found.items()
     ]
     return mended + left
+
+
+def _key(item: Finding) -> tuple[str, str]:
+    # a build that fails makes an INVALID index of a missing one: that is one finding
+    return "drift" if item.code == "invalid_index" else item.code, item.object
 
 
 def _revision(found: str | None) -> Finding:
@@ -251,24 +277,29 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
     while done < len(finding.repair):
         sql = finding.repair[done]
         # A concurrent build waits for the transactions of others and blocks nobody.
-        timeout = "0" if " CONCURRENTLY " in sql else LOCK_TIMEOUT
-        connection.exec_driver_sql(f"SET lock_timeout = '{timeout}'")
+        builds = " CONCURRENTLY " in sql
+        connection.exec_driver_sql(f"SET lock_timeout = '{'0' if builds else LOCK_TIMEOUT}'")
+        send = migrations.execute_yielding if builds or " VALIDATE " in sql else migrations.execute
         try:
-            connection.exec_driver_sql(sql, execution_options=_AS_IT_IS)
+            send(connection, sql)
             done += 1
             continue
+        except migrations.GaveWayError:
+            tell, is_final = "others waited behind it each time", False
         except DBAPIError as error:
             diagnostic = getattr(error.orig, "diag", None)
             if error.connection_invalidated or diagnostic is None:
                 raise
+            tell = f"{diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            is_final = diagnostic.sqlstate not in migrations.BUSY
         attempts += 1
-        if diagnostic.sqlstate not in BUSY or attempts == ATTEMPTS:
-            failed = f"not repaired: {diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+        if is_final or attempts == ATTEMPTS:
+            failed = f"not repaired: {tell}"
             if done and " DROP CONSTRAINT tmp_" in finding.repair[-1]:  # it would refuse updates of rows that break it
                 left = _mend(connection, replace(finding, repair=finding.repair[-1:]))
                 failed += f"; {finding.repair[-1]} is still to be run" if left else ""
             return failed
-        if " CONCURRENTLY " in sql:
+        if builds:
             done = 0  # a build that was broken off leaves its index INVALID: the list begins with dropping it
         time.sleep(random.uniform(0.1, 0.3))  # noqa: S311 - only spreads the retries
     return None

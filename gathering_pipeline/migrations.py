@@ -1,8 +1,9 @@
-"""Find the revision scripts and run them; how they are run stands in their ``env.py``."""
+"""Find the revision scripts and run them; how they are run stands in their ``env.py``, which uses what is here."""
 
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 from functools import cache
@@ -14,12 +15,20 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline.errors import SchemaRevisionError
 
 SCHEMA = "circle"
 MIGRATOR = 0x6761746865720007
-"""Key of the advisory lock under which ``env.py`` is the only migrator."""
+"""Key of the advisory lock under which ``env.py`` is the only migrator; any constant, the lock is one of a database."""
+SMALL_TABLE = 8 * 1024 * 1024
+"""Size in bytes below which ``env.py`` builds an index at once, which is quicker, instead of concurrently."""
+BUSY = ("55P03", "40P01")
+"""SQLSTATEs after which the same is tried again: a lock that was not free, a deadlock."""
+_CANCELED = "57014"
+
+logger = logging.getLogger("alembic.gathering_pipeline")
 
 _turn = threading.Lock()
 """Alembic's context is one of the process. Processes are kept apart by the lock that env.py takes in the database."""
@@ -91,7 +100,7 @@ def check(connection: Connection) -> None:
 
 
 class Step(NamedTuple):
-    """A step of a revision's upgrade: what it does, its SQL, and whether it builds an index concurrently."""
+    """A step of a revision: what it does, its SQL, and whether it builds an index concurrently."""
 
     what: str
     sql: str
@@ -103,12 +112,12 @@ def revisions() -> list[str]:
     return [revision.revision for revision in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
 
 
-def steps(revision: str) -> list[Step]:
-    """The steps of a revision's upgrade, as ``env.py`` runs them."""
-    source = (scripts() / "sql" / f"{revision}.sql").read_text(encoding="utf-8")
+def steps(revision: str, wanted: str = "upgrade", folder: Path | None = None) -> list[Step]:
+    """The steps of a revision's ``upgrade`` or ``downgrade``; the folder is that of the scripts."""
+    source = ((folder or scripts()) / "sql" / f"{revision}.sql").read_text(encoding="utf-8")
     _, *parts = re.split(r"^-- == (upgrade|downgrade)( index)?: (.+)$", source, flags=re.MULTILINE)
     found = zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
-    return [Step(what, sql.strip(), bool(index)) for direction, index, what, sql in found if direction == "upgrade"]
+    return [Step(what, sql.strip(), bool(index)) for direction, index, what, sql in found if direction == wanted]
 
 
 def script(revision: str = "head", *, down: bool = False) -> str:
@@ -123,3 +132,65 @@ def script(revision: str = "head", *, down: bool = False) -> str:
     with _turn:
         (command.downgrade if down else command.upgrade)(settings, revision, sql=True)
     return settings.output_buffer.getvalue()
+
+
+class GaveWayError(Exception):
+    """Somebody waited behind a statement that takes long, which was broken off for that."""
+
+
+def sqlstate(error: DBAPIError) -> str | None:
+    """The code of PostgreSQL; None where the connection broke."""
+    return getattr(error.orig, "sqlstate", None)
+
+
+def execute(connection: Connection, sql: str) -> None:
+    """Send SQL as it stands, percent signs included."""
+    connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+
+
+def execute_yielding(connection: Connection, sql: str) -> None:
+    """Send SQL that blocks no writer, and break it off as soon as it does.
+
+    A ``CREATE INDEX IF NOT EXISTS`` waits until a build or a validation is over, all writers wait behind it, and a
+    build that waits for its transaction in turn would be a deadlock.
+
+    Raises:
+        GaveWayError: It was broken off. A build leaves its index INVALID then.
+    """
+    over, gave_way = threading.Event(), threading.Event()
+    me = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+    cancel = (
+        f"SELECT pg_cancel_backend({me}) WHERE EXISTS (SELECT FROM pg_locks WHERE NOT granted"  # noqa: S608 - a number
+        f" AND waitstart < clock_timestamp() - interval '20 ms' AND {me} = ANY (pg_blocking_pids(pid)))"
+    )
+    others = connection.engine.pool.recreate()  # a connection like this one, whatever the size of the host's pool
+    other = others.connect()
+    assert other.driver_connection is not None
+    other.driver_connection.autocommit = True
+
+    def watch() -> None:
+        try:
+            cursor = other.cursor()
+            while not over.wait(0.03):
+                cursor.execute(cancel)
+                if cursor.fetchone() is not None:
+                    gave_way.set()
+        except Exception as error:  # noqa: BLE001 - whatever it was: it goes on without giving way, and that is told
+            logger.warning("nobody watches any more who waits behind the step: %s", error)
+        finally:
+            other.close()
+            others.dispose()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        execute(connection, sql)
+    except DBAPIError as error:
+        over.set()
+        watcher.join()  # the cancellation is there before the watcher knows that it sent one
+        if gave_way.is_set() and sqlstate(error) == _CANCELED:
+            raise GaveWayError from error
+        raise
+    finally:
+        over.set()
+        watcher.join()

@@ -12,10 +12,7 @@ from sqlalchemy.engine import Connection
 
 from gathering_pipeline import migrations
 from gathering_pipeline.errors import SchemaRevisionError
-from gathering_pipeline.migrations import Step
-
-SMALL_TABLE = 8 * 1024 * 1024
-"""Size in bytes below which ``env.py`` builds an index at once, which is quicker, instead of concurrently."""
+from gathering_pipeline.migrations import SMALL_TABLE, Step
 
 MODES = [
     *("ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE", "SHARE UPDATE EXCLUSIVE", "SHARE", "SHARE ROW EXCLUSIVE"),
@@ -144,7 +141,7 @@ def preflight(connection: Connection) -> Preflight:
         for step in migrations.steps(revision):
             taken = {table: mode for table, mode in locks(step).items() if table in tables}
             if step.is_index:
-                taken = {table: "SHARE" if tables[table][1] < SMALL_TABLE else mode for table, mode in taken.items()}
+                taken = {t: "SHARE" if tables[t][1] < SMALL_TABLE else mode for t, mode in taken.items()}
                 builds = builds or "SHARE UPDATE EXCLUSIVE" in taken.values()
             pending.append(Pending(revision, step.what, tuple(Lock(t, mode, *tables[t]) for t, mode in taken.items())))
             conflicts |= {(table, mode) for table, needed in taken.items() for mode in _CONFLICTS[needed]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,11 +20,13 @@ from sqlalchemy.exc import DBAPIError
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor as examine
-from gathering_pipeline.errors import PipelineError, shorten
+from gathering_pipeline.embedded import default_data_dir
+from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
 from gathering_pipeline.preflight import MODES, Preflight
 from gathering_pipeline.preflight import preflight as look_ahead
 from gathering_pipeline.settings import DatabaseSettings
 
+VARIABLES = ("GATHERING_MIGRATION_URL", "GATHERING_DATABASE_URL", "DATABASE_URL")
 NEEDS_YOU = 3
 """Exit code of a report that somebody has to act on."""
 
@@ -56,10 +59,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @contextmanager
 def _database(url: str | None) -> Iterator[Database]:
+    empty = "--url" if url == "" else next((name for name in VARIABLES if os.environ.get(name) == ""), None)
+    if empty is not None and not url:
+        raise ConfigurationError(f"{empty} is set but empty: unset it, or write a URL")
     settings = DatabaseSettings.load()
     if url is None and settings.migration_url is not None:
         url = settings.migration_url.get_secret_value()
     with Database(url, settings=settings) as database:
+        if url is None and settings.database_url is None:
+            folder = settings.data_dir or default_data_dir()
+            told = f"the embedded server in {folder}, because none of {', '.join(VARIABLES)} is set"
+        else:  # as the server has it, whatever libpq added to the URL
+            with database.engine.connect() as connection:
+                info = connection.connection.driver_connection.info  # type: ignore[union-attr]
+            told = f"{info.dbname} at {info.host}:{info.port}, user {info.user}"
+        click.echo(f"database: {told}", err=True)
         yield database
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy.engine import make_url
 
 from gathering_pipeline import migrations
 from gathering_pipeline.cli.commands import cli
@@ -72,7 +73,12 @@ def test_an_upgrade_from_the_first_look_to_the_last(empty_database_url: str, con
     assert mended.returncode == 0
     assert mended.stdout.startswith("repaired demoted_trigger: trigger pipelines_accept")
     assert program("db", "doctor", **where).returncode == 0
-    assert sick.stderr == mended.stderr == ""
+    assert sick.stderr == mended.stderr == f"database: {described(empty_database_url)}\n"
+
+
+def described(url: str) -> str:
+    with psycopg.connect(url.replace("+psycopg", "")) as raw:
+        return f"{raw.info.dbname} at {raw.info.host}:{raw.info.port}, user {raw.info.user}"
 
 
 def pending() -> list[migrations.Step]:
@@ -122,14 +128,50 @@ def test_the_migration_url_goes_before_the_others(database_url: str) -> None:
     assert program("db", "check", "--url", unused, **names).returncode == 1
 
 
+def test_each_command_says_first_which_database_it_is(database_url: str) -> None:
+    password = make_url(database_url).password
+    for words in (
+        ["upgrade"],
+        ["current", "--json"],
+        ["check"],
+        ["doctor", "--json"],
+        ["preflight"],
+        ["downgrade", "--yes", "base"],
+    ):
+        done = run(*words, "--url", database_url)
+        assert done.exit_code == 0
+        assert done.stderr.startswith(f"database: {described(database_url)}\n")
+        assert password is None or f":{password}" not in done.stderr
+        assert "database:" not in done.stdout
+
+
+def test_the_embedded_server_is_never_used_unseen(tmp_path: Path) -> None:
+    """As where DATABASE_URL is misspelt."""
+    folder = tmp_path / "data"
+    done = program("db", "current", DATABSE_URL="postgresql://app@db/app", GATHERING_DATA_DIR=str(folder))
+    assert (done.returncode, done.stdout) == (0, "the schema is at revision none\n")
+    assert done.stderr == (
+        f"database: the embedded server in {folder}, because none of GATHERING_MIGRATION_URL, GATHERING_DATABASE_URL,"
+        " DATABASE_URL is set\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["GATHERING_MIGRATION_URL", "GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_a_variable_that_is_set_but_empty_is_refused(name: str, database_url: str) -> None:
+    assert f"{name} is set but empty" in one_sentence(program("db", "upgrade", **{name: ""}))
+    assert program("db", "check", "--url", database_url, **{name: ""}).returncode == 0
+    assert "--url is set but empty" in one_sentence(program("db", "check", "--url", ""))
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Error: ")
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    return done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("database: ")]
+    assert lines[0].startswith("Error: ")
+    assert len(lines) == 1, done.stderr
+    return lines[0]
 
 
 @pytest.mark.parametrize("command", ["upgrade", "current", "check", "doctor", "preflight"])
@@ -227,4 +269,4 @@ def test_the_page_lists_every_finding() -> None:
         re.findall(r'_Check\(\s*"(\w+)"', source)
     )
     assert documented == made
-    assert len(made) == 14
+    assert len(made) == 18

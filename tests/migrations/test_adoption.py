@@ -20,6 +20,7 @@ from sqlalchemy.pool import NullPool
 from gathering_pipeline import (
     AdoptionError,
     Database,
+    DatabaseUnavailableError,
     InvalidPipelineError,
     PipelineRepository,
     PipelineUpdate,
@@ -463,7 +464,8 @@ def killed_after(step: int, url: str, action: Callable[[Engine], None]) -> bool:
 
     try:
         action(engine)
-    except (KilledError, SQLAlchemyError):  # what is tidied up on the way out finds no connection
+    # what is tidied up on the way out finds no connection
+    except (KilledError, SQLAlchemyError, DatabaseUnavailableError):
         assert count >= step
         return True
     return False

@@ -303,6 +303,19 @@ def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs:
         assert catalog(empty_database_url) == catalogs[end]
 
 
+def test_a_script_that_gets_no_lock_ends_and_goes_on_when_run_again(
+    empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
+) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    reader = connect(empty_database_url)
+    with reader.transaction():
+        reader.execute("SELECT FROM circle.pipeline_runs")
+        with pytest.raises(AssertionError, match="canceling statement due to lock timeout"):
+            run_psql(empty_database_url, script("head"))
+    run_psql(empty_database_url, script("head"))
+    assert catalog(empty_database_url) == catalogs[revisions()[-1]]
+
+
 def test_a_script_ends_at_its_first_error(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY, name text)")

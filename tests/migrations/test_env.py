@@ -138,6 +138,30 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
             command.upgrade(config, "head")
 
 
+@pytest.mark.parametrize("sql", ["ALTER TABLE circle.t ADD COLUMN more int;", "SELECT pg_sleep(60);"])
+def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connect: Connect, sql: str) -> None:
+    raw, reader = connect(empty_database_url), connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
+    _revision(scripts, "one", None, f"-- == upgrade: column\n{sql}\n")
+    broken: list[str] = []
+
+    def migrate() -> None:
+        try:
+            migrations.upgrade(empty_database_url)
+        except DatabaseUnavailableError as error:
+            broken.append(str(error))
+
+    migrator = threading.Thread(target=migrate)
+    with reader.transaction():
+        reader.execute("SELECT FROM circle.t")
+        migrator.start()
+        _wait_until(lambda: raw.execute("SELECT to_regclass('circle.alembic_version')").fetchone() != (None,))
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gathering_pipeline'"
+        _wait_until(lambda: raw.execute(f"{end} AND datname = current_database()").fetchone() is not None)
+        migrator.join(30)
+    assert broken == ["the connection broke during the migration: start it again, it goes on where it was"]
+
+
 BIG_TABLE = """
 CREATE SCHEMA circle; CREATE TABLE circle.t (id int, filler text);
 INSERT INTO circle.t SELECT n, repeat('x', 1000) FROM generate_series(1, 10000) n"""
@@ -211,6 +235,35 @@ def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, c
     command.upgrade(config, "head")
     index = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
     assert raw.execute(index).fetchone() == (True,)
+
+
+@pytest.mark.parametrize("value", [False, "false", "off", "0"])
+def test_no_in_other_words(scripts: Path, empty_database_url: str, connect: Connect, value: object) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    config = migrations.config(empty_database_url)
+    config.attributes.update({"yield": value, "patience": 0, "lock_timeout": 50})
+    with raw.transaction():
+        raw.execute(
+            "SET LOCAL idle_in_transaction_session_timeout = '10s'"
+        )  # for as long a concurrent build would wait
+        raw.execute("UPDATE circle.t SET id = id WHERE id = 1")
+        # not built concurrently, so it waits for the writer's lock
+        with pytest.raises(DatabaseUnavailableError, match="a lock was not free within 50"):
+            command.upgrade(config, "head")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("yield", "nein"), ("yield", ""), ("lock_timeout", "soon"), ("lock_timeout", 0), ("lock_timeout", "1s; SELECT 1"),
+     ("patience", "nan"), ("patience", "-1"), ("patience", "long")],
+)  # fmt: skip
+def test_an_option_that_is_not_understood(empty_database_url: str, name: str, value: object) -> None:
+    config = migrations.config(empty_database_url)
+    config.attributes[name] = value
+    with pytest.raises(ConfigurationError, match=f"the option {name} can't be {value!r}: write "):
+        command.upgrade(config, "head")
 
 
 COUNT_STEPS = """
@@ -309,7 +362,7 @@ def test_the_command_alembic(empty_database_url: str) -> None:
             check=True,
         ).stdout
 
-    alembic("-x", "lock_timeout=1s", "upgrade", "head")
+    alembic("-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5", "upgrade", "head")
     assert alembic("current").strip() == f"{migrations.head()} (head)"
 
 

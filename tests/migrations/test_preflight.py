@@ -13,7 +13,7 @@ import pytest
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import SchemaRevisionError
-from gathering_pipeline.preflight import MODES, SMALL_TABLE, Preflight, locks, preflight
+from gathering_pipeline.preflight import MODES, Preflight, locks, preflight
 
 Connect = Callable[[str], psycopg.Connection]
 
@@ -112,7 +112,7 @@ def test_what_is_pending_on_how_much(empty_database_url: str, connect: Connect) 
 
     raw.execute("ALTER TABLE circle.pipeline_runs ALTER logs SET STORAGE EXTERNAL")
     raw.execute("UPDATE circle.pipeline_runs SET error_message = repeat(md5(random()::text), 60)")
-    while raw.execute("SELECT pg_relation_size('circle.pipeline_runs')").fetchone() < (SMALL_TABLE,):
+    while raw.execute("SELECT pg_relation_size('circle.pipeline_runs')").fetchone() < (migrations.SMALL_TABLE,):
         raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id, error_message) "
                     "SELECT pipeline_id, error_message FROM circle.pipeline_runs LIMIT 4000")  # fmt: skip
     builds = [step for step in look(empty_database_url).steps if step.what == "circle.idx_pipeline_runs_history"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gathering_pipeline import migrations
 from tests.migrations.test_alembic import catalog
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     python = folder / "venv" / "bin" / "python"
     subprocess.run(
-        [*pip, "--python", str(python), "install", "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True
+        [*pip, "--python", str(python), "install", "-c", str(ROOT / "constraints.txt"), f"{wheel}[cli]"], check=True
     )
     return python
 
@@ -42,4 +43,24 @@ def test_who_installs_the_wheel_can_migrate(
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GATHERING"))}
     subprocess.run([python, "-c", PROGRAM, empty_database_url], cwd=tmp_path, env=environment, check=True)
+    assert catalog(empty_database_url) == catalog(database_url)
+
+
+def test_who_installs_the_wheel_has_the_command(
+    python: Path, empty_database_url: str, database_url: str, tmp_path: Path
+) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "DATABASE_URL": empty_database_url}
+
+    def db(*words: str) -> str:
+        command = [python.with_name("gathering-pipeline"), "db", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    at_head = f"the schema is at revision {migrations.head()}\n"
+    assert db("current") == "the schema is at revision none\n"
+    assert [db("upgrade"), db("check"), db("current")] == [at_head] * 3
+    assert db("doctor") == "nothing found: the database is as it should be\n"
+    assert "0 steps to" in db("preflight")
+    assert db("sql") == migrations.script()
     assert catalog(empty_database_url) == catalog(database_url)
