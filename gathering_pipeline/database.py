@@ -64,7 +64,8 @@ class Database:
     """
 
     def __init__(self, url: str | URL | None = None, *, settings: DatabaseSettings | None = None) -> None:
-        self.settings = DatabaseSettings.load() if settings is None else settings
+        beside: dict[str, None] = {} if url is None else {"database_url": None}  # nobody reads the environment's then
+        self.settings = DatabaseSettings.load(**beside) if settings is None else settings
         expect(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
         self._url = self.settings.url() if url is None else parse_url(url)
         self._direct = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,17 +105,24 @@ def _container_at_hand() -> bool:
     from docker.client import DockerClient
     from docker.errors import DockerException
 
-    try:
-        client = DockerClient.from_env(timeout=5)  # type: ignore[no-untyped-call]
-    except DockerException:
-        return False
-    try:
-        client.images.get(image())
-    except DockerException:
-        return False
-    finally:
-        client.close()
-    return True
+    def has_image() -> bool:
+        try:
+            client = DockerClient.from_env(timeout=5)  # type: ignore[no-untyped-call]
+        except DockerException:
+            return False
+        try:
+            client.images.get(image())
+        except DockerException:
+            return False
+        finally:
+            client.close()
+        return True
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        found = has_image()
+        gc.collect()  # the library leaves its socket open where no daemon answers
+    return found
 
 
 @contextmanager

@@ -17,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
-from gathering_pipeline import migrations
+from gathering_pipeline import embedded, migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor as examine
-from gathering_pipeline.embedded import default_data_dir
 from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
 from gathering_pipeline.preflight import MODES, Preflight
 from gathering_pipeline.preflight import preflight as look_ahead
@@ -62,12 +61,15 @@ def _database(url: str | None) -> Iterator[Database]:
     empty = "--url" if url == "" else next((name for name in VARIABLES if os.environ.get(name) == ""), None)
     if empty is not None and not url:
         raise ConfigurationError(f"{empty} is set but empty: unset it, or write a URL")
-    settings = DatabaseSettings.load()
+    settings = DatabaseSettings.load(**({} if url is None else {"database_url": None}))
     if url is None and settings.migration_url is not None:
         url = settings.migration_url.get_secret_value()
+    folder = None
+    if url is None and settings.database_url is None:
+        server = embedded.start(settings.data_dir)
+        url, folder = server.url, server.data_dir
     with Database(url, settings=settings) as database:
-        if url is None and settings.database_url is None:
-            folder = settings.data_dir or default_data_dir()
+        if folder is not None:
             told = f"the embedded server in {folder}, because none of {', '.join(VARIABLES)} is set"
         else:  # as the server has it, whatever libpq added to the URL
             with database.engine.connect() as connection:

@@ -134,6 +134,17 @@ def test_upgrade_takes_the_direct_url(
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
 
 
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_a_url_that_is_given_goes_before_an_empty_variable(
+    name: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "")
+    with Database(database_url) as database:
+        database.check()
+    with pytest.raises(ConfigurationError, match=f"^{name} can't be used: it is empty"):
+        Database()
+
+
 def test_no_password_in_any_view_of_it(database_url: str) -> None:
     url = make_url(database_url).set(username="u", password="hunter2", host="h")
     database = Database(url.render_as_string(hide_password=False))
