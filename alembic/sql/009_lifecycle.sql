@@ -135,28 +135,25 @@ BEGIN
 END $$;
 
 -- == upgrade: the graph compiler
--- Ids become integers once, by hash joins; generations (longest path from a root) then come from one pass over the edges
--- where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
+-- Refuses what is no graph or can't be sorted; else each node's generation (longest path from a root), and the edges as places
+-- in nodes, sorted, each pair once. Ids become integers once, by hash joins; generations then come from one pass over the
+-- edges where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
 -- would take longer than running them.
-CREATE OR REPLACE FUNCTION circle.compile_graph(p_nodes jsonb, p_edges jsonb)
-RETURNS TABLE (node_position integer, id text, type text, preds integer[], succs integer[])
+CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT ids text[], OUT types text[],
+                                             OUT sources integer[], OUT targets integer[], OUT generation integer[])
 LANGUAGE plpgsql STABLE SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
-    ids text[];
-    types text[];
-    sources integer[];   -- of the edges, by place in nodes, sorted, each pair once
-    targets integer[];
     sorted boolean;
     complete boolean;
     edge_count integer;
     n integer;
-    generation integer[];
-    positions integer[]; -- by place
     bad record;
 BEGIN
     IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
         PERFORM circle.refuse_graph('invalid_shape', 'nodes and edges must be JSON arrays', NULL, NULL);
     END IF;
+    p_nodes := p_nodes || '[]';   -- which is p_nodes, decompressed once and not by each of what follows
+    p_edges := p_edges || '[]';
     n := jsonb_array_length(p_nodes);
     SELECT array_agg(e ->> 'id'), array_agg(e ->> 'type') INTO ids, types FROM jsonb_array_elements(p_nodes) e;
     SELECT count(DISTINCT u.id COLLATE "C") AS distinct_ids, max(char_length(u.id)) AS longest, min(char_length(u.id)) AS shortest
@@ -191,15 +188,16 @@ BEGIN
            coalesce(bool_and(source + target IS NOT NULL), true)
     INTO sources, targets, edge_count, sorted, complete FROM mapped;
     IF NOT complete THEN
-        SELECT e.ord - 1 AS place, e.edge ->> 'id' AS id, e.edge ->> 'from' AS source, e.edge ->> 'to' AS target,
-               NOT coalesce((e.edge ->> 'from') = ANY (ids), false) AS no_source INTO bad
+        SELECT e.ord - 1 AS place, e.edge ->> 'id' AS id, s.key, s.word, e.edge ->> s.key AS name INTO bad
         FROM jsonb_array_elements(p_edges) WITH ORDINALITY e (edge, ord)
-        WHERE NOT coalesce((e.edge ->> 'from') = ANY (ids) AND (e.edge ->> 'to') = ANY (ids), false) LIMIT 1;
-        PERFORM circle.refuse_graph(
-            CASE WHEN bad.no_source THEN 'unknown_source' ELSE 'unknown_target' END,
-            format('Edge %L references unknown %s node: %L', coalesce(bad.id, '#' || bad.place),
-                   CASE WHEN bad.no_source THEN 'source' ELSE 'target' END,
-                   left(CASE WHEN bad.no_source THEN bad.source ELSE bad.target END, 120)), NULL, bad.id);
+        CROSS JOIN (VALUES ('from', 'source'), ('to', 'target')) s (key, word)
+        WHERE NOT EXISTS (SELECT FROM unnest(ids) u (id) WHERE u.id COLLATE "C" = e.edge ->> s.key)
+        ORDER BY e.ord, s.key LIMIT 1;
+        IF bad.name IS NULL THEN
+            PERFORM circle.refuse_graph('invalid_edge', format('edges[%s].%s is not a string', bad.place, bad.key), NULL, bad.id);
+        END IF;
+        PERFORM circle.refuse_graph('unknown_' || bad.word, format('Edge %L references unknown %s node: %L',
+            coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)), NULL, bad.id);
     END IF;
 
     generation := array_fill(0, ARRAY[n]);
@@ -276,18 +274,26 @@ BEGIN
             END IF;
         END;
     END IF;
-
-    positions := ARRAY(SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
-                       FROM unnest(generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+END $$;
+-- A row for each node of a graph that can be sorted: positions by generation, then by place.
+CREATE OR REPLACE FUNCTION circle.compile_graph(p_nodes jsonb, p_edges jsonb)
+RETURNS TABLE (node_position integer, id text, type text, preds integer[], succs integer[])
+LANGUAGE plpgsql STABLE SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
+DECLARE
+    g record := circle.sort_graph(p_nodes, p_edges);
+    positions integer[] := ARRAY(   -- by place
+        SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
+        FROM unnest(g.generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+BEGIN
     -- sorted before they are gathered: a sort for each list would take longer than all the rest
     RETURN QUERY WITH edges AS MATERIALIZED (
-        SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(sources, targets) e (source, target)
+        SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(g.sources, g.targets) e (source, target)
     ), incoming AS (
         SELECT e.target AS pos, array_agg(e.source) AS list FROM (SELECT * FROM edges ORDER BY target, source) e GROUP BY 1
     ), outgoing AS (
         SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
     )
-    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}') FROM unnest(positions, ids, types) u (pos, id, type)
+    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}') FROM unnest(positions, g.ids, g.types) u (pos, id, type)
     LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
     ORDER BY u.pos;
 END $$;
@@ -712,7 +718,7 @@ BEGIN
         RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
             USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
     ELSIF pipeline_status = 'active' THEN
-        PERFORM circle.compile_graph(p.nodes, p.edges) FROM circle.pipelines p WHERE p.id = p_pipeline_id;
+        PERFORM circle.sort_graph(p.nodes, p.edges) FROM circle.pipelines p WHERE p.id = p_pipeline_id;
         PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again', NULL, NULL);
     END IF;
     RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, pipeline_status USING ERRCODE = 'PL006',
@@ -1180,6 +1186,7 @@ DROP FUNCTION IF EXISTS circle.pipelines_after();
 DROP FUNCTION IF EXISTS circle.pipelines_before();
 DROP FUNCTION IF EXISTS circle.write_version(integer, integer, jsonb, jsonb);
 DROP FUNCTION IF EXISTS circle.compile_graph(jsonb, jsonb);
+DROP FUNCTION IF EXISTS circle.sort_graph(jsonb, jsonb);
 DROP FUNCTION IF EXISTS circle.refuse_node(bigint, text, bigint, text);
 DROP FUNCTION IF EXISTS circle.refuse_run(bigint, bigint, text, text);
 DROP FUNCTION IF EXISTS circle.refuse_graph(text, text, text, text);
