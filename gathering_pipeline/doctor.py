@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import catalog, migrations
 from gathering_pipeline.catalog import Finding
-from gathering_pipeline.errors import DatabaseUnavailableError, shorten
+from gathering_pipeline.errors import DatabaseError, DatabaseUnavailableError, shorten
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
@@ -286,6 +286,8 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
             continue
         except migrations.GaveWayError:
             tell, is_final = "others waited behind it each time", False
+        except DatabaseError as error:  # no second connection, to see who waits
+            tell, is_final = str(error), True
         except DBAPIError as error:
             diagnostic = getattr(error.orig, "diag", None)
             if error.connection_invalidated or diagnostic is None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import psycopg
 import pytest
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, make_url
 
 from gathering_pipeline import migrations
 from gathering_pipeline.catalog import Finding, canonical, reference, same
@@ -331,6 +331,26 @@ def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
     assert left.outcome.endswith("violated by some row (SQLSTATE 23514)")
     assert catalog(database_url) == broken
     raw.execute("UPDATE circle.pipelines SET description = 'still written'")
+
+
+def test_a_repair_that_needs_a_second_connection_and_gets_none_fails_alone(
+    database: Database, raw: psycopg.Connection, database_url: str
+) -> None:
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    raw.execute("ALTER TABLE circle.pipelines ALTER retry_backoff_max DROP NOT NULL")
+    broken = catalog(database_url)
+    role = f"gathering_test_single_{time.monotonic_ns()}"
+    raw.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x' CONNECTION LIMIT 1 IN ROLE {raw.info.user}".encode())
+    try:
+        with Database(make_url(database_url).set(username=role, password="x")) as single:
+            mended, left = doctor(single.engine, repair=True)
+        assert (mended.code, mended.outcome) == ("demoted_trigger", "repaired")
+        assert left.outcome is not None
+        assert "too many connections for role" in left.outcome
+    finally:
+        raw.execute(f"DROP ROLE {role}".encode())
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    assert catalog(database_url) == broken, "no check of the repair is left"
 
 
 def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: psycopg.Connection) -> None:
