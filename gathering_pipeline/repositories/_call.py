@@ -38,7 +38,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
-from gathering_pipeline.json_values import expect, show
+from gathering_pipeline.json_values import MAX_DEPTH, expect, show
 from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
 from gathering_pipeline.models import Page, PipelineRead, RunRead
 
@@ -214,7 +214,7 @@ def storable_id(value: object, name: str) -> int:
     return value if -MAX_BIGINT <= value <= MAX_BIGINT else -1
 
 
-def to_json(value: object, path: str) -> str | None:
+def to_json(value: object, path: str, depth: int = MAX_DEPTH) -> str | None:
     """Write JSON for a JSONB parameter; ``None`` is SQL's NULL.
 
     Raises:
@@ -222,7 +222,7 @@ def to_json(value: object, path: str) -> str | None:
     """
     if value is None:
         return None
-    check_storable_json(value, path)
+    check_storable_json(value, path, depth)
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
