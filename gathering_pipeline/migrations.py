@@ -189,7 +189,7 @@ def execute_yielding(connection: Connection, sql: str) -> None:
         try:
             cursor = other.cursor()
             while not over.wait(0.03):
-                cursor.execute(cancel)
+                cursor.execute(cancel.encode())
                 if cursor.fetchone() is not None:
                     gave_way.set()
         except Exception as error:  # noqa: BLE001 - whatever it was: it goes on without giving way, and that is told
