@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError, ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from gathering_pipeline import (
@@ -525,6 +525,22 @@ def test_a_scoped_session_is_a_session(database: Database) -> None:
     scoped = scoped_session(sessionmaker(database.engine))
     assert RunRepository(scoped).counts()  # type: ignore[arg-type]
     scoped.remove()
+
+
+def test_so_is_an_async_one_in_whichever_task_it_is_used(database: Database, raw: psycopg.Connection) -> None:
+    async def create(pipelines: AsyncPipelineRepository, scoped: async_scoped_session[AsyncSession]) -> None:
+        await pipelines.create(KEPT)
+        await scoped.commit()
+        await scoped.remove()
+
+    async def work() -> None:
+        scoped = async_scoped_session(async_sessionmaker(database.async_engine), asyncio.current_task)
+        pipelines = AsyncPipelineRepository(scoped)
+        await asyncio.gather(*(create(pipelines, scoped) for _ in range(3)))
+        await create(pipelines, scoped)
+
+    run_async(database, work)
+    assert len(names(raw)) == 4
 
 
 def test_a_call_that_is_not_awaited_is_named(database: Database) -> None:
