@@ -302,9 +302,7 @@ def main() -> None:
         with given.connect() as connection:
             run_online(connection)
     else:
-        settings = DatabaseSettings.load()
-        direct = settings.migration_url
-        url = config.attributes.get("url") or (direct.get_secret_value() if direct is not None else None)
+        settings, url = DatabaseSettings.for_migrations(config.attributes.get("url"))
         with Database(url, settings=settings) as database, database.engine.connect() as connection:
             run_online(connection)
 

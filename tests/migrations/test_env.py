@@ -396,6 +396,20 @@ def test_a_role_that_may_open_one_connection_only(
         raw.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
 
 
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_an_empty_variable_that_is_not_used_stands_in_nobodys_way(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    migrations.upgrade(empty_database_url, "006_pipelines")
+    with pytest.raises(ConfigurationError, match=f"{name} can't be used: it is empty"):
+        migrations.upgrade()
+    monkeypatch.setenv("GATHERING_MIGRATION_URL", empty_database_url)
+    migrations.upgrade()
+    with Database(empty_database_url) as database:
+        database.check()
+
+
 def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str, connect: Connect) -> None:
     with Database(empty_database_url) as database:
         output = io.StringIO()
