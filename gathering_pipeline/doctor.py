@@ -139,19 +139,19 @@ _CHECKS = [
         WHERE s.used > s.most / 2 ORDER BY 1
         """,
     ),
+    _Check(
+        "foreign_events",
+        "error",
+        "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
+        # Whatever a snapshot shows was written before its xmax.
+        """
+        SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
+               'SELECT circle.reset_event_xids()'
+        FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
+              WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
+        """,
+    ),
 ]
-_EVENTS = _Check(
-    "foreign_events",
-    "error",
-    "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
-    # Whatever a snapshot shows was written before its xmax.
-    """
-    SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
-           'SELECT circle.reset_event_xids()'
-    FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
-          WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
-    """,
-)
 
 _GRAPHS = """
 SELECT p.id, p.status, p.nodes::text, p.edges::text, v.version IS NOT NULL
@@ -241,15 +241,32 @@ def _revision(found: str | None) -> Finding:
 
 def _examine(connection: Connection, held_for: float) -> Iterator[Finding]:
     differences = list(catalog.differences(connection))
-    yield from differences
-    if any(item.object.startswith(("table ", "column ")) for item in differences):
-        return  # rows can't be examined before what they lie in is there
+    drifted = [item for item in differences if item.object.startswith(("table ", "column "))]
+    rows: list[Finding] = []
+    unexamined: list[str] = []
+    examinations = {check.code: _rows(connection, check, held_for) for check in _CHECKS}
+    examinations["broken_graph, not_compiled"] = _graphs(connection)
+    for codes, examination in examinations.items():
+        try:
+            rows += examination
+        except DBAPIError as error:
+            if not drifted or error.connection_invalidated:
+                raise
+            unexamined.append(codes)
+    for item in differences:
+        told = f"; rows were not examined for {', '.join(unexamined)}" if unexamined and item in drifted else ""
+        yield replace(item, message=item.message + told)
+    yield from rows
+
+
+def _rows(connection: Connection, check: _Check, held_for: float) -> Iterator[Finding]:
     tables = [item.name for item in catalog.reference() if item.kind == "table"]
-    events = connection.exec_driver_sql("SELECT to_regclass('circle.pipeline_events')").scalar() is not None
-    for check in [*_CHECKS, _EVENTS] if events else _CHECKS:
-        sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
-        for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
-            yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
+    sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
+    for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
+        yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
+
+
+def _graphs(connection: Connection) -> Iterator[Finding]:
     last = 0
     while rows := connection.exec_driver_sql(_GRAPHS, (last,)).all():
         last = rows[-1].id

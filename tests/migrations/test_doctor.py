@@ -214,6 +214,31 @@ def test_what_no_repair_can_bring_back_stays_reported(
     assert "restore" in left.advice
 
 
+@pytest.mark.parametrize(
+    ("broken", "unexamined"),
+    [
+        ("ALTER TABLE circle.pipelines ALTER name TYPE text", set()),
+        ("ALTER TABLE circle.pipelines DROP description CASCADE", set()),
+        ("DROP TABLE circle.pipeline_version_nodes", {"incomplete_version"}),
+        ("DROP TABLE circle.pipeline_events CASCADE", {"foreign_events"}),
+        ("ALTER TABLE circle.pipelines DROP success_count CASCADE", {"counters"}),
+        ("ALTER TABLE circle.pipelines DROP nodes CASCADE", {"broken_graph", "not_compiled"}),
+    ],
+)
+def test_rows_are_examined_as_far_as_the_schema_lets_them(
+    broken: str, unexamined: set[str], database: Database, raw: psycopg.Connection
+) -> None:
+    pipeline(database, runs=1)
+    with database.session() as session:
+        RunRepository(session).claim("gone", timedelta(milliseconds=1))
+    raw.execute(broken)
+    findings = doctor(database.engine)
+    assert "expired_leases" in {finding.code for finding in findings}
+    for item in [finding for finding in findings if finding.object.startswith(("table ", "column "))]:
+        _, said, codes = item.message.partition("rows were not examined for ")
+        assert (set(codes.split(", ")) if said else set()) == unexamined
+
+
 def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
     (view,) = (item for item in reference() if item.kind == "view")
     (text,) = raw.execute("SELECT pg_get_viewdef(%s::regclass)", (view.name,)).fetchone() or ()
