@@ -182,7 +182,11 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Raises:
         DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    names = ("statement_timeout", "lock_timeout", "search_path")
+    with (
+        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        migrations.settings_kept(connection, *names),
+    ):
         try:
             connection.exec_driver_sql("SET statement_timeout = 0")
             lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
@@ -192,9 +196,8 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
             wrong = None if revision == migrations.head() else _revision(revision)
             findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
-            if not connection.invalidated:  # it goes back to its pool as it came
+            if not connection.invalidated:
                 connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
-                connection.exec_driver_sql("RESET ALL")
     if wrong and repair and wrong.repair:
         migrations.upgrade(engine)
         return [replace(wrong, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]

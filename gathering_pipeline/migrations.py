@@ -6,6 +6,8 @@ import io
 import logging
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -147,6 +150,25 @@ def sqlstate(error: DBAPIError) -> str | None:
 def execute(connection: Connection, sql: str) -> None:
     """Send SQL as it stands, percent signs included."""
     connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
+
+
+@contextmanager
+def settings_kept(connection: Connection, *names: str) -> Iterator[None]:
+    """Let settings of the session be changed, and set back what was there: a host may have its own."""
+    own = (
+        "SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (:names) AND source = 'session'"
+    )
+    found = connection.execute(text(own), {"names": list(names)}).all()
+    connection.commit()
+    try:
+        yield
+    finally:
+        connection.rollback()
+        if not connection.invalidated:
+            execute(connection, "; ".join(f"RESET {name}" for name in names))
+            for name, value in found:
+                connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": name, "value": value})
+            connection.commit()
 
 
 def _second(connection: Connection) -> psycopg.Connection[Any]:

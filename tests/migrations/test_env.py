@@ -15,13 +15,14 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
+from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
 from tests import servers
 
@@ -322,6 +323,32 @@ def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_u
         assert connection.get_isolation_level() == "READ COMMITTED"
         assert connection.scalar(text("SHOW lock_timeout")) == "0"
         assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+
+
+def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: str) -> None:
+    engine = create_engine(empty_database_url, pool_size=1, max_overflow=0)
+
+    @event.listens_for(engine, "connect")
+    def _set(connection: psycopg.Connection, _record: object) -> None:
+        connection.execute(
+            "SET statement_timeout = '33s'; SET lock_timeout = '44s'; SET search_path = \"$user\", public, x"
+        )
+        connection.commit()
+
+    ours = "'lock_timeout', 'search_path', 'statement_timeout'"
+    show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{ours}]) name"
+    uses: list[Callable[[], object]] = [
+        lambda: migrations.upgrade(engine, "006_pipelines"), lambda: doctor(engine), lambda: doctor(engine, repair=True),
+        lambda: doctor(engine),
+    ]  # fmt: skip
+    with engine.connect() as connection:
+        before = connection.execute(text(show)).all()
+        assert [row.current_setting for row in before] == ["44s", '"$user", public, x', "33s"]
+    for use in uses:
+        use()
+        with engine.connect() as connection:
+            assert connection.execute(text(show)).all() == before
+    engine.dispose()
 
 
 def test_or_an_async_one(empty_database_url: str, connect: Connect) -> None:
