@@ -200,6 +200,7 @@ def test_all_triggers_disabled_foreign_keys_included(
         ("DROP TABLE circle.pipeline_version_nodes", "table pipeline_version_nodes"),
         ("ALTER TABLE circle.pipeline_runs DROP worker_id CASCADE", "column worker_id of circle.pipeline_runs"),
         ("ALTER TABLE circle.pipelines ALTER name TYPE text", "column name of circle.pipelines"),
+        ("ALTER TABLE circle.pipeline_events ALTER id DROP IDENTITY", "column id of circle.pipeline_events"),
         ("ALTER TABLE circle.pipeline_versions DROP CONSTRAINT pipeline_versions_pkey",
          "constraint pipeline_versions_pkey of circle.pipeline_versions"),
     ],
@@ -254,7 +255,7 @@ def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
         CREATE TRIGGER "Meddles" BEFORE UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
         CREATE TRIGGER audits AFTER UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
         ALTER TABLE circle.pipelines ADD CONSTRAINT short CHECK (length(name) < 80), ADD owner text,
-            ADD seen timestamptz NOT NULL DEFAULT now();
+            ADD seen timestamptz NOT NULL DEFAULT now(), ADD number bigint GENERATED ALWAYS AS IDENTITY;
         CREATE INDEX idx_mine ON circle.pipelines (owner);
         CREATE UNIQUE INDEX idx_names ON circle.pipelines (name);
         CREATE RULE keep AS ON DELETE TO circle.pipelines DO INSTEAD NOTHING;
