@@ -217,7 +217,8 @@ def _found(connection: Connection, held_for: float, *, repair: bool) -> list[Fin
         progress = any(item.outcome is None for item in done.values())
         if done:
             found = {_key(item): item for item in _examine(connection, held_for)}
-    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found]
+    # also what failed and is gone all the same: another repair, or somebody else, mended it
+    mended = [replace(item, outcome="repaired") for key, item in tried.items() if key not in found]
     left = [
         replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
         for key, item in found.items()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import psycopg
@@ -387,6 +389,20 @@ def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: ps
     findings = doctor(database.engine, repair=True)
     assert [finding.code for finding in findings] == ["invalid_index"]
     assert "not repaired: could not create unique index" in str(findings[0].outcome)
+
+
+def test_what_others_mend_meanwhile_is_repaired(
+    database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    mend = sys.modules[doctor.__module__]._mend
+
+    def too_late(connection: Connection, finding: Finding) -> str | None:
+        raw.execute(finding.repair[1].encode())
+        return mend(connection, replace(finding, repair=finding.repair[1:]))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(f"{doctor.__module__}._mend", too_late)
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
 
 
 def test_a_repair_that_needs_another_is_tried_again(
