@@ -154,7 +154,7 @@ _CHECKS = [
 ]
 
 _GRAPHS = """
-SELECT p.id, p.status, p.nodes::text, p.edges::text, v.version IS NOT NULL
+SELECT p.id, p.status, coalesce(p.nodes::text, 'null'), coalesce(p.edges::text, 'null'), v.version IS NOT NULL
 FROM circle.pipelines p LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
 WHERE p.id > %s ORDER BY p.id LIMIT 100
 """

@@ -750,6 +750,14 @@ def test_graphs_that_are_broken_and_those_that_were_never_compiled(database: Dat
         assert len(RunRepository(session).nodes(RunRepository(session).create(fine).id)) == 1
 
 
+def test_a_graph_that_is_null(database: Database, raw: psycopg.Connection) -> None:
+    raw.execute("SET session_replication_role = replica")
+    raw.execute("ALTER TABLE circle.pipelines ALTER nodes DROP NOT NULL, DISABLE TRIGGER pipelines_accept")
+    raw.execute("INSERT INTO circle.pipelines (name, nodes) VALUES ('p', NULL)")
+    raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept")
+    assert ("broken_graph", "circle.pipelines id 1") in found(database)
+
+
 def test_versions_whose_nodes_are_not_all_there(database: Database, raw: psycopg.Connection) -> None:
     short, long = pipeline(database), pipeline(database)
     content = "SELECT * FROM circle.pipeline_version_nodes ORDER BY pipeline_id, position"
