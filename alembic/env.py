@@ -45,6 +45,7 @@ from gathering_pipeline.migrations import (
     Step,
     execute,
     execute_yielding,
+    settings_kept,
     sqlstate,
 )
 from gathering_pipeline.settings import DatabaseSettings
@@ -251,7 +252,7 @@ def run_online(connection: Connection) -> None:
         migrate()
         connection.rollback()
         return
-    with alone(connection):
+    with alone(connection), settings_kept(connection, "lock_timeout", "statement_timeout"):
         execute(connection, "SET statement_timeout = 0")
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         execute(connection, CREATE_SCHEMA)
@@ -279,9 +280,6 @@ def alone(connection: Connection) -> Iterator[None]:
     finally:
         connection.rollback()
         if not connection.invalidated:
-            # The host's connection is given back as it came.
-            execute(connection, "RESET lock_timeout")
-            execute(connection, "RESET statement_timeout")
             connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": MIGRATOR})
             connection.commit()
 
@@ -302,9 +300,7 @@ def main() -> None:
         with given.connect() as connection:
             run_online(connection)
     else:
-        settings = DatabaseSettings.load()
-        direct = settings.migration_url
-        url = config.attributes.get("url") or (direct.get_secret_value() if direct is not None else None)
+        settings, url = DatabaseSettings.for_migrations(config.attributes.get("url"))
         with Database(url, settings=settings) as database, database.engine.connect() as connection:
             run_online(connection)
 

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
@@ -68,11 +68,10 @@ class Database:
         self.settings = DatabaseSettings.load(**beside) if settings is None else settings
         expect(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
         self._url = self.settings.url() if url is None else parse_url(url)
-        self._direct = None
         if self._url is None and not embedded.installed():
             raise ConfigurationError(embedded.MISSING)
-        if url is None and self.settings.migration_url is not None:
-            self._direct = self.settings.migration_url.get_secret_value()
+        direct = self.settings.migration_url if url is None else None
+        self._direct = None if direct is None else direct.get_secret_value()
         self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
@@ -153,7 +152,8 @@ class Database:
 
     def upgrade(self, revision: str = "head") -> None:
         """Bring the schema to a revision; see ``migrations.upgrade`` for the errors."""
-        migrations.upgrade(self.engine if self._direct is None else self._direct, revision)
+        with nullcontext(self) if self._direct is None else Database(self._direct, settings=self.settings) as database:
+            migrations.upgrade(database.engine, revision)
 
     def check(self) -> None:
         """Make sure that the schema is at the revision of this code.

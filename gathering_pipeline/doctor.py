@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import catalog, migrations
 from gathering_pipeline.catalog import Finding
-from gathering_pipeline.errors import DatabaseUnavailableError, shorten
+from gathering_pipeline.errors import DatabaseError, DatabaseUnavailableError, shorten
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
@@ -139,22 +139,22 @@ _CHECKS = [
         WHERE s.used > s.most / 2 ORDER BY 1
         """,
     ),
+    _Check(
+        "foreign_events",
+        "error",
+        "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
+        # Whatever a snapshot shows was written before its xmax.
+        """
+        SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
+               'SELECT circle.reset_event_xids()'
+        FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
+              WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
+        """,
+    ),
 ]
-_EVENTS = _Check(
-    "foreign_events",
-    "error",
-    "they came with a dump from another cluster, and no reader gets them; a repair puts them before all others",
-    # Whatever a snapshot shows was written before its xmax.
-    """
-    SELECT 'circle.pipeline_events', format('%s events up to id %s bear transactions still to come', n, newest),
-           'SELECT circle.reset_event_xids()'
-    FROM (SELECT count(*) AS n, max(id) AS newest FROM circle.pipeline_events
-          WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
-    """,
-)
 
 _GRAPHS = """
-SELECT p.id, p.status, p.nodes::text, p.edges::text, v.version IS NOT NULL
+SELECT p.id, p.status, coalesce(p.nodes::text, 'null'), coalesce(p.edges::text, 'null'), v.version IS NOT NULL
 FROM circle.pipelines p LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
 WHERE p.id > %s ORDER BY p.id LIMIT 100
 """
@@ -182,7 +182,11 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Raises:
         DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    names = ("statement_timeout", "lock_timeout", "search_path")
+    with (
+        engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        migrations.settings_kept(connection, *names),
+    ):
         try:
             connection.exec_driver_sql("SET statement_timeout = 0")
             lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
@@ -192,9 +196,8 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
             wrong = None if revision == migrations.head() else _revision(revision)
             findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
-            if not connection.invalidated:  # it goes back to its pool as it came
+            if not connection.invalidated:
                 connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
-                connection.exec_driver_sql("RESET ALL")
     if wrong and repair and wrong.repair:
         migrations.upgrade(engine)
         return [replace(wrong, outcome="repaired"), *doctor(engine, repair=True, held_for=held_for)]
@@ -214,7 +217,8 @@ def _found(connection: Connection, held_for: float, *, repair: bool) -> list[Fin
         progress = any(item.outcome is None for item in done.values())
         if done:
             found = {_key(item): item for item in _examine(connection, held_for)}
-    mended = [replace(item, outcome=item.outcome or "repaired") for key, item in tried.items() if key not in found]
+    # also what failed and is gone all the same: another repair, or somebody else, mended it
+    mended = [replace(item, outcome="repaired") for key, item in tried.items() if key not in found]
     left = [
         replace(item, outcome=(tried[key].outcome or "not repaired: it is there again") if key in tried else None)
         for key, item in found.items()
@@ -241,15 +245,32 @@ def _revision(found: str | None) -> Finding:
 
 def _examine(connection: Connection, held_for: float) -> Iterator[Finding]:
     differences = list(catalog.differences(connection))
-    yield from differences
-    if any(item.object.startswith(("table ", "column ")) for item in differences):
-        return  # rows can't be examined before what they lie in is there
+    drifted = [item for item in differences if item.object.startswith(("table ", "column "))]
+    rows: list[Finding] = []
+    unexamined: list[str] = []
+    examinations = {check.code: _rows(connection, check, held_for) for check in _CHECKS}
+    examinations["broken_graph, not_compiled"] = _graphs(connection)
+    for codes, examination in examinations.items():
+        try:
+            rows += examination
+        except DBAPIError as error:
+            if not drifted or error.connection_invalidated:
+                raise
+            unexamined.append(codes)
+    for item in differences:
+        told = f"; rows were not examined for {', '.join(unexamined)}" if unexamined and item in drifted else ""
+        yield replace(item, message=item.message + told)
+    yield from rows
+
+
+def _rows(connection: Connection, check: _Check, held_for: float) -> Iterator[Finding]:
     tables = [item.name for item in catalog.reference() if item.kind == "table"]
-    events = connection.exec_driver_sql("SELECT to_regclass('circle.pipeline_events')").scalar() is not None
-    for check in [*_CHECKS, _EVENTS] if events else _CHECKS:
-        sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
-        for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
-            yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
+    sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
+    for what, message, repair in connection.exec_driver_sql(sql, execution_options=_AS_IT_IS):
+        yield Finding(check.severity, check.code, what, message, check.advice, () if repair is None else (repair,))
+
+
+def _graphs(connection: Connection) -> Iterator[Finding]:
     last = 0
     while rows := connection.exec_driver_sql(_GRAPHS, (last,)).all():
         last = rows[-1].id
@@ -286,6 +307,8 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
             continue
         except migrations.GaveWayError:
             tell, is_final = "others waited behind it each time", False
+        except DatabaseError as error:  # no second connection, to see who waits
+            tell, is_final = str(error), True
         except DBAPIError as error:
             diagnostic = getattr(error.orig, "diag", None)
             if error.connection_invalidated or diagnostic is None:

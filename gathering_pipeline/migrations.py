@@ -6,18 +6,22 @@ import io
 import logging
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from gathering_pipeline.errors import SchemaRevisionError
+from gathering_pipeline.errors import DatabaseUnavailableError, SchemaRevisionError, shorten
 
 SCHEMA = "circle"
 MIGRATOR = 0x6761746865720007
@@ -148,6 +152,43 @@ def execute(connection: Connection, sql: str) -> None:
     connection.exec_driver_sql(sql, execution_options={"no_parameters": True})
 
 
+@contextmanager
+def settings_kept(connection: Connection, *names: str) -> Iterator[None]:
+    """Let settings of the session be changed, and set back what was there: a host may have its own."""
+    own = (
+        "SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (:names) AND source = 'session'"
+    )
+    found = connection.execute(text(own), {"names": list(names)}).all()
+    connection.commit()
+    try:
+        yield
+    finally:
+        connection.rollback()
+        if not connection.invalidated:
+            execute(connection, "; ".join(f"RESET {name}" for name in names))
+            for name, value in found:
+                connection.execute(text("SELECT set_config(:name, :value, false)"), {"name": name, "value": value})
+            connection.commit()
+
+
+def _second(connection: Connection) -> psycopg.Connection[Any]:
+    """A connection like this one, but outside of the host's pool; for a thread, so never an async one."""
+    try:
+        if connection.dialect.is_async:
+            info = connection.connection.driver_connection.info  # type: ignore[union-attr]
+            here = {"host": info.host, "hostaddr": info.hostaddr, "port": info.port, "password": info.password}
+            return psycopg.connect(**info.get_parameters() | here, autocommit=True)
+        pooled = connection.engine.pool.recreate().connect()  # by the host's own way to connect
+        other = pooled.driver_connection
+        pooled.detach()
+        assert isinstance(other, psycopg.Connection)
+        other.autocommit = True
+    except psycopg.OperationalError as error:
+        reason = shorten(str(error).strip(), 200)
+        raise DatabaseUnavailableError(f"a second connection, to see who waits, is not to be had: {reason}") from error
+    return other
+
+
 def execute_yielding(connection: Connection, sql: str) -> None:
     """Send SQL that blocks no writer, and break it off as soon as it does.
 
@@ -156,6 +197,7 @@ def execute_yielding(connection: Connection, sql: str) -> None:
 
     Raises:
         GaveWayError: It was broken off. A build leaves its index INVALID then.
+        DatabaseUnavailableError: There is no second connection, by which to see who waits.
     """
     over, gave_way = threading.Event(), threading.Event()
     me = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar()
@@ -163,34 +205,32 @@ def execute_yielding(connection: Connection, sql: str) -> None:
         f"SELECT pg_cancel_backend({me}) WHERE EXISTS (SELECT FROM pg_locks WHERE NOT granted"  # noqa: S608 - a number
         f" AND waitstart < clock_timestamp() - interval '20 ms' AND {me} = ANY (pg_blocking_pids(pid)))"
     )
-    others = connection.engine.pool.recreate()  # a connection like this one, whatever the size of the host's pool
-    other = others.connect()
-    assert other.driver_connection is not None
-    other.driver_connection.autocommit = True
+    other = _second(connection)
 
     def watch() -> None:
         try:
             cursor = other.cursor()
             while not over.wait(0.03):
-                cursor.execute(cancel)
+                cursor.execute(cancel.encode())
                 if cursor.fetchone() is not None:
                     gave_way.set()
         except Exception as error:  # noqa: BLE001 - whatever it was: it goes on without giving way, and that is told
             logger.warning("nobody watches any more who waits behind the step: %s", error)
         finally:
             other.close()
-            others.dispose()
+
+    def stop() -> None:
+        over.set()
+        watcher.join(10)  # a server that hangs doesn't answer it any more
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         execute(connection, sql)
     except DBAPIError as error:
-        over.set()
-        watcher.join()  # the cancellation is there before the watcher knows that it sent one
+        stop()  # the cancellation is there before the watcher knows that it sent one
         if gave_way.is_set() and sqlstate(error) == _CANCELED:
             raise GaveWayError from error
         raise
     finally:
-        over.set()
-        watcher.join()
+        stop()

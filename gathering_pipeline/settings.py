@@ -113,6 +113,18 @@ class DatabaseSettings(BaseSettings):
             reason = first["msg"].removeprefix("Value error, ")
             raise ConfigurationError(f"{variable} can't be used: {reason[:1].lower()}{reason[1:]}") from None
 
+    @classmethod
+    def for_migrations(cls, url: str | None = None) -> tuple[DatabaseSettings, str | None]:
+        """The settings, and where migrations go: a URL that is given, ``migration_url``, or None for ``database_url``.
+
+        Raises:
+            ConfigurationError: A variable that is used can't be; the message names it.
+        """
+        settings = cls.load(database_url=None)  # who needs no variable for it is not bothered by an empty one
+        if url is None and settings.migration_url is not None:
+            url = settings.migration_url.get_secret_value()
+        return (cls.load() if url is None else settings), url
+
     def url(self) -> URL | None:
         """The database's URL in SQLAlchemy's form, or None for the embedded server."""
         return None if self.database_url is None else parse_url(self.database_url.get_secret_value())

@@ -180,18 +180,23 @@ BEGIN
     RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
         USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
 END $$;
+-- Only what changes is checked, or a run from before this revision could never end. OLD is null in an INSERT.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data)
-       OR circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs) THEN
+    IF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data
+       AND (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data))
+       OR NEW.logs IS DISTINCT FROM OLD.logs
+       AND (circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs)) THEN
         PERFORM circle.refuse_json(format('trigger_data or logs of run %s', NEW.id), TG_TABLE_NAME, TG_NAME);
     END IF;
     RETURN NEW;
 END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    IF circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data)
-       OR circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data) THEN
+    IF NEW.input_data IS DISTINCT FROM OLD.input_data
+       AND (circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data))
+       OR NEW.output_data IS DISTINCT FROM OLD.output_data
+       AND (circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data)) THEN
         PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
                                    TG_TABLE_NAME, TG_NAME);
     END IF;

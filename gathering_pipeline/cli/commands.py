@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -58,12 +57,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @contextmanager
 def _database(url: str | None) -> Iterator[Database]:
-    empty = "--url" if url == "" else next((name for name in VARIABLES if os.environ.get(name) == ""), None)
-    if empty is not None and not url:
-        raise ConfigurationError(f"{empty} is set but empty: unset it, or write a URL")
-    settings = DatabaseSettings.load(**({} if url is None else {"database_url": None}))
-    if url is None and settings.migration_url is not None:
-        url = settings.migration_url.get_secret_value()
+    if url == "":
+        raise ConfigurationError("--url is set but empty: leave it out, or write a URL")
+    settings, url = DatabaseSettings.for_migrations(url)
     folder = None
     if url is None and settings.database_url is None:
         server = embedded.start(settings.data_dir)

@@ -38,7 +38,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
-from gathering_pipeline.json_values import expect, show
+from gathering_pipeline.json_values import MAX_DEPTH, expect, show
 from gathering_pipeline.lifecycle import PipelineStatus, RunStatus
 from gathering_pipeline.models import Page, PipelineRead, RunRead
 
@@ -131,7 +131,7 @@ def connected(session: Session, *, reads: bool = False) -> Iterator[Connection]:
         known = translate(original) if isinstance(original, psycopg.Error) else None
         # what is flushed may be the caller's own
         ours = not isinstance(error, DBAPIError) or "circle." in (error.statement or "")
-        if ours and isinstance(original, psycopg.Error) and original.sqlstate in _UNDEFINED:
+        if ours and isinstance(original, psycopg.Error) and _misses_ours(original):
             known = SchemaRevisionError(missing=original.diag.message_primary or "")
         if known is None:
             raise
@@ -148,6 +148,15 @@ def connected(session: Session, *, reads: bool = False) -> Iterator[Connection]:
             if driver is not None and driver.autocommit:
                 session.rollback()  # of nothing: it lets the next call have another connection
         raise
+
+
+def _misses_ours(error: psycopg.Error) -> bool:
+    """Whether what is undefined is of our schema, not what a trigger of others looks for. Names are not translated."""
+    told = error.diag.message_primary or ""
+    if error.sqlstate == "42703":  # of a column its name is told, but not its schema: where it was looked for has that
+        function = "\n".join((error.diag.context or "circle.").splitlines()[:2])  # may be below the expression
+        told = error.diag.internal_query or function
+    return error.sqlstate in _UNDEFINED and "circle" in told
 
 
 def _in_range(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -214,7 +223,7 @@ def storable_id(value: object, name: str) -> int:
     return value if -MAX_BIGINT <= value <= MAX_BIGINT else -1
 
 
-def to_json(value: object, path: str) -> str | None:
+def to_json(value: object, path: str, depth: int = MAX_DEPTH) -> str | None:
     """Write JSON for a JSONB parameter; ``None`` is SQL's NULL.
 
     Raises:
@@ -222,7 +231,7 @@ def to_json(value: object, path: str) -> str | None:
     """
     if value is None:
         return None
-    check_storable_json(value, path)
+    check_storable_json(value, path, depth)
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

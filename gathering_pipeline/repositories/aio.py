@@ -23,11 +23,15 @@ S = TypeVar("S")
 class _Async:
     _sync: Callable[[Session], Any]
 
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
         name = type(self).__name__.removeprefix("Async")
         hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
         expect(session, (AsyncSession, async_scoped_session), "session", hint)
         self._session = session
+
+    def _current(self) -> AsyncSession:
+        """The session; of a scoped one that of the task that asks."""
+        return self._session() if isinstance(self._session, async_scoped_session) else self._session
 
 
 def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_Async, P], Coroutine[Any, Any, R]]:
@@ -35,7 +39,7 @@ def awaitable(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[_A
 
     @wraps(method)
     async def twin(self: _Async, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self._session.run_sync(lambda session: method(self._sync(session), *args, **kwargs))
+        return await self._current().run_sync(lambda session: method(self._sync(session), *args, **kwargs))
 
     return twin
 

@@ -18,7 +18,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.hooks import check_storable_json
-from gathering_pipeline.json_values import json_path
+from gathering_pipeline.json_values import MAX_DEPTH, json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
 from gathering_pipeline.repositories._call import (
@@ -175,7 +175,8 @@ class RunRepository(Repository):
             InvalidDataError: The entry can't be stored.
             LeaseLostError: The token is not the run's.
         """
-        self._call(_APPEND_LOG, run_id=run_id, entry=to_json(entry, "entry") or "null", token=token)
+        text = to_json(entry, "entry", MAX_DEPTH - 1) or "null"  # the list of entries is the first level
+        self._call(_APPEND_LOG, run_id=run_id, entry=text, token=token)
 
     # --- nodes ---
 

@@ -156,11 +156,18 @@ def test_the_embedded_server_is_never_used_unseen(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["GATHERING_MIGRATION_URL", "GATHERING_DATABASE_URL", "DATABASE_URL"])
-def test_a_variable_that_is_set_but_empty_is_refused(name: str, database_url: str) -> None:
-    assert f"{name} is set but empty" in one_sentence(program("db", "upgrade", **{name: ""}))
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_an_empty_variable_is_refused_where_it_would_be_used(name: str, database_url: str) -> None:
+    """As ``Database()`` does."""
+    assert f"{name} can't be used: it is empty" in one_sentence(program("db", "upgrade", **{name: ""}))
+    for used in ({"GATHERING_MIGRATION_URL": database_url}, {"GATHERING_DATABASE_URL": database_url}):
+        assert program("db", "check", **{name: ""} | used).returncode == 0
     assert program("db", "check", "--url", database_url, **{name: ""}).returncode == 0
-    assert "--url is set but empty" in one_sentence(program("db", "check", "--url", ""))
+    assert "--url is set but empty" in one_sentence(program("db", "check", "--url", "", DATABASE_URL=database_url))
+
+
+def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> None:
+    assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -124,6 +124,19 @@ def test_upgrade_and_check(empty_database_url: str, connect: Callable[[str], psy
         database.check()
 
 
+def test_the_upgrade_by_the_direct_url_has_the_settings_of_the_database(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unused = SecretStr("postgresql://nobody@127.0.0.1:1/pooler")
+    settings = DatabaseSettings(database_url=unused, migration_url=SecretStr(empty_database_url))
+    monkeypatch.setenv("DATABASE_URL", "")
+    monkeypatch.setenv("GATHERING_POOL_SIZE", "not read")
+    with Database(settings=settings) as database:
+        database.upgrade()
+    with Database(empty_database_url, settings=settings) as database:
+        database.check()
+
+
 def test_upgrade_takes_the_direct_url(
     empty_database_url: str, connect: Callable[[str], psycopg.Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:

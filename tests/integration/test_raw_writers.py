@@ -191,6 +191,34 @@ def test_json_of_runs_that_could_not_be_read_back_is_refused(
         assert len(RunRepository(session).nodes(run)) >= 2
 
 
+@pytest.mark.parametrize("bad", [TOO_DEEP, TOO_LARGE])
+def test_a_run_with_such_json_from_before_the_guard_goes_on(
+    raw: psycopg.Connection, database: Database, bad: str
+) -> None:
+    pipeline = new_pipeline(raw)
+    with database.session() as session:
+        stepwise, recorded = (RunRepository(session).create(pipeline).id for _ in range(2))
+    tables = {"pipeline_runs": "trigger_data", "pipeline_node_runs": "input_data"}
+    for table, column in tables.items():
+        raw.execute(f"ALTER TABLE circle.{table} DISABLE TRIGGER {table}_json")
+        raw.execute(f"UPDATE circle.{table} SET {column} = %s", (bad,))
+        raw.execute(f"ALTER TABLE circle.{table} ENABLE ALWAYS TRIGGER {table}_json")
+    with database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        for run in (stepwise, recorded):
+            runs.start(run)
+            runs.append_log(run, {"m": 1})
+        runs.start_node(stepwise, "a")
+        for node in "ab":
+            runs.complete_node(stepwise, node, {"x": 1})
+        runs.record(recorded, [{"node_id": node, "status": "completed", "output": {"x": 1}} for node in "ab"])
+        for run in (stepwise, recorded):
+            assert runs.finish(run).status == RunStatus.COMPLETED
+    for table, column in (("pipeline_runs", "logs"), ("pipeline_node_runs", "output_data")):
+        with pytest.raises(psycopg.errors.CheckViolation):  # what changes is checked beside what doesn't
+            raw.execute(f"UPDATE circle.{table} SET {tables[table]} = {tables[table]}, {column} = %s", (bad,))
+
+
 def test_our_repositories_read_and_end_raw_runs(raw: psycopg.Connection, database: Database) -> None:
     pipeline = new_pipeline(raw)
     first, second, third = (rows(raw, CREATE_RUN, id=pipeline, data="{}")[0]["id"] for _ in range(3))

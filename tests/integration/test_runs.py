@@ -490,6 +490,21 @@ def test_logs_are_appended_also_when_the_run_is_over(
     assert runs.get(run_id).logs == ["again"]
 
 
+def test_an_entry_lies_one_level_deep_in_the_logs(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any]
+) -> None:
+    run_id = started(runs, session, "a")
+    entry: Any = 1
+    for _ in range(63):
+        entry = [entry]
+    runs.append_log(run_id, entry)
+    session.commit()
+    with refuses(InvalidDataError) as caught:
+        runs.append_log(run_id, [entry])
+    assert "nested deeper than 64" in str(caught.value)
+    assert runs.get(run_id).logs == [entry]
+
+
 # --- nodes -------------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import InternalError, InvalidRequestError, OperationalError, ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from gathering_pipeline import (
@@ -283,6 +283,54 @@ def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(data
         RunRepository(session).counts()
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("INSERT INTO audit_log VALUES (1)", 'relation "audit_log"'),
+        ("INSERT INTO audit.log VALUES (1)", 'relation "audit.log"'),
+        ("PERFORM audit(NEW.id)", r"function audit\(integer\)"),
+        ("PERFORM mine FROM pg_class", 'column "mine"'),
+        ("PERFORM NEW.mine", 'has no field "mine"'),
+        ("IF NEW.mine THEN NULL; END IF", 'has no field "mine"'),
+    ],
+)
+def test_nor_is_what_their_own_trigger_misses(
+    database: Database, raw: psycopg.Connection, body: str, told: str
+) -> None:
+    with database.session() as session:
+        pipeline = PipelineRepository(session).create(KEPT).id
+    function = (
+        f"CREATE FUNCTION public.audited() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; RETURN NEW; END $$"
+    )
+    raw.execute(function.encode())
+    trigger = "CREATE TRIGGER audited AFTER INSERT ON {} FOR EACH ROW EXECUTE FUNCTION public.audited()"
+    for table in ("circle.pipelines", "circle.pipeline_runs"):
+        raw.execute(trigger.format(table).encode())
+    with pytest.raises(psycopg.ProgrammingError, match=told), database.session() as session:
+        RunRepository(session).create(pipeline)
+    with pytest.raises(ProgrammingError, match=told), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+
+
+@pytest.mark.parametrize(
+    ("column", "call"),
+    [
+        ("pipeline_runs DROP worker_id", lambda session: RunRepository(session).claim("w", timedelta(seconds=9))),
+        # as a field of a trigger's NEW
+        ("pipeline_runs DROP lease_expires_at", lambda session: RunRepository(session).start(1)),
+        ("pipelines DROP description", lambda session: PipelineRepository(session).create(KEPT)),
+        ("pipeline_runs DROP id", lambda session: RunRepository(session).get(1)),
+    ],
+)
+def test_a_column_of_ours_that_is_not_there_is_of_the_schema(
+    database: Database, raw: psycopg.Connection, column: str, call: Callable[[Session], object]
+) -> None:
+    new_run(database)
+    raw.execute(f"ALTER TABLE circle.{column} CASCADE".encode())
+    with pytest.raises(SchemaRevisionError), database.session() as session:
+        call(session)
+
+
 # --- connections that break -------------------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[[Session, int], object]] = {
@@ -525,6 +573,22 @@ def test_a_scoped_session_is_a_session(database: Database) -> None:
     scoped = scoped_session(sessionmaker(database.engine))
     assert RunRepository(scoped).counts()  # type: ignore[arg-type]
     scoped.remove()
+
+
+def test_so_is_an_async_one_in_whichever_task_it_is_used(database: Database, raw: psycopg.Connection) -> None:
+    async def create(pipelines: AsyncPipelineRepository, scoped: async_scoped_session[AsyncSession]) -> None:
+        await pipelines.create(KEPT)
+        await scoped.commit()
+        await scoped.remove()
+
+    async def work() -> None:
+        scoped = async_scoped_session(async_sessionmaker(database.async_engine), asyncio.current_task)
+        pipelines = AsyncPipelineRepository(scoped)
+        await asyncio.gather(*(create(pipelines, scoped) for _ in range(3)))
+        await create(pipelines, scoped)
+
+    run_async(database, work)
+    assert len(names(raw)) == 4
 
 
 def test_a_call_that_is_not_awaited_is_named(database: Database) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import psycopg
 import pytest
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, make_url
 
 from gathering_pipeline import migrations
 from gathering_pipeline.catalog import Finding, canonical, reference, same
@@ -200,6 +202,7 @@ def test_all_triggers_disabled_foreign_keys_included(
         ("DROP TABLE circle.pipeline_version_nodes", "table pipeline_version_nodes"),
         ("ALTER TABLE circle.pipeline_runs DROP worker_id CASCADE", "column worker_id of circle.pipeline_runs"),
         ("ALTER TABLE circle.pipelines ALTER name TYPE text", "column name of circle.pipelines"),
+        ("ALTER TABLE circle.pipeline_events ALTER id DROP IDENTITY", "column id of circle.pipeline_events"),
         ("ALTER TABLE circle.pipeline_versions DROP CONSTRAINT pipeline_versions_pkey",
          "constraint pipeline_versions_pkey of circle.pipeline_versions"),
     ],
@@ -212,6 +215,31 @@ def test_what_no_repair_can_bring_back_stays_reported(
     (left,) = [finding for finding in doctor(database.engine, repair=True) if finding.object == item]
     assert (left.severity, left.repair, left.outcome) == ("error", (), None)
     assert "restore" in left.advice
+
+
+@pytest.mark.parametrize(
+    ("broken", "unexamined"),
+    [
+        ("ALTER TABLE circle.pipelines ALTER name TYPE text", set()),
+        ("ALTER TABLE circle.pipelines DROP description CASCADE", set()),
+        ("DROP TABLE circle.pipeline_version_nodes", {"incomplete_version"}),
+        ("DROP TABLE circle.pipeline_events CASCADE", {"foreign_events"}),
+        ("ALTER TABLE circle.pipelines DROP success_count CASCADE", {"counters"}),
+        ("ALTER TABLE circle.pipelines DROP nodes CASCADE", {"broken_graph", "not_compiled"}),
+    ],
+)
+def test_rows_are_examined_as_far_as_the_schema_lets_them(
+    broken: str, unexamined: set[str], database: Database, raw: psycopg.Connection
+) -> None:
+    pipeline(database, runs=1)
+    with database.session() as session:
+        RunRepository(session).claim("gone", timedelta(milliseconds=1))
+    raw.execute(broken)
+    findings = doctor(database.engine)
+    assert "expired_leases" in {finding.code for finding in findings}
+    for item in [finding for finding in findings if finding.object.startswith(("table ", "column "))]:
+        _, said, codes = item.message.partition("rows were not examined for ")
+        assert (set(codes.split(", ")) if said else set()) == unexamined
 
 
 def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
@@ -229,7 +257,7 @@ def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
         CREATE TRIGGER "Meddles" BEFORE UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
         CREATE TRIGGER audits AFTER UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
         ALTER TABLE circle.pipelines ADD CONSTRAINT short CHECK (length(name) < 80), ADD owner text,
-            ADD seen timestamptz NOT NULL DEFAULT now();
+            ADD seen timestamptz NOT NULL DEFAULT now(), ADD number bigint GENERATED ALWAYS AS IDENTITY;
         CREATE INDEX idx_mine ON circle.pipelines (owner);
         CREATE UNIQUE INDEX idx_names ON circle.pipelines (name);
         CREATE RULE keep AS ON DELETE TO circle.pipelines DO INSTEAD NOTHING;
@@ -333,6 +361,26 @@ def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
     raw.execute("UPDATE circle.pipelines SET description = 'still written'")
 
 
+def test_a_repair_that_needs_a_second_connection_and_gets_none_fails_alone(
+    database: Database, raw: psycopg.Connection, database_url: str
+) -> None:
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    raw.execute("ALTER TABLE circle.pipelines ALTER retry_backoff_max DROP NOT NULL")
+    broken = catalog(database_url)
+    role = f"gathering_test_single_{time.monotonic_ns()}"
+    raw.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x' CONNECTION LIMIT 1 IN ROLE {raw.info.user}".encode())
+    try:
+        with Database(make_url(database_url).set(username=role, password="x")) as single:
+            mended, left = doctor(single.engine, repair=True)
+        assert (mended.code, mended.outcome) == ("demoted_trigger", "repaired")
+        assert left.outcome is not None
+        assert "too many connections for role" in left.outcome
+    finally:
+        raw.execute(f"DROP ROLE {role}".encode())
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    assert catalog(database_url) == broken, "no check of the repair is left"
+
+
 def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: psycopg.Connection) -> None:
     """The missing index is an invalid one afterwards."""
     pipeline(database, runs=1)
@@ -341,6 +389,20 @@ def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: ps
     findings = doctor(database.engine, repair=True)
     assert [finding.code for finding in findings] == ["invalid_index"]
     assert "not repaired: could not create unique index" in str(findings[0].outcome)
+
+
+def test_what_others_mend_meanwhile_is_repaired(
+    database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    mend = sys.modules[doctor.__module__]._mend
+
+    def too_late(connection: Connection, finding: Finding) -> str | None:
+        raw.execute(finding.repair[1].encode())
+        return mend(connection, replace(finding, repair=finding.repair[1:]))  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(f"{doctor.__module__}._mend", too_late)
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
 
 
 def test_a_repair_that_needs_another_is_tried_again(
@@ -686,6 +748,14 @@ def test_graphs_that_are_broken_and_those_that_were_never_compiled(database: Dat
     assert max(len(finding.message) for finding in findings) < 400
     with database.session() as session:
         assert len(RunRepository(session).nodes(RunRepository(session).create(fine).id)) == 1
+
+
+def test_a_graph_that_is_null(database: Database, raw: psycopg.Connection) -> None:
+    raw.execute("SET session_replication_role = replica")
+    raw.execute("ALTER TABLE circle.pipelines ALTER nodes DROP NOT NULL, DISABLE TRIGGER pipelines_accept")
+    raw.execute("INSERT INTO circle.pipelines (name, nodes) VALUES ('p', NULL)")
+    raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept")
+    assert ("broken_graph", "circle.pipelines id 1") in found(database)
 
 
 def test_versions_whose_nodes_are_not_all_there(database: Database, raw: psycopg.Connection) -> None:

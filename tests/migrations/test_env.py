@@ -1,5 +1,6 @@
 """How revisions run; what they do is tested beside this."""
 
+import asyncio
 import io
 import logging
 import shutil
@@ -14,12 +15,14 @@ import psycopg
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
+from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
 from tests import servers
 
@@ -320,6 +323,118 @@ def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_u
         assert connection.get_isolation_level() == "READ COMMITTED"
         assert connection.scalar(text("SHOW lock_timeout")) == "0"
         assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+
+
+def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: str) -> None:
+    engine = create_engine(empty_database_url, pool_size=1, max_overflow=0)
+
+    @event.listens_for(engine, "connect")
+    def _set(connection: psycopg.Connection, _record: object) -> None:
+        connection.execute(
+            "SET statement_timeout = '33s'; SET lock_timeout = '44s'; SET search_path = \"$user\", public, x"
+        )
+        connection.commit()
+
+    ours = "'lock_timeout', 'search_path', 'statement_timeout'"
+    show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{ours}]) name"
+    uses: list[Callable[[], object]] = [
+        lambda: migrations.upgrade(engine, "006_pipelines"), lambda: doctor(engine), lambda: doctor(engine, repair=True),
+        lambda: doctor(engine),
+    ]  # fmt: skip
+    with engine.connect() as connection:
+        before = connection.execute(text(show)).all()
+        assert [row.current_setting for row in before] == ["44s", '"$user", public, x', "33s"]
+    for use in uses:
+        use()
+        with engine.connect() as connection:
+            assert connection.execute(text(show)).all() == before
+    engine.dispose()
+
+
+def test_or_an_async_one(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+
+    async def go() -> None:
+        engine = create_async_engine(empty_database_url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0)
+        async with engine.connect() as connection:
+            await connection.run_sync(migrations.upgrade, "007_pipeline_execution")
+            others = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND NOT pid = ANY (%s)"
+            pids = [raw.info.backend_pid, await connection.scalar(text("SELECT pg_backend_pid()"))]
+            await connection.rollback()
+            _wait_until(lambda: raw.execute(others, [pids]).fetchone() is None)
+            await connection.run_sync(migrations.upgrade)
+            await connection.run_sync(migrations.check)
+        await engine.dispose()
+
+    asyncio.run(go())
+
+
+def test_an_async_one_gives_way_too(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    raw, reader = connect(empty_database_url), connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+
+    async def go() -> None:
+        async with Database(empty_database_url) as database, database.async_engine.connect() as connection:
+            await connection.run_sync(migrations.upgrade)
+
+    migrator = threading.Thread(target=asyncio.run, args=(go(),))
+    with reader.transaction():
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT FROM circle.t LIMIT 1")
+        migrator.start()
+        _wait_until(lambda: raw.execute(WAITS).fetchone() is not None)
+        raw.execute("SET lock_timeout = '10s'")
+        raw.execute("CREATE INDEX IF NOT EXISTS idx_old ON circle.t (filler)")
+        assert migrator.is_alive()
+    migrator.join(30)
+    index = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
+    assert raw.execute(index).fetchone() == (True,)
+
+
+@pytest.mark.parametrize("whose", ["a host's engine", "ours", "an async one"])
+def test_a_role_that_may_open_one_connection_only(
+    scripts: Path, empty_database_url: str, connect: Connect, whose: str
+) -> None:
+    """A step that takes long needs a second one, to see who waits behind it."""
+    raw = connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    name = f"gathering_test_single_{time.monotonic_ns()}"
+    raw.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x' CONNECTION LIMIT 1".encode())
+    raw.execute(f"ALTER SCHEMA circle OWNER TO {name}; ALTER TABLE circle.t OWNER TO {name}".encode())
+    url = make_url(empty_database_url).set(username=name, password="x")
+
+    async def go() -> None:
+        async with Database(url) as database, database.async_engine.connect() as connection:
+            await connection.run_sync(migrations.upgrade)
+
+    try:
+        with pytest.raises(DatabaseUnavailableError, match="too many connections for role"):
+            if whose == "an async one":
+                asyncio.run(go())
+            elif whose == "ours":
+                migrations.upgrade(url)
+            else:
+                migrations.upgrade(create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool))
+    finally:
+        _wait_until(lambda: raw.execute("SELECT FROM pg_stat_activity WHERE usename = %s", [name]).fetchone() is None)
+        raw.execute(f"DROP OWNED BY {name}; DROP ROLE {name}".encode())
+
+
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_an_empty_variable_that_is_not_used_stands_in_nobodys_way(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    migrations.upgrade(empty_database_url, "006_pipelines")
+    with pytest.raises(ConfigurationError, match=f"{name} can't be used: it is empty"):
+        migrations.upgrade()
+    monkeypatch.setenv("GATHERING_MIGRATION_URL", empty_database_url)
+    migrations.upgrade()
+    with Database(empty_database_url) as database:
+        database.check()
 
 
 def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str, connect: Connect) -> None:
