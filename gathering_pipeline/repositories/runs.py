@@ -21,8 +21,8 @@ from gathering_pipeline.hooks import check_storable_json
 from gathering_pipeline.json_values import MAX_DEPTH, json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
+from gathering_pipeline.repositories import _statements as sql
 from gathering_pipeline.repositories._call import (
-    Query,
     Repository,
     call,
     flag,
@@ -35,51 +35,6 @@ from gathering_pipeline.repositories._call import (
     valid_status,
     valid_text,
 )
-
-# The functions are in alembic/sql/009_lifecycle.sql. A row comes as one JSON text, which Pydantic parses in one go: far
-# quicker than sixteen columns are from the server through the driver and validation.
-_CREATE = "SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
-_START = "SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text"
-_CONCLUDE = "SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
-_FINISH = "SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text"
-_START_NODE = "SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
-_COMPLETE_NODE = "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
-_SKIP_NODE = "SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text"
-_FAIL_NODE = "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
-_ADVANCE = """
-SELECT to_json(n)::text FROM circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s) n
-ORDER BY n.position, n.id"""
-_RECORD = "SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s)"
-_CLAIM = """
-SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
-ORDER BY r.id"""
-_HEARTBEAT = "SELECT circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s))"
-_RELEASE = "SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text"
-_RECOVER = "SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
-_EXPIRE = "SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id"
-_APPEND_LOG = "SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)"
-_PURGE = "SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)"
-
-_GET = Query("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s")
-_NODES = Query("""
-SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s ORDER BY n.position, n.id""")
-_READY = Query("""
-SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
-WHERE n.run_id = %(run_id)s AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
-ORDER BY n.position, n.id""")
-_DEFINITION = Query("""
-SELECT r.pipeline_version, v.nodes, v.edges FROM circle.pipeline_runs r
-LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-WHERE r.id = %(run_id)s""")
-_SEARCH = Query("""
-SELECT to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
-ORDER BY r.id DESC""")
-_COUNTS = Query("SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status")
-_STATISTICS = Query("""
-SELECT status, count(*) AS runs,
-       percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
-           FILTER (WHERE status = 'completed' AND started_at IS NOT NULL) AS quantiles
-FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status""")
 
 
 class RunRepository(Repository):
@@ -112,7 +67,7 @@ class RunRepository(Repository):
         data = to_json({} if trigger_data is None else trigger_data, "trigger_data")
         key = valid_text(idempotency_key, "idempotency_key", 255, optional=True)
         try:
-            return self._run(_CREATE, pipeline_id=pipeline_id, trigger_data=data, key=key)
+            return self._run(sql.CREATE, pipeline_id=pipeline_id, trigger_data=data, key=key)
         except IntegrityViolationError as error:
             if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted while the run was being created
                 raise PipelineNotFoundError(pipeline_id) from error
@@ -125,7 +80,7 @@ class RunRepository(Repository):
             RunNotFoundError: There is no such run.
             IllegalTransitionError: It is not pending.
         """
-        return self._run(_START, run_id=run_id, token=token)
+        return self._run(sql.START, run_id=run_id, token=token)
 
     def complete(self, run_id: int, token: int | None = None) -> RunRead:
         """Complete a running run all of whose nodes are terminal, none of them failed.
@@ -135,7 +90,7 @@ class RunRepository(Repository):
             IllegalTransitionError: It is not running, or nodes are live or failed.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(_CONCLUDE, run_id=run_id, status="completed", error=None, token=token)
+        return self._run(sql.CONCLUDE, run_id=run_id, status="completed", error=None, token=token)
 
     def finish(self, run_id: int, token: int | None = None) -> RunRead:
         """End a running run as its nodes say: ``failed`` if one failed, with the first one's error, else ``completed``.
@@ -145,7 +100,7 @@ class RunRepository(Repository):
             IllegalTransitionError: It is not running, or a node is running, ready or waiting for a retry.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(_FINISH, run_id=run_id, token=token)
+        return self._run(sql.FINISH, run_id=run_id, token=token)
 
     def fail(self, run_id: int, error: str, token: int | None = None) -> RunRead:
         """Fail a pending or running run; its live nodes are cancelled.
@@ -155,7 +110,7 @@ class RunRepository(Repository):
             IllegalTransitionError: It is over.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(_CONCLUDE, run_id=run_id, status="failed", error=valid_text(error, "error"), token=token)
+        return self._run(sql.CONCLUDE, run_id=run_id, status="failed", error=valid_text(error, "error"), token=token)
 
     def cancel(self, run_id: int, reason: str | None = None) -> RunRead:
         """Cancel a pending or running run, whoever holds it; its live nodes are cancelled.
@@ -165,7 +120,7 @@ class RunRepository(Repository):
             IllegalTransitionError: It is over.
         """
         text = valid_text(reason, "reason", optional=True)
-        return self._run(_CONCLUDE, run_id=run_id, status="cancelled", error=text, token=None)
+        return self._run(sql.CONCLUDE, run_id=run_id, status="cancelled", error=text, token=None)
 
     def append_log(self, run_id: int, entry: Any, token: int | None = None) -> None:
         """Append one JSON entry to the run's ``logs``; also to those of a run that is over.
@@ -176,7 +131,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
         """
         text = to_json(entry, "entry", MAX_DEPTH - 1) or "null"  # the list of entries is the first level
-        self._call(_APPEND_LOG, run_id=run_id, entry=text, token=token)
+        self._call(sql.APPEND_LOG, run_id=run_id, entry=text, token=token)
 
     # --- nodes ---
 
@@ -191,7 +146,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: The input can't be stored.
         """
-        return self._node(_START_NODE, run_id, node_id, token, data=to_json(input_data, "input_data"))
+        return self._node(sql.START_NODE, run_id, node_id, token, data=to_json(input_data, "input_data"))
 
     def complete_node(self, run_id: int, node_id: str, output: Any = None, token: int | None = None) -> NodeRunRead:
         """Complete a running node, or a pending one whose executor reports afterwards.
@@ -203,7 +158,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: The output can't be stored.
         """
-        return self._node(_COMPLETE_NODE, run_id, node_id, token, data=to_json(output, "output"))
+        return self._node(sql.COMPLETE_NODE, run_id, node_id, token, data=to_json(output, "output"))
 
     def skip_node(self, run_id: int, node_id: str, token: int | None = None) -> NodeRunRead:
         """Skip a pending node, and with it every node all of whose predecessors are skipped.
@@ -214,7 +169,7 @@ class RunRepository(Repository):
             IllegalTransitionError: The node is not pending, or the run is not running.
             LeaseLostError: The token is not the run's.
         """
-        return self._node(_SKIP_NODE, run_id, node_id, token)
+        return self._node(sql.SKIP_NODE, run_id, node_id, token)
 
     def fail_node(
         self, run_id: int, node_id: str, error: str, retryable: bool = True, token: int | None = None
@@ -231,7 +186,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
         """
         text = valid_text(error, "error")
-        return self._node(_FAIL_NODE, run_id, node_id, token, error=text, retryable=flag(retryable, "retryable"))
+        return self._node(sql.FAIL_NODE, run_id, node_id, token, error=text, retryable=flag(retryable, "retryable"))
 
     def advance(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), token: int | None = None
@@ -252,7 +207,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        return read(self._session, NodeRunRead, _ADVANCE, run_id=run_id, results=_results(results), token=token)
+        return read(self._session, NodeRunRead, sql.ADVANCE, run_id=run_id, results=_results(results), token=token)
 
     def record(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], token: int | None = None
@@ -268,7 +223,7 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        self._call(_RECORD, run_id=run_id, results=_results(results), token=token)
+        self._call(sql.RECORD, run_id=run_id, results=_results(results), token=token)
 
     # --- leases and sweeps ---
 
@@ -284,7 +239,7 @@ class RunRepository(Repository):
             The runs claimed, oldest first; each one's ``claim_token`` goes into the worker's calls.
         """
         name = valid_text(worker_id, "worker_id", 255)
-        return self._runs(_CLAIM, worker_id=name, lease=seconds(lease, "lease"), limit=positive(limit, "limit"))
+        return self._runs(sql.CLAIM, worker_id=name, lease=seconds(lease, "lease"), limit=positive(limit, "limit"))
 
     def heartbeat(self, run_id: int, token: int, lease: timedelta) -> datetime:
         """Extend the lease.
@@ -296,7 +251,7 @@ class RunRepository(Repository):
             RunNotFoundError: There is no such run.
             LeaseLostError: The run is not the caller's any more; ``.status`` tells whether it was cancelled.
         """
-        ends: datetime = self._call(_HEARTBEAT, run_id=run_id, token=token, lease=seconds(lease, "lease"))[0][0]
+        ends: datetime = self._call(sql.HEARTBEAT, run_id=run_id, token=token, lease=seconds(lease, "lease"))[0][0]
         return ends
 
     def release(self, run_id: int, token: int) -> RunRead:
@@ -306,23 +261,23 @@ class RunRepository(Repository):
             RunNotFoundError: There is no such run.
             LeaseLostError: The run is not the caller's any more.
         """
-        return self._run(_RELEASE, run_id=run_id, token=token)
+        return self._run(sql.RELEASE, run_id=run_id, token=token)
 
     def recover(self, limit: int = 100, max_claims: int = 10) -> list[RunRead]:
         """Take back runs whose lease ran out: running nodes count as a failed attempt, and the run is pending again.
 
         A run that was claimed ``max_claims`` times fails instead. Runs without a lease are never taken.
         """
-        return self._runs(_RECOVER, limit=positive(limit, "limit"), max_claims=positive(max_claims, "max_claims"))
+        return self._runs(sql.RECOVER, limit=positive(limit, "limit"), max_claims=positive(max_claims, "max_claims"))
 
     def expire(self, limit: int = 100) -> list[RunRead]:
         """End running runs that are past their pipeline's ``timeout_seconds`` as ``timeout``."""
-        return self._runs(_EXPIRE, limit=positive(limit, "limit"))
+        return self._runs(sql.EXPIRE, limit=positive(limit, "limit"))
 
     def purge(self, older_than: timedelta, limit: int = 1000) -> int:
         """Delete at most ``limit`` runs that ended over ``older_than`` ago; commit and repeat until it returns 0."""
         age = seconds(older_than, "older_than", zero=True)
-        return int(self._call(_PURGE, older_than=age, limit=positive(limit, "limit"))[0][0])
+        return int(self._call(sql.PURGE, older_than=age, limit=positive(limit, "limit"))[0][0])
 
     # --- reads ---
 
@@ -332,7 +287,7 @@ class RunRepository(Repository):
         Raises:
             RunNotFoundError: There is no such run.
         """
-        found = self._runs(_GET, run_id=run_id)
+        found = self._runs(sql.GET, run_id=run_id)
         if not found:
             raise RunNotFoundError(run_id)
         return found[0]
@@ -354,7 +309,7 @@ class RunRepository(Repository):
         """
         name = valid_status(RunStatus, status)
         pipeline = None if pipeline_id is None else storable_id(pipeline_id, "pipeline_id")
-        return page(self._session, RunRead, _SEARCH, after, limit, pipeline=pipeline, status=name)
+        return page(self._session, RunRead, sql.SEARCH, after, limit, pipeline=pipeline, status=name)
 
     def nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read a run's nodes in execution order.
@@ -362,7 +317,7 @@ class RunRepository(Repository):
         Raises:
             RunNotFoundError: There is no such run.
         """
-        return self._nodes_of(_NODES, run_id)
+        return self._nodes_of(sql.NODES, run_id)
 
     def ready_nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read the nodes of a running run that may start now, in execution order.
@@ -370,7 +325,7 @@ class RunRepository(Repository):
         Raises:
             RunNotFoundError: There is no such run.
         """
-        return self._nodes_of(_READY, run_id)
+        return self._nodes_of(sql.READY, run_id)
 
     def definition(self, run_id: int) -> PipelineDefinition:
         """Read the graph that a run is bound to, as it was when the run was created.
@@ -379,7 +334,7 @@ class RunRepository(Repository):
             RunNotFoundError: There is no such run.
             InvalidPipelineError: The run is bound to no graph: it is older than versions, or its graph was broken.
         """
-        rows = self._call(_DEFINITION, run_id=run_id)
+        rows = self._call(sql.DEFINITION, run_id=run_id)
         if not rows:
             raise RunNotFoundError(run_id)
         version, nodes, edges = rows[0]
@@ -390,13 +345,13 @@ class RunRepository(Repository):
 
     def counts(self) -> dict[RunStatus, int]:
         """Count runs by status; a status without runs is 0."""
-        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in self._call(_COUNTS)}
+        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in self._call(sql.COUNTS)}
 
     def statistics(self, pipeline_id: int) -> RunStatistics:
         """Read how the runs of a pipeline went."""
         counts = dict.fromkeys(RunStatus, 0)
         quantiles: tuple[float, float] | None = None
-        for status, number, durations in self._call(_STATISTICS, pipeline=storable_id(pipeline_id, "pipeline_id")):
+        for status, number, durations in self._call(sql.STATISTICS, pipeline=storable_id(pipeline_id, "pipeline_id")):
             counts[RunStatus(status)] = number
             quantiles = durations or quantiles
         ended = counts[RunStatus.COMPLETED] + counts[RunStatus.FAILED] + counts[RunStatus.TIMEOUT]
@@ -409,21 +364,21 @@ class RunRepository(Repository):
 
     # --- the ways to the database ---
 
-    def _call(self, sql: str, **parameters: Any) -> list[Any]:
-        return call(self._session, sql, parameters)
+    def _call(self, statement: str, **parameters: Any) -> list[Any]:
+        return call(self._session, statement, parameters)
 
-    def _run(self, sql: str, **parameters: Any) -> RunRead:
-        return read(self._session, RunRead, sql, **parameters)[0]
+    def _run(self, statement: str, **parameters: Any) -> RunRead:
+        return read(self._session, RunRead, statement, **parameters)[0]
 
-    def _runs(self, sql: str, **parameters: Any) -> list[RunRead]:
-        return read(self._session, RunRead, sql, **parameters)
+    def _runs(self, statement: str, **parameters: Any) -> list[RunRead]:
+        return read(self._session, RunRead, statement, **parameters)
 
-    def _node(self, sql: str, run_id: int, node_id: str, token: int | None, **parameters: Any) -> NodeRunRead:
+    def _node(self, statement: str, run_id: int, node_id: str, token: int | None, **parameters: Any) -> NodeRunRead:
         parameters |= {"run_id": run_id, "node_id": valid_text(node_id, "node_id"), "token": token}
-        return read(self._session, NodeRunRead, sql, **parameters)[0]
+        return read(self._session, NodeRunRead, statement, **parameters)[0]
 
-    def _nodes_of(self, sql: str, run_id: int) -> list[NodeRunRead]:
-        nodes = read(self._session, NodeRunRead, sql, run_id=run_id)
+    def _nodes_of(self, statement: str, run_id: int) -> list[NodeRunRead]:
+        nodes = read(self._session, NodeRunRead, statement, run_id=run_id)
         if not nodes:
             self.get(run_id)
         return nodes

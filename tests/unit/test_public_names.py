@@ -159,3 +159,10 @@ def test_who_only_validates_loads_no_database_library(statement: str) -> None:
 
 def test_the_package_itself_loads_nothing() -> None:
     assert loaded_by("import gathering_pipeline") & (HEAVY | {"pydantic"}) == set()
+
+
+def test_a_module_is_read_at_one_sitting() -> None:
+    """A rule of the house (CONTRIBUTING.md): at most 400 lines each."""
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.parent.rglob("*.py")}
+    assert len(lines) > 20
+    assert {name: count for name, count in lines.items() if count > 400} == {}
