@@ -126,14 +126,16 @@ def upgrade(revision: str, url: str | None) -> None:
 
 @db.command()
 @click.argument("revision")
-@click.confirmation_option(prompt="What the later revisions added is deleted, with the data in it. Go on?")
+@click.option("--yes", is_flag=True, help="Confirm the action without prompting.")
 @url_option
-def downgrade(revision: str, url: str | None) -> None:
+def downgrade(revision: str, yes: bool, url: str | None) -> None:
     """Take the schema back to REVISION; "base" is below the first.
 
     Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
     """
     with _progress(), _database(url) as database:
+        if not yes:  # the answer depends on which database was named
+            click.confirm("What the later revisions added is deleted, with the data in it. Go on?", abort=True)
         migrations.downgrade(database.engine, revision)
         _tell_revision(database)
 

@@ -88,6 +88,7 @@ def pending() -> list[migrations.Step]:
 def test_a_downgrade_asks_first(database_url: str) -> None:
     refused = run("downgrade", "009_lifecycle", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
+    assert refused.output.startswith(f"database: {described(database_url)}\nWhat the later revisions added"), "where"
     assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
     done = run("downgrade", "009_lifecycle", "--url", database_url, "--yes")
     assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009_lifecycle\n")
