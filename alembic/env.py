@@ -123,6 +123,8 @@ def run_steps(operations: Operations, operation: RunSteps) -> None:
             write_steps(operation, steps)
             return
         assert migration.connection is not None
+        if lost := migrations.lost(migration.connection):  # its steps would put older functions in the place of newer
+            raise AdoptionError([lost])
         for what, body, is_index in steps:
             run_step(migration.connection, what, body, is_index=is_index)
 

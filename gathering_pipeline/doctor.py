@@ -193,7 +193,7 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
             if repair and not connection.exec_driver_sql(lock).scalar():
                 raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")
             revision = migrations.current(connection)  # under the lock nobody changes it
-            wrong = None if revision == migrations.head() else _revision(revision)
+            wrong = None if revision == migrations.head() else _revision(connection, revision)
             findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
             if not connection.invalidated:
@@ -231,13 +231,13 @@ def _key(item: Finding) -> tuple[str, str]:
     return "drift" if item.code == "invalid_index" else item.code, item.object
 
 
-def _revision(found: str | None) -> Finding:
+def _revision(connection: Connection, found: str | None) -> Finding:
     head = migrations.head()
     message = f"the schema is at revision {found or 'none'}, this code needs {head}; nothing else was examined"
     if found in migrations.revisions():
         command = "gathering-pipeline db upgrade"
         return Finding("error", "revision", "schema circle", message, f"a repair runs {command}", (command,))
-    advice = "run gathering-pipeline db upgrade"
+    advice = migrations.lost(connection) or "run gathering-pipeline db upgrade"
     if found is not None:
         advice = "the database is ahead of this code: install the version of gathering-pipeline that it belongs to"
     return Finding("error", "revision", "schema circle", message, advice)

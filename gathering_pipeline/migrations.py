@@ -17,7 +17,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -90,6 +90,18 @@ def current(connection: Connection) -> str | None:
     """The revision of the schema; None where there is none yet."""
     context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
     return context.get_current_revision()
+
+
+def lost(connection: Connection) -> str | None:
+    """What to do where the schema was migrated but has no revision, as a restore may leave it; else None."""
+    brought = {"pipeline_events": "011_events", "pipeline_versions": "009_lifecycle"}
+    there = inspect(connection).get_table_names(SCHEMA)
+    # at least this one: an upgrade runs again what comes after it, which does no harm
+    revision = next((revision for table, revision in brought.items() if table in there), None)
+    if revision is None or current(connection) is not None:
+        return None
+    insert = f"INSERT INTO {SCHEMA}.alembic_version VALUES ('{revision}')"  # noqa: S608 - our own names
+    return f"the schema was migrated, but the row with its revision is gone: put it back by {insert}"
 
 
 def check(connection: Connection) -> None:

@@ -247,5 +247,5 @@ def _show(plan: Preflight) -> None:
     elif plan.steps:
         click.echo("none of them locks a table that is there")
     for blocker in plan.blockers:
-        age = "of unknown age" if blocker.seconds is None else f"{blocker.seconds:,.0f} s old"
-        click.echo(f"in the way: {blocker.who}, its transaction {age}: {blocker.why}")
+        age = "" if blocker.seconds is None else f", its transaction {blocker.seconds:,.0f} s old"
+        click.echo(f"in the way: {blocker.who}{age}: {blocker.why}")

@@ -171,6 +171,25 @@ def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> Non
     assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("revision", "put_back"), [("010_graph_guard", "009_lifecycle"), (migrations.head(), "011_events")]
+)
+def test_a_schema_without_its_revision_says_how_it_is_put_back(
+    database_url: str, connect: Connect, revision: str, put_back: str
+) -> None:
+    raw, clean = connect(database_url), catalog(database_url)
+    migrations.downgrade(database_url, revision)
+    raw.execute("DELETE FROM circle.alembic_version")
+    insert = f"INSERT INTO circle.alembic_version VALUES ('{put_back}')"
+    for command, code in ("doctor", 3), ("upgrade", 1), ("preflight", 3):
+        told = run(command, "--url", database_url)
+        assert (told.exit_code, told.output.count(f"its revision is gone: put it back by {insert}\n")) == (code, 1)
+    raw.execute(insert.encode())
+    assert run("upgrade", "--url", database_url).exit_code == 0
+    assert run("doctor", "--url", database_url).exit_code == 0
+    assert catalog(database_url) == clean
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
