@@ -18,6 +18,7 @@ from gathering_pipeline.errors import DatabaseError, DatabaseUnavailableError, s
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
+_CHECK_VIOLATION = "23514"
 
 
 class _Check(NamedTuple):
@@ -314,6 +315,8 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
             if error.connection_invalidated or diagnostic is None:
                 raise
             tell = f"{diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            if diagnostic.sqlstate == _CHECK_VIOLATION and (rows := catalog.breaking(finding.repair)):
+                tell += f"; mend the rows first: {rows}"
             is_final = diagnostic.sqlstate not in migrations.BUSY
         attempts += 1
         if is_final or attempts == ATTEMPTS:
