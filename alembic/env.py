@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
+from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import MetaData, text
@@ -35,7 +36,13 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
-from gathering_pipeline.errors import AdoptionError, ConfigurationError, DatabaseUnavailableError, PipelineError
+from gathering_pipeline.errors import (
+    AdoptionError,
+    ConfigurationError,
+    DatabaseUnavailableError,
+    PipelineError,
+    SchemaRevisionError,
+)
 from gathering_pipeline.migrations import (
     BUSY,
     MIGRATOR,
@@ -259,7 +266,14 @@ def run_online(connection: Connection) -> None:
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         execute(connection, CREATE_SCHEMA)
         connection.commit()
-        again(migrate, connection.rollback)
+        try:
+            again(migrate, connection.rollback)
+        except CommandError as error:
+            connection.rollback()
+            at = migrations.current(connection)
+            if at is None or at in migrations.revisions():
+                raise
+            raise SchemaRevisionError(at, migrations.head()) from error
 
 
 @contextmanager
@@ -323,6 +337,10 @@ except (DBAPIError, PendingRollbackError) as error:
     else:
         raise
     raise (CommandError(str(told)) if config.cmd_opts is not None else told) from error
+except CommandError as error:
+    if isinstance(error.__cause__, ResolutionError):
+        raise CommandError(f"{error}: there are base, {', '.join(migrations.revisions())} and head") from error
+    raise
 except PipelineError as error:
     if config.cmd_opts is None:
         raise

@@ -67,6 +67,7 @@ def upgrade(target: Target = None, revision: str = "head") -> None:
         AdoptionError: Tables or rows are there that can't be taken over; nothing was changed.
         ConfigurationError: The URL, the server or the connection can't be used.
         DatabaseUnavailableError: Other transactions or another migrator stood in the way all the time.
+        SchemaRevisionError: The schema is at a revision that this code doesn't know.
     """
     with _turn:
         command.upgrade(config(target), revision)

@@ -211,7 +211,10 @@ def test_a_server_that_is_not_there(command: str) -> None:
 def test_what_else_goes_wrong(database_url: str, empty_database_url: str, connect: Connect) -> None:
     assert "is not PostgreSQL" in one_sentence(program("db", "check", "--url", "sqlite:///x"))
     assert "GATHERING_POOL_SIZE" in one_sentence(program("db", "check", GATHERING_POOL_SIZE="none at all"))
-    assert "099_future" in one_sentence(program("db", "upgrade", "099_future", "--url", database_url))
+    mistyped = f"identified by '099_future': there are base, {', '.join(migrations.revisions())} and head"
+    for words in (["upgrade", "099_future"], ["downgrade", "--yes", "099_future"]):
+        assert one_sentence(program("db", *words, "--url", database_url)).endswith(mistyped)
+    assert one_sentence(program("db", "sql", "099_future")).endswith(mistyped)
     assert "none, this code needs" in one_sentence(program("db", "check", "--url", empty_database_url))
 
     raw = connect(empty_database_url)

@@ -23,7 +23,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
-from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, SchemaRevisionError
 from tests import servers
 
 Connect = Callable[[str], psycopg.Connection]
@@ -299,6 +299,14 @@ def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -
     assert steps[9] > 50
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
     assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
+    connect(database_url).execute("UPDATE circle.alembic_version SET version_num = '099_future'")
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future, this code needs .*upgrade the package"):
+        migrations.upgrade(database_url)
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future"):
+        migrations.downgrade(database_url, "base")
 
 
 def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:
