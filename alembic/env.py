@@ -92,7 +92,10 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
             if isinstance(error, GaveWayError):
                 why = "others waited behind the step: stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
             elif sqlstate(error) in BUSY:
-                why = f"a lock was not free within {LOCK_TIMEOUT}: see in pg_stat_activity which transaction is open"
+                why = (
+                    f"a lock was not free within {LOCK_TIMEOUT}: see by gathering-pipeline db preflight, or in"
+                    " pg_stat_activity, which transaction is open"
+                )
             else:
                 raise
             undo()

@@ -137,7 +137,8 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
-        with pytest.raises(DatabaseUnavailableError, match="tried for 0 s, but a lock was not free within 50ms"):
+        told = "tried for 0 s, but a lock was not free within 50ms: see by gathering-pipeline db preflight, or in pg_"
+        with pytest.raises(DatabaseUnavailableError, match=told):
             command.upgrade(config, "head")
 
 
