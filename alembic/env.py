@@ -4,10 +4,10 @@ The database is, in this order: ``config.attributes["connection"]`` (an Engine, 
 ``config.attributes["url"]``, GATHERING_MIGRATION_URL (a direct URL, where the usual one leads through a pooler),
 GATHERING_DATABASE_URL, DATABASE_URL, the embedded server.
 
-Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 100ms), the longest
-time for which a step may wait for a lock, and so make others wait behind it; ``patience`` (default 600, in seconds),
-for how long a step is tried again, and another migrator is waited for; ``yield`` (default yes), whether a step that
-takes long is broken off and tried again when somebody waits behind it.
+Options, as ``-x NAME=VALUE`` of ``alembic`` and ``gathering-pipeline db upgrade``, or as ``config.attributes[NAME]``:
+``lock_timeout`` (default 100ms), the longest time for which a step may wait for a lock, and so make others wait behind
+it; ``patience`` (default 600, in seconds), for how long a step is tried again, and another migrator is waited for;
+``yield`` (default yes), whether a step that takes long is broken off and tried again when somebody waits behind it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ SECONDS = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 def option(name: str, kind: Any, default: str, form: str) -> Any:
     """An option from ``-x``, else from the attributes of the host's configuration."""
-    given = context.get_x_argument(as_dictionary=True).get(name, config.attributes.get(name, default))
+    written = migrations.known(context.get_x_argument(as_dictionary=True))
+    given = written.get(name, config.attributes.get(name, default))
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError:

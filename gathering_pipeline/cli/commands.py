@@ -52,6 +52,14 @@ url_option = click.option(
     help="postgresql://USER:PASSWORD@HOST:PORT/DATABASE; by default what GATHERING_MIGRATION_URL, "
     "GATHERING_DATABASE_URL or DATABASE_URL says, else the embedded server.",
 )
+x_option = click.option(
+    "-x",
+    "options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=lambda _context, _option, given: dict(item.partition("=")[::2] for item in given),
+    help="lock_timeout, patience or yield, as docs/operations.md explains them; may be repeated.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -112,23 +120,25 @@ def db() -> None:
 
 @db.command()
 @click.argument("revision", default="head")
+@x_option
 @url_option
-def upgrade(revision: str, url: str | None) -> None:
+def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
     """Bring the schema to REVISION, by default the newest.
 
     May run beside live writers: each step is short, waits a moment for its locks, lets others pass and tries again.
     A migration that was broken off is simply started again. Only one runs at a time. Run preflight before.
     """
     with _progress(), _database(url) as database:
-        migrations.upgrade(database.engine, revision)
+        migrations.upgrade(database.engine, revision, options)
         _tell_revision(database)
 
 
 @db.command()
 @click.argument("revision")
 @click.option("--yes", is_flag=True, help="Confirm the action without prompting.")
+@x_option
 @url_option
-def downgrade(revision: str, yes: bool, url: str | None) -> None:
+def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None) -> None:
     """Take the schema back to REVISION; "base" is below the first.
 
     Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
@@ -136,7 +146,7 @@ def downgrade(revision: str, yes: bool, url: str | None) -> None:
     with _progress(), _database(url) as database:
         if not yes:  # the answer depends on which database was named
             click.confirm("What the later revisions added is deleted, with the data in it. Go on?", abort=True)
-        migrations.downgrade(database.engine, revision)
+        migrations.downgrade(database.engine, revision, options)
         _tell_revision(database)
 
 

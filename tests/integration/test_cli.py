@@ -98,6 +98,19 @@ def test_a_downgrade_asks_first(database_url: str) -> None:
     assert migrations.head() in checked.stderr
 
 
+def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
+    unknown = run("upgrade", "-x", "pattience=5", "--url", database_url)
+    assert unknown.exit_code == 1
+    assert "no option 'pattience': there are lock_timeout, patience, yield" in unknown.output
+    raw = connect(database_url)
+    with raw.transaction():
+        raw.execute("SELECT FROM circle.pipeline_runs")
+        options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
+        waited = run("downgrade", "009_lifecycle", "--yes", *options)
+    assert (waited.exit_code, "tried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
+    assert run("downgrade", "009_lifecycle", "--yes", *options).exit_code == 0
+
+
 def test_the_script_is_the_migration(empty_database_url: str, database_url: str) -> None:
     written = program("db", "sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")  # needs none
     assert (written.returncode, written.stderr) == (0, "")

@@ -270,6 +270,21 @@ def test_an_option_that_is_not_understood(empty_database_url: str, name: str, va
         command.upgrade(config, "head")
 
 
+def test_an_option_that_there_is_not(empty_database_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "-x", "patience=5", "-x", "pattience=5", "upgrade", "head"],
+        cwd=ROOT,
+        env={"DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "there is no option 'pattience': there are lock_timeout, patience, yield" in done.stdout + done.stderr
+    with pytest.raises(ConfigurationError, match="there is no option 'pattience'"):
+        migrations.upgrade(empty_database_url, options={"pattience": 5})
+
+
 COUNT_STEPS = """
 import logging, sys
 from gathering_pipeline import migrations
