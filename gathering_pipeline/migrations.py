@@ -157,7 +157,12 @@ def script(revision: str = "head", *, down: bool = False) -> str:
     Args:
         revision: ``TO`` or ``FROM:TO``; a downgrade needs both.
         down: Whether it is a downgrade.
+
+    Raises:
+        ConfigurationError: A downgrade's revision is not ``FROM:TO``.
     """
+    if down and not all(revision.partition(":")):
+        raise ConfigurationError(f"a downgrade needs both ends: write FROM:TO, as in head:{revisions()[1]}")
     settings = config()
     settings.output_buffer = io.StringIO()
     with _turn:

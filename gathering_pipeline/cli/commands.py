@@ -133,13 +133,13 @@ def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
         _tell_revision(database)
 
 
-@db.command()
+@db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision
 @click.argument("revision")
 @click.option("--yes", is_flag=True, help="Confirm the action without prompting.")
 @x_option
 @url_option
 def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None) -> None:
-    """Take the schema back to REVISION; "base" is below the first.
+    """Take the schema back to REVISION; "base" is below the first, -1 the one before.
 
     Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
     """
@@ -182,7 +182,7 @@ def check(url: str | None) -> None:
 
 @db.command()
 @click.argument("revision", default="head")
-@click.option("--down", is_flag=True, help="Write a downgrade; REVISION has to be FROM:TO.")
+@click.option("--down", is_flag=True, help="Write a downgrade; REVISION has to be FROM:TO, as in head:base.")
 def sql(revision: str, down: bool) -> None:
     """Print the SQL of an upgrade to REVISION, for a DBA: psql -v ON_ERROR_STOP=1 -f FILE.
 

@@ -98,6 +98,12 @@ def test_a_downgrade_asks_first(database_url: str) -> None:
     assert migrations.head() in checked.stderr
 
 
+def test_a_downgrade_by_one(database_url: str) -> None:
+    done = run("downgrade", "-1", "--yes", "--url", database_url)
+    assert done.stdout == f"the schema is at revision {migrations.revisions()[-2]}\n"
+    assert run("downgrade", "--yse", "base", "--url", database_url).exit_code == 2
+
+
 def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
     unknown = run("upgrade", "-x", "pattience=5", "--url", database_url)
     assert unknown.exit_code == 1
@@ -116,7 +122,10 @@ def test_the_script_is_the_migration(empty_database_url: str, database_url: str)
     assert (written.returncode, written.stderr) == (0, "")
     run_psql(empty_database_url, written.stdout)
     assert catalog(empty_database_url) == catalog(database_url)
-    down = run("sql", "--down", f"{migrations.head()}:base")
+    for words in (["007_pipeline_execution"], [":base"], ["head:"], []):
+        refused = run("sql", "--down", *words)
+        assert (refused.exit_code, "write FROM:TO, as in head:007_pipeline_execution" in refused.output) == (1, True)
+    down = run("sql", "--down", "head:base")
     run_psql(empty_database_url, down.stdout)
     assert catalog(empty_database_url) == ["schema | circle | "]
 
