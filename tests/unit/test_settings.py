@@ -103,9 +103,9 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "DATA_DIR": "/data",
         "POOL_SIZE": "3",
         "CONNECT_TIMEOUT": "2",
-        "ANSWER_TIMEOUT": "none",
+        "ANSWER_TIMEOUT": "None",
         "STATEMENT_TIMEOUT": "1.5",
-        "PREPARE_THRESHOLD": "none",
+        "PREPARE_THRESHOLD": "NONE",
     }.items():
         monkeypatch.setenv(f"GATHERING_{name}", value)
     settings = DatabaseSettings.load()
@@ -153,11 +153,24 @@ def test_the_password_is_never_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("POOL_SIZE", "many"), ("POOL_SIZE", "0"), ("CONNECT_TIMEOUT", "-1"), ("ANSWER_TIMEOUT", "0")]
+    ("name", "value", "form"),
+    [
+        ("POOL_SIZE", "many", "a whole number, 1 or more"),
+        ("POOL_SIZE", "0", "a whole number, 1 or more"),
+        ("MAX_OVERFLOW", "none", "a whole number, 0 or more"),
+        ("POOL_TIMEOUT", "-1", "a number of seconds, 0 or more"),
+        ("CONNECT_TIMEOUT", "-1", "a number of seconds, 1 or more"),
+        ("TCP_USER_TIMEOUT", "10ms", "a number of seconds, 1 or more"),
+        ("ANSWER_TIMEOUT", "0", "a number of seconds, 1 or more, or none"),
+        ("STATEMENT_TIMEOUT", "30s", "a number of seconds, 1 or more, or none"),
+        ("PREPARE_THRESHOLD", "never", "a whole number, 0 or more, or none"),
+    ],
 )
-def test_a_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_variable_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, form: str
+) -> None:
     monkeypatch.setenv(f"GATHERING_{name}", value)
-    with pytest.raises(ConfigurationError, match=f"^GATHERING_{name} can't be used: "):
+    with pytest.raises(ConfigurationError, match=f"^GATHERING_{name} can't be used: write {form}$"):
         DatabaseSettings.load()
 
 
