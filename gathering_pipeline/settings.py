@@ -185,6 +185,13 @@ def _several_hosts(text: str | URL) -> URL | None:
     return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
 
 
+def _read(text: str | URL) -> URL:
+    url = _several_hosts(text) or make_url(text)
+    if "@" in (url.host or ""):
+        raise ValueError("a password ended at its own @: what is left of it would be shown as the host")
+    return url
+
+
 def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
@@ -195,14 +202,15 @@ def parse_url(text: str | URL) -> URL:
         ConfigurationError: It is no URL, or not one of PostgreSQL. The message holds no password.
     """
     try:
-        url = _several_hosts(text) or make_url(text)
+        url = _read(text)
         if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
             url = url.set(drivername="postgresql+psycopg")
             url.get_dialect()().create_connect_args(url)  # which finds that hosts and ports don't match
             return url
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special"
+            " characters of the password percent-encoded (@ is %40)"
         ) from None
     if url.get_backend_name() == "postgresql":
         raise ConfigurationError(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy.engine import URL, make_url
 
 from gathering_pipeline.errors import ConfigurationError
 from gathering_pipeline.settings import DatabaseSettings, parse_url
@@ -57,9 +58,12 @@ def test_a_comma_elsewhere_is_none_between_hosts() -> None:
         ("postgresql://u:hunter2@h:1,h2:port/d", r"the database URL can't be read"),
         ("postgresql://u:hunter2@/d?host=h1,h2,h3&port=1,2", r"the database URL can't be read"),
         ("", r"the database URL can't be read"),
+        ("postgresql://u:pa@hunter2@h:1/d", r"the database URL can't be read: .* percent-encoded \(@ is %40\)"),
+        ("postgresql://u:pa@hunter2@h:1,h2:2/d", r"the database URL can't be read: .* percent-encoded"),
+        (make_url("postgresql://u:pa@hunter2@h:1/d"), r"the database URL can't be read: .* percent-encoded"),
     ],
 )
-def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str, message: str) -> None:
+def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | URL, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         parse_url(text)
     assert "hunter2" not in str(caught.value)
