@@ -4,10 +4,10 @@ The database is, in this order: ``config.attributes["connection"]`` (an Engine, 
 ``config.attributes["url"]``, GATHERING_MIGRATION_URL (a direct URL, where the usual one leads through a pooler),
 GATHERING_DATABASE_URL, DATABASE_URL, the embedded server.
 
-Options, as ``alembic -x NAME=VALUE`` or as ``config.attributes[NAME]``: ``lock_timeout`` (default 100ms), the longest
-time for which a step may wait for a lock, and so make others wait behind it; ``patience`` (default 600, in seconds),
-for how long a step is tried again, and another migrator is waited for; ``yield`` (default yes), whether a step that
-takes long is broken off and tried again when somebody waits behind it.
+Options, as ``-x NAME=VALUE`` of ``alembic`` and ``gathering-pipeline db upgrade``, or as ``config.attributes[NAME]``:
+``lock_timeout`` (default 100ms), the longest time for which a step may wait for a lock, and so make others wait behind
+it; ``patience`` (default 600, in seconds), for how long a step is tried again, and another migrator is waited for;
+``yield`` (default yes), whether a step that takes long is broken off and tried again when somebody waits behind it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 from alembic import context
 from alembic.operations import MigrateOperation, Operations
+from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import MetaData, text
@@ -35,7 +36,13 @@ from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
-from gathering_pipeline.errors import AdoptionError, ConfigurationError, DatabaseUnavailableError, PipelineError
+from gathering_pipeline.errors import (
+    AdoptionError,
+    ConfigurationError,
+    DatabaseUnavailableError,
+    PipelineError,
+    SchemaRevisionError,
+)
 from gathering_pipeline.migrations import (
     BUSY,
     MIGRATOR,
@@ -68,7 +75,8 @@ SECONDS = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 def option(name: str, kind: Any, default: str, form: str) -> Any:
     """An option from ``-x``, else from the attributes of the host's configuration."""
-    given = context.get_x_argument(as_dictionary=True).get(name, config.attributes.get(name, default))
+    written = migrations.known(context.get_x_argument(as_dictionary=True))
+    given = written.get(name, config.attributes.get(name, default))
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError:
@@ -85,7 +93,10 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
             if isinstance(error, GaveWayError):
                 why = "others waited behind the step: stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
             elif sqlstate(error) in BUSY:
-                why = f"a lock was not free within {LOCK_TIMEOUT}: see in pg_stat_activity which transaction is open"
+                why = (
+                    f"a lock was not free within {LOCK_TIMEOUT}: see by gathering-pipeline db preflight, or in"
+                    " pg_stat_activity, which transaction is open"
+                )
             else:
                 raise
             undo()
@@ -123,6 +134,8 @@ def run_steps(operations: Operations, operation: RunSteps) -> None:
             write_steps(operation, steps)
             return
         assert migration.connection is not None
+        if lost := migrations.lost(migration.connection):  # its steps would put older functions in the place of newer
+            raise AdoptionError([lost])
         for what, body, is_index in steps:
             run_step(migration.connection, what, body, is_index=is_index)
 
@@ -257,7 +270,14 @@ def run_online(connection: Connection) -> None:
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         execute(connection, CREATE_SCHEMA)
         connection.commit()
-        again(migrate, connection.rollback)
+        try:
+            again(migrate, connection.rollback)
+        except CommandError as error:
+            connection.rollback()
+            at = migrations.current(connection)
+            if at is None or at in migrations.revisions():
+                raise
+            raise SchemaRevisionError(at, migrations.head()) from error
 
 
 @contextmanager
@@ -321,6 +341,10 @@ except (DBAPIError, PendingRollbackError) as error:
     else:
         raise
     raise (CommandError(str(told)) if config.cmd_opts is not None else told) from error
+except CommandError as error:
+    if isinstance(error.__cause__, ResolutionError):
+        raise CommandError(f"{error}: there are base, {', '.join(migrations.revisions())} and head") from error
+    raise
 except PipelineError as error:
     if config.cmd_opts is None:
         raise

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from sqlalchemy.engine import Connection
@@ -176,7 +176,11 @@ def _changed(item: Object, wanted: Mapping[Object, str], found: str) -> Finding:
         message = "is INVALID: a build was broken off, and no query uses it"
         return Finding("error", "invalid_index", str(item), message, advice, _mend(item, wanted))
     what = "was changed by hand" if item.kind in {"function", "view"} else f"is {found!r}, not {wanted[item]!r}"
-    return _drift(item, what, _mend(item, wanted))
+    finding = _drift(item, what, _mend(item, wanted))
+    rows = breaking(finding.repair)
+    if rows and same(found, f"{wanted[item]} NOT VALID"):  # a repair that failed leaves it so
+        return replace(finding, advice=f"a repair validates it once no row breaks it: mend those first that do, {rows}")
+    return finding
 
 
 def _drift(item: Object, what: str, repair: tuple[str, ...]) -> Finding:
@@ -234,6 +238,12 @@ def _foreign(
         repair = f"DROP INDEX CONCURRENTLY {item.name}"
         message = "is INVALID: it is not ours, costs every write, and no query uses it"
         yield Finding("warning", "invalid_index", str(item), message, f"a repair runs {repair}", (repair,))
+
+
+def breaking(repair: Sequence[str]) -> str | None:
+    """A query for the rows that stand against a repair that adds a check."""
+    check = re.match(r"ALTER TABLE (\S+) .* CHECK (\(.+\)) NOT VALID$", repair[0], re.DOTALL) if repair else None
+    return check and f"SELECT * FROM {check[1]} WHERE NOT {check[2]}"  # noqa: S608 - out of our own repair
 
 
 def _mend(item: Object, wanted: Mapping[Object, str]) -> tuple[str, ...]:

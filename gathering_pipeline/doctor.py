@@ -18,6 +18,7 @@ from gathering_pipeline.errors import DatabaseError, DatabaseUnavailableError, s
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
+_CHECK_VIOLATION = "23514"
 
 
 class _Check(NamedTuple):
@@ -193,7 +194,7 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
             if repair and not connection.exec_driver_sql(lock).scalar():
                 raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")
             revision = migrations.current(connection)  # under the lock nobody changes it
-            wrong = None if revision == migrations.head() else _revision(revision)
+            wrong = None if revision == migrations.head() else _revision(connection, revision)
             findings = [wrong] if wrong else _found(connection, held_for, repair=repair)
         finally:
             if not connection.invalidated:
@@ -231,13 +232,13 @@ def _key(item: Finding) -> tuple[str, str]:
     return "drift" if item.code == "invalid_index" else item.code, item.object
 
 
-def _revision(found: str | None) -> Finding:
+def _revision(connection: Connection, found: str | None) -> Finding:
     head = migrations.head()
     message = f"the schema is at revision {found or 'none'}, this code needs {head}; nothing else was examined"
     if found in migrations.revisions():
         command = "gathering-pipeline db upgrade"
         return Finding("error", "revision", "schema circle", message, f"a repair runs {command}", (command,))
-    advice = "run gathering-pipeline db upgrade"
+    advice = migrations.lost(connection) or "run gathering-pipeline db upgrade"
     if found is not None:
         advice = "the database is ahead of this code: install the version of gathering-pipeline that it belongs to"
     return Finding("error", "revision", "schema circle", message, advice)
@@ -314,6 +315,8 @@ def _mend(connection: Connection, finding: Finding) -> str | None:
             if error.connection_invalidated or diagnostic is None:
                 raise
             tell = f"{diagnostic.message_primary} (SQLSTATE {diagnostic.sqlstate})"
+            if diagnostic.sqlstate == _CHECK_VIOLATION and (rows := catalog.breaking(finding.repair)):
+                tell += f"; mend the rows first: {rows}"
             is_final = diagnostic.sqlstate not in migrations.BUSY
         attempts += 1
         if is_final or attempts == ATTEMPTS:

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,17 +17,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from gathering_pipeline.errors import DatabaseUnavailableError, SchemaRevisionError, shorten
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, SchemaRevisionError, shorten
 
 SCHEMA = "circle"
 MIGRATOR = 0x6761746865720007
 """Key of the advisory lock under which ``env.py`` is the only migrator; any constant, the lock is one of a database."""
 SMALL_TABLE = 8 * 1024 * 1024
 """Size in bytes below which ``env.py`` builds an index at once, which is quicker, instead of concurrently."""
+OPTIONS = ("lock_timeout", "patience", "yield")
 BUSY = ("55P03", "40P01")
 """SQLSTATEs after which the same is tried again: a lock that was not free, a deadlock."""
 _CANCELED = "57014"
@@ -48,8 +49,20 @@ def scripts() -> Path:
     return bundled if bundled.is_dir() else package.parent / "alembic"
 
 
-def config(target: Target = None) -> Config:
-    """Alembic's configuration, without any file and without logging of its own."""
+def known(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same options; a misspelt one would be passed over.
+
+    Raises:
+        ConfigurationError: There is none of a name.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ConfigurationError(f"there is no option {name!r}: there are {', '.join(OPTIONS)}")
+    return options
+
+
+def config(target: Target = None, options: Mapping[str, Any] | None = None) -> Config:
+    """Alembic's configuration, without any file and without logging of its own; ``env.py`` tells the options."""
     result = Config()
     result.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     result.set_main_option("path_separator", "os")
@@ -57,25 +70,27 @@ def config(target: Target = None) -> Config:
         result.attributes["connection"] = target
     elif target is not None:
         result.attributes["url"] = target if isinstance(target, str) else target.render_as_string(hide_password=False)
+    result.attributes.update(known(options or {}))
     return result
 
 
-def upgrade(target: Target = None, revision: str = "head") -> None:
+def upgrade(target: Target = None, revision: str = "head", options: Mapping[str, Any] | None = None) -> None:
     """Bring the schema to a revision.
 
     Raises:
         AdoptionError: Tables or rows are there that can't be taken over; nothing was changed.
-        ConfigurationError: The URL, the server or the connection can't be used.
+        ConfigurationError: The URL, the server, the connection or an option can't be used.
         DatabaseUnavailableError: Other transactions or another migrator stood in the way all the time.
+        SchemaRevisionError: The schema is at a revision that this code doesn't know.
     """
     with _turn:
-        command.upgrade(config(target), revision)
+        command.upgrade(config(target, options), revision)
 
 
-def downgrade(target: Target, revision: str) -> None:
+def downgrade(target: Target, revision: str, options: Mapping[str, Any] | None = None) -> None:
     """Take the schema back to a revision; ``base`` is below all of them."""
     with _turn:
-        command.downgrade(config(target), revision)
+        command.downgrade(config(target, options), revision)
 
 
 @cache
@@ -90,6 +105,18 @@ def current(connection: Connection) -> str | None:
     """The revision of the schema; None where there is none yet."""
     context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
     return context.get_current_revision()
+
+
+def lost(connection: Connection) -> str | None:
+    """What to do where the schema was migrated but has no revision, as a restore may leave it; else None."""
+    brought = {"pipeline_events": "011_events", "pipeline_versions": "009_lifecycle"}
+    there = inspect(connection).get_table_names(SCHEMA)
+    # at least this one: an upgrade runs again what comes after it, which does no harm
+    revision = next((revision for table, revision in brought.items() if table in there), None)
+    if revision is None or current(connection) is not None:
+        return None
+    insert = f"INSERT INTO {SCHEMA}.alembic_version VALUES ('{revision}')"  # noqa: S608 - our own names
+    return f"the schema was migrated, but the row with its revision is gone: put it back by {insert}"
 
 
 def check(connection: Connection) -> None:
@@ -130,7 +157,12 @@ def script(revision: str = "head", *, down: bool = False) -> str:
     Args:
         revision: ``TO`` or ``FROM:TO``; a downgrade needs both.
         down: Whether it is a downgrade.
+
+    Raises:
+        ConfigurationError: A downgrade's revision is not ``FROM:TO``.
     """
+    if down and not all(revision.partition(":")):
+        raise ConfigurationError(f"a downgrade needs both ends: write FROM:TO, as in head:{revisions()[1]}")
     settings = config()
     settings.output_buffer = io.StringIO()
     with _turn:

@@ -65,11 +65,11 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """Somebody whom the upgrade would have to wait for.
+    """Somebody whom the upgrade would have to wait for, or what refuses it.
 
     Attributes:
-        who: The session or prepared transaction.
-        seconds: Age of its transaction; None where this role may not see it.
+        who: The session or prepared transaction; ``circle.alembic_version`` where it lacks its row.
+        seconds: Age of its transaction; None where this role may not see it, or there is none.
         why: What it holds, and what it does.
     """
 
@@ -151,6 +151,8 @@ def preflight(connection: Connection) -> Preflight:
         "builds": builds,
     }
     blockers = [Blocker(*row) for row in connection.execute(text(_BLOCKERS), values)] if pending else []
+    if lost := migrations.lost(connection):
+        blockers.insert(0, Blocker("circle.alembic_version", None, lost))
     return Preflight(found, head, tuple(pending), tuple(blockers))
 
 

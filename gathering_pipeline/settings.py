@@ -37,6 +37,18 @@ def _seconds(value: object) -> object:
 NoNegative = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0))]
 AtLeastASecond = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(seconds=1))]
 
+_FORMS = {
+    "pool_size": "a whole number, 1 or more",
+    "max_overflow": "a whole number, 0 or more",
+    "pool_timeout": "a number of seconds, 0 or more",
+    "connect_timeout": "a number of seconds, 1 or more",
+    "answer_timeout": "a number of seconds, 1 or more, or none",
+    "tcp_user_timeout": "a number of seconds, 1 or more",
+    "statement_timeout": "a number of seconds, 1 or more, or none",
+    "prepare_threshold": "a whole number, 0 or more, or none",
+}
+"""What to write, in an operator's words; Pydantic's speak of types."""
+
 
 class DatabaseSettings(BaseSettings):
     """Settings of a ``Database``.
@@ -64,7 +76,6 @@ class DatabaseSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="GATHERING_",
-        env_parse_none_str="none",
         populate_by_name=True,
         extra="forbid",
         frozen=True,
@@ -88,12 +99,15 @@ class DatabaseSettings(BaseSettings):
     @field_validator("*", mode="before")
     @classmethod
     def _left_out(cls, value: object, info: ValidationInfo) -> object:
-        """An empty variable is one that is not set; but who sets a URL means a database, and not the embedded one."""
+        """An empty variable is one that is not set; but who sets a URL means a database, and not the embedded one.
+
+        ``none`` is None, however it is written.
+        """
         if value == "":
             if info.field_name == "database_url":
                 raise ValueError("it is empty: set it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or unset it")
             raise PydanticUseDefault
-        return value
+        return None if isinstance(value, str) and value.lower() == "none" else value
 
     @classmethod
     def load(cls, **overrides: Any) -> DatabaseSettings:
@@ -111,7 +125,8 @@ class DatabaseSettings(BaseSettings):
             if name == "GATHERING_DATABASE_URL" and name not in os.environ:  # Pydantic tells the first alias only
                 variable = "DATABASE_URL"
             reason = first["msg"].removeprefix("Value error, ")
-            raise ConfigurationError(f"{variable} can't be used: {reason[:1].lower()}{reason[1:]}") from None
+            reason = f"write {_FORMS[name]}" if name in _FORMS else f"{reason[:1].lower()}{reason[1:]}"
+            raise ConfigurationError(f"{variable} can't be used: {reason}") from None
 
     @classmethod
     def for_migrations(cls, url: str | None = None) -> tuple[DatabaseSettings, str | None]:
@@ -170,6 +185,13 @@ def _several_hosts(text: str | URL) -> URL | None:
     return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
 
 
+def _read(text: str | URL) -> URL:
+    url = _several_hosts(text) or make_url(text)
+    if "@" in (url.host or ""):
+        raise ValueError("a password ended at its own @: what is left of it would be shown as the host")
+    return url
+
+
 def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
@@ -180,14 +202,15 @@ def parse_url(text: str | URL) -> URL:
         ConfigurationError: It is no URL, or not one of PostgreSQL. The message holds no password.
     """
     try:
-        url = _several_hosts(text) or make_url(text)
+        url = _read(text)
         if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
             url = url.set(drivername="postgresql+psycopg")
             url.get_dialect()().create_connect_args(url)  # which finds that hosts and ports don't match
             return url
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special"
+            " characters of the password percent-encoded (@ is %40)"
         ) from None
     if url.get_backend_name() == "postgresql":
         raise ConfigurationError(

@@ -52,6 +52,14 @@ url_option = click.option(
     help="postgresql://USER:PASSWORD@HOST:PORT/DATABASE; by default what GATHERING_MIGRATION_URL, "
     "GATHERING_DATABASE_URL or DATABASE_URL says, else the embedded server.",
 )
+x_option = click.option(
+    "-x",
+    "options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=lambda _context, _option, given: dict(item.partition("=")[::2] for item in given),
+    help="lock_timeout, patience or yield, as docs/operations.md explains them; may be repeated.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -112,29 +120,33 @@ def db() -> None:
 
 @db.command()
 @click.argument("revision", default="head")
+@x_option
 @url_option
-def upgrade(revision: str, url: str | None) -> None:
+def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
     """Bring the schema to REVISION, by default the newest.
 
     May run beside live writers: each step is short, waits a moment for its locks, lets others pass and tries again.
     A migration that was broken off is simply started again. Only one runs at a time. Run preflight before.
     """
     with _progress(), _database(url) as database:
-        migrations.upgrade(database.engine, revision)
+        migrations.upgrade(database.engine, revision, options)
         _tell_revision(database)
 
 
-@db.command()
+@db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision
 @click.argument("revision")
-@click.confirmation_option(prompt="What the later revisions added is deleted, with the data in it. Go on?")
+@click.option("--yes", is_flag=True, help="Confirm the action without prompting.")
+@x_option
 @url_option
-def downgrade(revision: str, url: str | None) -> None:
-    """Take the schema back to REVISION; "base" is below the first.
+def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None) -> None:
+    """Take the schema back to REVISION; "base" is below the first, -1 the one before.
 
     Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
     """
     with _progress(), _database(url) as database:
-        migrations.downgrade(database.engine, revision)
+        if not yes:  # the answer depends on which database was named
+            click.confirm("What the later revisions added is deleted, with the data in it. Go on?", abort=True)
+        migrations.downgrade(database.engine, revision, options)
         _tell_revision(database)
 
 
@@ -170,7 +182,7 @@ def check(url: str | None) -> None:
 
 @db.command()
 @click.argument("revision", default="head")
-@click.option("--down", is_flag=True, help="Write a downgrade; REVISION has to be FROM:TO.")
+@click.option("--down", is_flag=True, help="Write a downgrade; REVISION has to be FROM:TO, as in head:base.")
 def sql(revision: str, down: bool) -> None:
     """Print the SQL of an upgrade to REVISION, for a DBA: psql -v ON_ERROR_STOP=1 -f FILE.
 
@@ -245,5 +257,5 @@ def _show(plan: Preflight) -> None:
     elif plan.steps:
         click.echo("none of them locks a table that is there")
     for blocker in plan.blockers:
-        age = "of unknown age" if blocker.seconds is None else f"{blocker.seconds:,.0f} s old"
-        click.echo(f"in the way: {blocker.who}, its transaction {age}: {blocker.why}")
+        age = "" if blocker.seconds is None else f", its transaction {blocker.seconds:,.0f} s old"
+        click.echo(f"in the way: {blocker.who}{age}: {blocker.why}")

@@ -339,7 +339,7 @@ class RunRepository(Repository):
             raise RunNotFoundError(run_id)
         version, nodes, edges = rows[0]
         if version is None:
-            message = f"run {run_id} is bound to no version of its pipeline's graph"
+            message = f"run {run_id} is bound to no version of its pipeline's graph: cancel it and create it again"
             raise InvalidPipelineError([Issue("error", "no_version", message)])
         return PipelineDefinition.from_json(nodes, edges)
 

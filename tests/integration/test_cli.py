@@ -88,6 +88,7 @@ def pending() -> list[migrations.Step]:
 def test_a_downgrade_asks_first(database_url: str) -> None:
     refused = run("downgrade", "009_lifecycle", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
+    assert refused.output.startswith(f"database: {described(database_url)}\nWhat the later revisions added"), "where"
     assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
     done = run("downgrade", "009_lifecycle", "--url", database_url, "--yes")
     assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009_lifecycle\n")
@@ -97,12 +98,34 @@ def test_a_downgrade_asks_first(database_url: str) -> None:
     assert migrations.head() in checked.stderr
 
 
+def test_a_downgrade_by_one(database_url: str) -> None:
+    done = run("downgrade", "-1", "--yes", "--url", database_url)
+    assert done.stdout == f"the schema is at revision {migrations.revisions()[-2]}\n"
+    assert run("downgrade", "--yse", "base", "--url", database_url).exit_code == 2
+
+
+def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
+    unknown = run("upgrade", "-x", "pattience=5", "--url", database_url)
+    assert unknown.exit_code == 1
+    assert "no option 'pattience': there are lock_timeout, patience, yield" in unknown.output
+    raw = connect(database_url)
+    with raw.transaction():
+        raw.execute("SELECT FROM circle.pipeline_runs")
+        options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
+        waited = run("downgrade", "009_lifecycle", "--yes", *options)
+    assert (waited.exit_code, "tried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
+    assert run("downgrade", "009_lifecycle", "--yes", *options).exit_code == 0
+
+
 def test_the_script_is_the_migration(empty_database_url: str, database_url: str) -> None:
     written = program("db", "sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")  # needs none
     assert (written.returncode, written.stderr) == (0, "")
     run_psql(empty_database_url, written.stdout)
     assert catalog(empty_database_url) == catalog(database_url)
-    down = run("sql", "--down", f"{migrations.head()}:base")
+    for words in (["007_pipeline_execution"], [":base"], ["head:"], []):
+        refused = run("sql", "--down", *words)
+        assert (refused.exit_code, "write FROM:TO, as in head:007_pipeline_execution" in refused.output) == (1, True)
+    down = run("sql", "--down", "head:base")
     run_psql(empty_database_url, down.stdout)
     assert catalog(empty_database_url) == ["schema | circle | "]
 
@@ -170,6 +193,25 @@ def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> Non
     assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("revision", "put_back"), [("010_graph_guard", "009_lifecycle"), (migrations.head(), "011_events")]
+)
+def test_a_schema_without_its_revision_says_how_it_is_put_back(
+    database_url: str, connect: Connect, revision: str, put_back: str
+) -> None:
+    raw, clean = connect(database_url), catalog(database_url)
+    migrations.downgrade(database_url, revision)
+    raw.execute("DELETE FROM circle.alembic_version")
+    insert = f"INSERT INTO circle.alembic_version VALUES ('{put_back}')"
+    for command, code in ("doctor", 3), ("upgrade", 1), ("preflight", 3):
+        told = run(command, "--url", database_url)
+        assert (told.exit_code, told.output.count(f"its revision is gone: put it back by {insert}\n")) == (code, 1)
+    raw.execute(insert.encode())
+    assert run("upgrade", "--url", database_url).exit_code == 0
+    assert run("doctor", "--url", database_url).exit_code == 0
+    assert catalog(database_url) == clean
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +233,10 @@ def test_a_server_that_is_not_there(command: str) -> None:
 def test_what_else_goes_wrong(database_url: str, empty_database_url: str, connect: Connect) -> None:
     assert "is not PostgreSQL" in one_sentence(program("db", "check", "--url", "sqlite:///x"))
     assert "GATHERING_POOL_SIZE" in one_sentence(program("db", "check", GATHERING_POOL_SIZE="none at all"))
-    assert "099_future" in one_sentence(program("db", "upgrade", "099_future", "--url", database_url))
+    mistyped = f"identified by '099_future': there are base, {', '.join(migrations.revisions())} and head"
+    for words in (["upgrade", "099_future"], ["downgrade", "--yes", "099_future"]):
+        assert one_sentence(program("db", *words, "--url", database_url)).endswith(mistyped)
+    assert one_sentence(program("db", "sql", "099_future")).endswith(mistyped)
     assert "none, this code needs" in one_sentence(program("db", "check", "--url", empty_database_url))
 
     raw = connect(empty_database_url)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
+
 import gathering_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,21 @@ def test_python_blocks_run(empty_database_url: str, tmp_path: Path):
     promised = re.findall(r"print\(error\)  # (.+)", program.read_text(encoding="utf-8"))
     assert promised
     assert [line for line in promised if line not in done.stdout] == []
+
+
+def test_the_history_is_kept_short_as_operations_md_says(database_url: str, raw: psycopg.Connection):
+    raw.execute(
+        """INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id":"a","type":"trigger","name":"A"}]');
+        SELECT circle.create_run(1, '{}', NULL) FROM generate_series(1, 2);
+        SELECT circle.conclude_run(1, 'cancelled', NULL, NULL)"""
+    )
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    environment = {"GATHERING_DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
+    for block in BLOCK.findall(text):
+        command = [sys.executable, "-c", block.replace("days=90", "days=0") + "database.dispose()\n"]
+        subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
+    assert raw.execute("SELECT id FROM circle.pipeline_runs").fetchall() == [(2,)]
+    assert raw.execute("SELECT count(*) FROM circle.pipeline_events").fetchone() == (0,)
 
 
 def test_python_blocks_pass_the_strict_checker(tmp_path: Path):

@@ -718,6 +718,8 @@ def test_pipelines_with_broken_graphs_stay_as_they_are(url: str, used: psycopg.C
             ).fetchone()
             assert row is not None
             assert runs.get(row[0]).pipeline_version is None
+            with pytest.raises(InvalidPipelineError, match="bound to no version .*: cancel it and create it again"):
+                runs.definition(row[0])
             for pipeline_id in range(1, len(BROKEN) + 1):
                 mended = pipelines.update(pipeline_id, PipelineUpdate(nodes=[A, B], edges=[]))
                 assert mended.version == 2

@@ -340,7 +340,11 @@ def test_a_repair_that_rows_stand_against(database: Database, raw: psycopg.Conne
     raw.execute("UPDATE circle.pipelines SET max_retries_per_node = -1")
     (left,) = doctor(database.engine, repair=True)
     assert left.outcome is not None
-    assert "violated by some row (SQLSTATE 23514)" in left.outcome
+    said, _, query = left.outcome.partition("; mend the rows first: ")
+    assert said.endswith("violated by some row (SQLSTATE 23514)")
+    assert raw.execute(query.replace("*", "max_retries_per_node").encode()).fetchall() == [(-1,)]
+    (left,) = doctor(database.engine)
+    assert left.advice == f"a repair validates it once no row breaks it: mend those first that do, {query}"
     with pytest.raises(psycopg.errors.CheckViolation):  # but new rows are held to it again
         raw.execute("INSERT INTO circle.pipelines (name, max_retries_per_node) VALUES ('p', -1)")
     raw.execute("UPDATE circle.pipelines SET max_retries_per_node = 1")
@@ -356,7 +360,9 @@ def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
     broken = catalog(database_url)
     (left,) = doctor(database.engine, repair=True)
     assert left.outcome is not None
-    assert left.outcome.endswith("violated by some row (SQLSTATE 23514)")
+    said, _, query = left.outcome.partition("; mend the rows first: ")
+    assert said.endswith("violated by some row (SQLSTATE 23514)")
+    assert query == "SELECT * FROM circle.pipelines WHERE NOT (retry_backoff_max IS NOT NULL)"
     assert catalog(database_url) == broken
     raw.execute("UPDATE circle.pipelines SET description = 'still written'")
 

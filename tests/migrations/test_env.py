@@ -23,7 +23,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
-from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, SchemaRevisionError
 from tests import servers
 
 Connect = Callable[[str], psycopg.Connection]
@@ -137,7 +137,8 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
-        with pytest.raises(DatabaseUnavailableError, match="tried for 0 s, but a lock was not free within 50ms"):
+        told = "tried for 0 s, but a lock was not free within 50ms: see by gathering-pipeline db preflight, or in pg_"
+        with pytest.raises(DatabaseUnavailableError, match=told):
             command.upgrade(config, "head")
 
 
@@ -269,6 +270,21 @@ def test_an_option_that_is_not_understood(empty_database_url: str, name: str, va
         command.upgrade(config, "head")
 
 
+def test_an_option_that_there_is_not(empty_database_url: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "-x", "patience=5", "-x", "pattience=5", "upgrade", "head"],
+        cwd=ROOT,
+        env={"DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "there is no option 'pattience': there are lock_timeout, patience, yield" in done.stdout + done.stderr
+    with pytest.raises(ConfigurationError, match="there is no option 'pattience'"):
+        migrations.upgrade(empty_database_url, options={"pattience": 5})
+
+
 COUNT_STEPS = """
 import logging, sys
 from gathering_pipeline import migrations
@@ -299,6 +315,14 @@ def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -
     assert steps[9] > 50
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
     assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
+    connect(database_url).execute("UPDATE circle.alembic_version SET version_num = '099_future'")
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future, this code needs .*upgrade the package"):
+        migrations.upgrade(database_url)
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future"):
+        migrations.downgrade(database_url, "base")
 
 
 def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy.engine import URL, make_url
 
 from gathering_pipeline.errors import ConfigurationError
 from gathering_pipeline.settings import DatabaseSettings, parse_url
@@ -57,9 +58,12 @@ def test_a_comma_elsewhere_is_none_between_hosts() -> None:
         ("postgresql://u:hunter2@h:1,h2:port/d", r"the database URL can't be read"),
         ("postgresql://u:hunter2@/d?host=h1,h2,h3&port=1,2", r"the database URL can't be read"),
         ("", r"the database URL can't be read"),
+        ("postgresql://u:pa@hunter2@h:1/d", r"the database URL can't be read: .* percent-encoded \(@ is %40\)"),
+        ("postgresql://u:pa@hunter2@h:1,h2:2/d", r"the database URL can't be read: .* percent-encoded"),
+        (make_url("postgresql://u:pa@hunter2@h:1/d"), r"the database URL can't be read: .* percent-encoded"),
     ],
 )
-def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str, message: str) -> None:
+def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | URL, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         parse_url(text)
     assert "hunter2" not in str(caught.value)
@@ -103,9 +107,9 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
         "DATA_DIR": "/data",
         "POOL_SIZE": "3",
         "CONNECT_TIMEOUT": "2",
-        "ANSWER_TIMEOUT": "none",
+        "ANSWER_TIMEOUT": "None",
         "STATEMENT_TIMEOUT": "1.5",
-        "PREPARE_THRESHOLD": "none",
+        "PREPARE_THRESHOLD": "NONE",
     }.items():
         monkeypatch.setenv(f"GATHERING_{name}", value)
     settings = DatabaseSettings.load()
@@ -153,11 +157,24 @@ def test_the_password_is_never_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("POOL_SIZE", "many"), ("POOL_SIZE", "0"), ("CONNECT_TIMEOUT", "-1"), ("ANSWER_TIMEOUT", "0")]
+    ("name", "value", "form"),
+    [
+        ("POOL_SIZE", "many", "a whole number, 1 or more"),
+        ("POOL_SIZE", "0", "a whole number, 1 or more"),
+        ("MAX_OVERFLOW", "none", "a whole number, 0 or more"),
+        ("POOL_TIMEOUT", "-1", "a number of seconds, 0 or more"),
+        ("CONNECT_TIMEOUT", "-1", "a number of seconds, 1 or more"),
+        ("TCP_USER_TIMEOUT", "10ms", "a number of seconds, 1 or more"),
+        ("ANSWER_TIMEOUT", "0", "a number of seconds, 1 or more, or none"),
+        ("STATEMENT_TIMEOUT", "30s", "a number of seconds, 1 or more, or none"),
+        ("PREPARE_THRESHOLD", "never", "a whole number, 0 or more, or none"),
+    ],
 )
-def test_a_variable_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_variable_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, form: str
+) -> None:
     monkeypatch.setenv(f"GATHERING_{name}", value)
-    with pytest.raises(ConfigurationError, match=f"^GATHERING_{name} can't be used: "):
+    with pytest.raises(ConfigurationError, match=f"^GATHERING_{name} can't be used: write {form}$"):
         DatabaseSettings.load()
 
 
