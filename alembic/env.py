@@ -241,6 +241,16 @@ def changes_schema() -> bool:
     return True
 
 
+def is_relative() -> bool:
+    """Whether the revision wanted is +N or -N, which is counted from where the schema is."""
+    return changes_schema() and str(context.get_revision_argument()).startswith(("+", "-"))
+
+
+def how_to_go_on() -> str:
+    """What to do after a migration that was broken off."""
+    return "start it again, it goes on where it was" + ("; name the revision instead of a number" * is_relative())
+
+
 def run_offline() -> None:
     script = io.StringIO()
     script.write(f"SET lock_timeout = '{LOCK_TIMEOUT}';\nSET statement_timeout = 0;\n\n{CREATE_SCHEMA};\n\n")
@@ -256,7 +266,14 @@ def run_offline() -> None:
 
 
 def run_online(connection: Connection) -> None:
+    start: str | None = None
+
     def migrate() -> None:
+        if is_relative() and (at := migrations.current(connection)) != start:  # tried again: it would go too far
+            raise DatabaseUnavailableError(
+                f"a lock was not free, and the schema is at {at or 'none'} by now: {how_to_go_on()}"
+            )
+        connection.rollback()
         configure(connection=connection)
         with context.begin_transaction():
             context.run_migrations()
@@ -269,15 +286,20 @@ def run_online(connection: Connection) -> None:
         execute(connection, "SET statement_timeout = 0")
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         execute(connection, CREATE_SCHEMA)
+        start = migrations.current(connection)
         connection.commit()
         try:
             again(migrate, connection.rollback)
         except CommandError as error:
             connection.rollback()
+            if lost := migrations.lost(connection):
+                raise AdoptionError([lost]) from error
             at = migrations.current(connection)
             if at is None or at in migrations.revisions():
                 raise
             raise SchemaRevisionError(at, migrations.head()) from error
+        if lost := migrations.lost(connection):  # a downgrade had nothing to do
+            raise AdoptionError([lost])
 
 
 @contextmanager
@@ -333,9 +355,7 @@ try:
 except (DBAPIError, PendingRollbackError) as error:
     told: PipelineError
     if isinstance(error, PendingRollbackError) or error.connection_invalidated:  # the former hides the latter
-        told = DatabaseUnavailableError(
-            "the connection broke during the migration: start it again, it goes on where it was"
-        )
+        told = DatabaseUnavailableError(f"the connection broke during the migration: {how_to_go_on()}")
     elif sqlstate(error) == DIFFERS:
         told = AdoptionError(json.loads(error.orig.diag.message_detail))  # type: ignore[union-attr]
     else:

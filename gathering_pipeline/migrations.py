@@ -110,10 +110,16 @@ def current(connection: Connection) -> str | None:
 def lost(connection: Connection) -> str | None:
     """What to do where the schema was migrated but has no revision, as a restore may leave it; else None."""
     brought = {"pipeline_events": "011_events", "pipeline_versions": "009_lifecycle"}
-    there = inspect(connection).get_table_names(SCHEMA)
+    inspector = inspect(connection)
+    there = inspector.get_table_names(SCHEMA)
     # at least this one: an upgrade runs again what comes after it, which does no harm
     revision = next((revision for table, revision in brought.items() if table in there), None)
     if revision is None or current(connection) is not None:
+        return None
+    # a host may have a table of such a name, but not this column of 009, too
+    if not inspector.has_table("pipelines", SCHEMA):
+        return None
+    if all(column["name"] != "version" for column in inspector.get_columns("pipelines", SCHEMA)):
         return None
     insert = f"INSERT INTO {SCHEMA}.alembic_version VALUES ('{revision}')"  # noqa: S608 - our own names
     return f"the schema was migrated, but the row with its revision is gone: put it back by {insert}"

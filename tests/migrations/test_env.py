@@ -23,7 +23,12 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
-from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, SchemaRevisionError
+from gathering_pipeline.errors import (
+    AdoptionError,
+    ConfigurationError,
+    DatabaseUnavailableError,
+    SchemaRevisionError,
+)
 from tests import servers
 
 Connect = Callable[[str], psycopg.Connection]
@@ -538,3 +543,39 @@ def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_pat
     subprocess.run([*servers.psql(empty_database_url), *options], check=True, capture_output=True)
     with Database(empty_database_url) as database:
         database.check()
+
+
+def test_a_relative_downgrade_is_never_counted_twice(database_url: str, connect: Connect) -> None:
+    raw = connect(database_url)
+    raw.execute("""
+        CREATE SEQUENCE circle.tried;
+        CREATE FUNCTION circle.busy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.version_num = '009_lifecycle' AND nextval('circle.tried') = 1 THEN
+                RAISE EXCEPTION 'not free' USING ERRCODE = 'lock_not_available';
+            END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER busy BEFORE UPDATE ON circle.alembic_version FOR EACH ROW EXECUTE FUNCTION circle.busy()""")
+    with pytest.raises(
+        DatabaseUnavailableError, match="at 010_graph_guard by now: .*; name the revision instead of a number"
+    ):
+        migrations.downgrade(database_url, "-2")
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("010_graph_guard",)]
+    migrations.downgrade(database_url, "009_lifecycle")
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("009_lifecycle",)]
+
+
+def test_a_table_of_a_hosts_own_is_no_migrated_schema(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipeline_events (id int)")
+    with Database(empty_database_url) as database, database.engine.connect() as connection:
+        assert migrations.lost(connection) is None
+        raw.execute("CREATE TABLE circle.pipelines (id int)")
+        assert migrations.lost(connection) is None
+
+
+@pytest.mark.parametrize("revision", ["base", "-1"])
+def test_a_downgrade_without_a_revision_row_is_told(database_url: str, connect: Connect, revision: str) -> None:
+    connect(database_url).execute("DELETE FROM circle.alembic_version")
+    with pytest.raises(AdoptionError, match="the row with its revision is gone"):
+        migrations.downgrade(database_url, revision)
