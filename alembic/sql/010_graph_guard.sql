@@ -180,13 +180,15 @@ BEGIN
     RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
         USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
 END $$;
--- Only what changes is checked, or a run from before this revision could never end. OLD is null in an INSERT.
+-- Only what changes is checked, or a run from before this revision could never end; and an entry may be appended to logs that
+-- were so before. OLD is null in an INSERT.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data
        AND (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data))
        OR NEW.logs IS DISTINCT FROM OLD.logs
-       AND (circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs)) THEN
+       AND (circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs))
+       AND (circle.nested_too_deep(OLD.logs) OR circle.number_too_large(OLD.logs)) IS NOT TRUE THEN
         PERFORM circle.refuse_json(format('trigger_data or logs of run %s', NEW.id), TG_TABLE_NAME, TG_NAME);
     END IF;
     RETURN NEW;

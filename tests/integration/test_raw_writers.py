@@ -214,6 +214,12 @@ def test_a_run_with_such_json_from_before_the_guard_goes_on(
         runs.record(recorded, [{"node_id": node, "status": "completed", "output": {"x": 1}} for node in "ab"])
         for run in (stepwise, recorded):
             assert runs.finish(run).status == RunStatus.COMPLETED
+    raw.execute("ALTER TABLE circle.pipeline_runs DISABLE TRIGGER pipeline_runs_json")
+    raw.execute("UPDATE circle.pipeline_runs SET logs = jsonb_build_array(%s::jsonb) WHERE id = %s", (bad, stepwise))
+    raw.execute("ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_json")
+    with database.session() as session:  # the new entry is good
+        RunRepository(session).append_log(stepwise, {"m": 2})
+    raw.execute("UPDATE circle.pipeline_runs SET logs = '[]'")
     for table, column in (("pipeline_runs", "logs"), ("pipeline_node_runs", "output_data")):
         with pytest.raises(psycopg.errors.CheckViolation):  # what changes is checked beside what doesn't
             raw.execute(f"UPDATE circle.{table} SET {tables[table]} = {tables[table]}, {column} = %s", (bad,))
