@@ -103,11 +103,13 @@ class DatabaseSettings(BaseSettings):
 
         ``none`` is None, however it is written.
         """
+        is_none = isinstance(value, str) and value.lower() == "none"
+        if info.field_name == "database_url" and (value == "" or is_none):
+            what = "none" if is_none else "empty"
+            raise ValueError(f"it is {what}: set it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or unset it")
         if value == "":
-            if info.field_name == "database_url":
-                raise ValueError("it is empty: set it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or unset it")
             raise PydanticUseDefault
-        return None if isinstance(value, str) and value.lower() == "none" else value
+        return None if is_none else value
 
     @classmethod
     def load(cls, **overrides: Any) -> DatabaseSettings:
@@ -187,8 +189,9 @@ def _several_hosts(text: str | URL) -> URL | None:
 
 def _read(text: str | URL) -> URL:
     url = _several_hosts(text) or make_url(text)
-    if "@" in (url.host or ""):
-        raise ValueError("a password ended at its own @: what is left of it would be shown as the host")
+    query = str(text).partition("?")[2] if isinstance(text, str) else ""
+    if "@" in f"{url.host}{url.database}" or any("=" not in part for part in query.split("&") if part):
+        raise ValueError("a password ended at its own @, / or ?: what is left of it would be shown")
     return url
 
 

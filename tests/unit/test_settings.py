@@ -61,6 +61,8 @@ def test_a_comma_elsewhere_is_none_between_hosts() -> None:
         ("postgresql://u:pa@hunter2@h:1/d", r"the database URL can't be read: .* percent-encoded \(@ is %40\)"),
         ("postgresql://u:pa@hunter2@h:1,h2:2/d", r"the database URL can't be read: .* percent-encoded"),
         (make_url("postgresql://u:pa@hunter2@h:1/d"), r"the database URL can't be read: .* percent-encoded"),
+        ("postgresql://u:pa@hun/ter2@h/d", r"the database URL can't be read: .* percent-encoded"),
+        ("postgresql://u:pa@hun?ter2@h/d", r"the database URL can't be read: .* percent-encoded"),
     ],
 )
 def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | URL, message: str) -> None:
@@ -79,11 +81,14 @@ def test_the_url_comes_from_our_variable_first(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("variable", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
-def test_an_empty_url_is_refused_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+@pytest.mark.parametrize(("value", "what"), [("", "empty"), ("none", "none"), ("None", "none")])
+def test_an_empty_url_is_refused_not_taken_for_the_embedded_server(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, what: str
+) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgresql://h/theirs")
-    monkeypatch.setenv(variable, "")
+    monkeypatch.setenv(variable, value)
     with pytest.raises(
-        ConfigurationError, match=f"^{variable} can't be used: it is empty: set it to postgresql://USER"
+        ConfigurationError, match=f"^{variable} can't be used: it is {what}: set it to postgresql://USER"
     ):
         DatabaseSettings.load()
 
