@@ -153,10 +153,11 @@ def connected(session: Session, *, reads: bool = False) -> Iterator[Connection]:
 def _misses_ours(error: psycopg.Error) -> bool:
     """Whether what is undefined is of our schema, not what a trigger of others looks for. Names are not translated."""
     told = error.diag.message_primary or ""
-    if error.sqlstate == "42703":  # of a column its name is told, but not its schema: where it was looked for has that
-        function = "\n".join((error.diag.context or "circle.").splitlines()[:2])  # may be below the expression
-        told = error.diag.internal_query or function
-    return error.sqlstate in _UNDEFINED and "circle" in told
+    if error.sqlstate == "42703":  # of a column its name is told, but not its schema: the function that asked has one
+        lines = (error.diag.context or "").splitlines()
+        told = next((line for line in lines if line.startswith("PL/pgSQL") and '"' not in line), "circle")
+    # of a function without its arguments, whose types may be ours
+    return error.sqlstate in _UNDEFINED and "circle" in told.partition("(")[0]
 
 
 def _in_range(parameters: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -292,6 +292,9 @@ def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(data
         ("PERFORM mine FROM pg_class", 'column "mine"'),
         ("PERFORM NEW.mine", 'has no field "mine"'),
         ("IF NEW.mine THEN NULL; END IF", 'has no field "mine"'),
+        ("SELECT 1 INTO NEW.mine", 'has no field "mine"'),
+        ("PERFORM audit(NEW)", r"function audit\(circle\.pipeline"),
+        ("PERFORM p.mine FROM circle.pipelines p", "column p.mine"),
     ],
 )
 def test_nor_is_what_their_own_trigger_misses(
