@@ -143,6 +143,8 @@ def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None
 
     Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
     """
+    if revision.startswith("-") and not revision[1:].isdecimal():
+        raise click.NoSuchOption(revision)
     with _progress(), _database(url) as database:
         if not yes:  # the answer depends on which database was named
             click.confirm("What the later revisions added is deleted, with the data in it. Go on?", abort=True)

@@ -101,7 +101,9 @@ def test_a_downgrade_asks_first(database_url: str) -> None:
 def test_a_downgrade_by_one(database_url: str) -> None:
     done = run("downgrade", "-1", "--yes", "--url", database_url)
     assert done.stdout == f"the schema is at revision {migrations.revisions()[-2]}\n"
-    assert run("downgrade", "--yse", "base", "--url", database_url).exit_code == 2
+    for words in (["--yse", "base"], ["--ulr=postgresql://x/y"], ["-y"]):
+        misspelt = run("downgrade", *words, "--url", database_url)
+        assert (misspelt.exit_code, "database: " in misspelt.stderr) == (2, False)
 
 
 def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
