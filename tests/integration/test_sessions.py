@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
@@ -467,6 +467,15 @@ def _driver(session: Session) -> psycopg.Connection:
     return driver  # type: ignore[return-value]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python leaves SIGINT ignored where it is started so, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("autocommit", [False, True])
 def test_an_interrupted_connection_is_not_used_again(
     database: Database, blocker: Callable[[], Blocker], autocommit: bool
