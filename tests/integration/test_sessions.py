@@ -96,8 +96,11 @@ class Blocker:
 @pytest.fixture
 def blocker(
     raw: psycopg.Connection, connect: Callable[[str], psycopg.Connection], database_url: str
-) -> Callable[[], Blocker]:
-    return lambda: Blocker(raw, connect, database_url)
+) -> Iterator[Callable[[], Blocker]]:
+    # Python leaves SIGINT ignored where it is started so, as in the background of a shell.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: Blocker(raw, connect, database_url)
+    signal.signal(signal.SIGINT, before)
 
 
 # --- a refused call ends the transaction ------------------------------------------------------------------------------
@@ -467,15 +470,6 @@ def _driver(session: Session) -> psycopg.Connection:
     return driver  # type: ignore[return-value]
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Python leaves SIGINT ignored where it is started so, as in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("autocommit", [False, True])
 def test_an_interrupted_connection_is_not_used_again(
     database: Database, blocker: Callable[[], Blocker], autocommit: bool
