@@ -190,6 +190,7 @@ def _container(durable: bool) -> Iterator[Server]:
     container = PostgresContainer(image(), username="postgres", password="test", dbname="postgres", driver="psycopg")
     # PGDATA by name: the usual place differs between the images of PostgreSQL 17 and 18.
     container.with_env("PGDATA", "/pgdata").with_command(f"postgres {options}")
+    container.with_kwargs(shm_size="1g")  # docker's 64 MB are too few for parallel work on millions of rows
     if not durable:
         container.with_tmpfs_mount("/pgdata")
     with container:
