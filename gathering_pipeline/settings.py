@@ -187,11 +187,16 @@ def _several_hosts(text: str | URL) -> URL | None:
     return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
 
 
+_PLACE = re.compile(r"[^:]*://(?:[^:/]*(?::[^@]*)?@)?(?P<place>[^?]*)\??(?P<query>.*)", re.DOTALL)
+
+
 def _read(text: str | URL) -> URL:
     url = _several_hosts(text) or make_url(text)
-    query = str(text).partition("?")[2] if isinstance(text, str) else ""
-    if "@" in f"{url.host}{url.database}" or any("=" not in part for part in query.split("&") if part):
-        raise ValueError("a password ended at its own @, / or ?: what is left of it would be shown")
+    # as it is written, because make_url has a database's %40 as @
+    parts = _PLACE.fullmatch(text) if isinstance(text, str) else None
+    place, query = (url.host or "", "") if parts is None else parts.group("place", "query")
+    if "@" in place or any("=" not in part for part in query.split("&") if part):
+        raise ValueError("a password ended at its own @: what is left of it would be shown as host or database")
     return url
 
 

@@ -42,6 +42,13 @@ def test_a_url_object_is_taken_and_what_is_none_refused() -> None:
         parse_url(Path("/d"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["postgresql://u:p%40@h/a%40b", "postgresql://u@x:p%40@h/a%40b?application_name=a@b"])
+def test_an_at_sign_in_other_places(text: str) -> None:
+    url = parse_url(text)
+    assert (url.password, url.host, url.database) == ("p@", "h", "a@b")
+    assert parse_url(url) == url
+
+
 def test_a_comma_elsewhere_is_none_between_hosts() -> None:
     url = parse_url("postgresql://u:p,ss@h/d?options=-c%20search_path=a,b")
     assert (url.host, url.password, url.query["options"]) == ("h", "p,ss", "-c search_path=a,b")
