@@ -266,6 +266,10 @@ def run_offline() -> None:
 
 
 def run_online(connection: Connection) -> None:
+    if connection.dialect.driver != "psycopg":
+        raise ConfigurationError(
+            f"the connection's driver is {connection.dialect.driver}: migrations need psycopg, as postgresql+psycopg://"
+        )
     start: str | None = None
 
     def migrate() -> None:

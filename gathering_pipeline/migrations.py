@@ -29,6 +29,7 @@ MIGRATOR = 0x6761746865720007
 SMALL_TABLE = 8 * 1024 * 1024
 """Size in bytes below which ``env.py`` builds an index at once, which is quicker, instead of concurrently."""
 OPTIONS = ("lock_timeout", "patience", "yield")
+"""Options of a migration; docs/operations.md explains them."""
 BUSY = ("55P03", "40P01")
 """SQLSTATEs after which the same is tried again: a lock that was not free, a deadlock."""
 _CANCELED = "57014"
@@ -77,6 +78,12 @@ def config(target: Target = None, options: Mapping[str, Any] | None = None) -> C
 def upgrade(target: Target = None, revision: str = "head", options: Mapping[str, Any] | None = None) -> None:
     """Bring the schema to a revision.
 
+    Args:
+        target: A URL, an engine, or a connection outside of a transaction; None: as ``Database()`` finds it.
+        revision: Its name, ``head``, or ``+N``.
+        options: ``lock_timeout``, the longest wait of a step for a lock, as ``"100ms"``; ``patience``, for how many
+            seconds a step is tried again; ``yield``, whether a long step gives way to who waits behind it.
+
     Raises:
         AdoptionError: Tables or rows are there that can't be taken over; nothing was changed.
         ConfigurationError: The URL, the server, the connection or an option can't be used.
@@ -88,7 +95,10 @@ def upgrade(target: Target = None, revision: str = "head", options: Mapping[str,
 
 
 def downgrade(target: Target, revision: str, options: Mapping[str, Any] | None = None) -> None:
-    """Take the schema back to a revision; ``base`` is below all of them."""
+    """Take the schema back to a revision: its name, ``base``, which is below all of them, or ``-N``.
+
+    The rest of the arguments and the errors are those of ``upgrade``.
+    """
     with _turn:
         command.downgrade(config(target, options), revision)
 
@@ -109,18 +119,17 @@ def current(connection: Connection) -> str | None:
 
 def lost(connection: Connection) -> str | None:
     """What to do where the schema was migrated but has no revision, as a restore may leave it; else None."""
-    brought = {"pipeline_events": "011_events", "pipeline_versions": "009_lifecycle"}
+    if current(connection) is not None:
+        return None
     inspector = inspect(connection)
-    there = inspector.get_table_names(SCHEMA)
-    # at least this one: an upgrade runs again what comes after it, which does no harm
-    revision = next((revision for table, revision in brought.items() if table in there), None)
-    if revision is None or current(connection) is not None:
+    tables = inspector.get_table_names(SCHEMA)
+    if not {"pipelines", "pipeline_versions"}.issubset(tables):
         return None
-    # a host may have a table of such a name, but not this column of 009, too
-    if not inspector.has_table("pipelines", SCHEMA):
-        return None
+    # a host may have tables of such names, but not this column of 009, too
     if all(column["name"] != "version" for column in inspector.get_columns("pipelines", SCHEMA)):
         return None
+    # at least this one: an upgrade runs again what comes after it, which does no harm
+    revision = "011_events" if "pipeline_events" in tables else "009_lifecycle"
     insert = f"INSERT INTO {SCHEMA}.alembic_version VALUES ('{revision}')"  # noqa: S608 - our own names
     return f"the schema was migrated, but the row with its revision is gone: put it back by {insert}"
 

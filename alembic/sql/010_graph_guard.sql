@@ -124,7 +124,7 @@ BEGIN
                       ORDER BY place LIMIT 20) f;
 
     -- One edge costs a fraction of a microsecond in each of these; only what is odd in some way is looked at one by one.
-    -- Ends that are missing are no ids of nodes: the compiler refuses them.
+    -- Ends that are missing are no ids of nodes: sort_graph refuses them.
     SELECT array_agg(e ->> 'id'), max(octet_length(e ->> 'id')) INTO edge_ids, longest FROM jsonb_array_elements(p_edges) e;
     texts_only := NOT jsonb_path_match(p_edges, '$[*].*.type() != "string"');
     IF p_edges <> '[]' AND (

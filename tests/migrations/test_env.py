@@ -44,6 +44,18 @@ def downgrade(): op.run_steps(revision, "downgrade")
 """
 
 
+def _alembic(url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command, in the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "alembic", *words],
+        cwd=ROOT,
+        env={"DATABASE_URL": url, "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture
 def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of scripts with our env.py and no revisions yet."""
@@ -276,14 +288,7 @@ def test_an_option_that_is_not_understood(empty_database_url: str, name: str, va
 
 
 def test_an_option_that_there_is_not(empty_database_url: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", "-x", "patience=5", "-x", "pattience=5", "upgrade", "head"],
-        cwd=ROOT,
-        env={"DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _alembic(empty_database_url, "-x", "patience=5", "-x", "pattience=5", "upgrade", "head")
     assert done.returncode != 0
     assert "there is no option 'pattience': there are lock_timeout, patience, yield" in done.stdout + done.stderr
     with pytest.raises(ConfigurationError, match="there is no option 'pattience'"):
@@ -478,6 +483,11 @@ def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str
     assert raw.execute("SELECT to_regnamespace('circle')").fetchone() == (None,)
 
 
+def test_a_connection_of_another_driver() -> None:
+    with pytest.raises(ConfigurationError, match="driver is pysqlite: migrations need psycopg"):
+        migrations.upgrade(create_engine("sqlite://", poolclass=NullPool))
+
+
 def test_a_role_that_may_not_create_schemas(empty_database_url: str, server: object, connect: Connect) -> None:
     raw = connect(empty_database_url)
     name = f"gathering_test_owner_{time.monotonic_ns()}"
@@ -496,18 +506,10 @@ def test_a_host_keeps_its_own_logging(empty_database_url: str) -> None:
 
 
 def test_the_command_alembic(empty_database_url: str) -> None:
-    def alembic(*arguments: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=ROOT,
-            env={"DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    alembic("-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5", "upgrade", "head")
-    assert alembic("current").strip() == f"{migrations.head()} (head)"
+    options = ["-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5"]
+    _alembic(empty_database_url, *options, "upgrade", "head").check_returncode()
+    current = _alembic(empty_database_url, "current")
+    assert (current.returncode, current.stdout.strip()) == (0, f"{migrations.head()} (head)")
 
 
 @pytest.mark.parametrize("what", ["other tables", "no server"])
@@ -516,14 +518,7 @@ def test_the_command_alembic_tells_in_one_sentence_what_is_wrong(
 ) -> None:
     url = empty_database_url if what == "other tables" else "postgresql://nobody@127.0.0.1:1/none"
     connect(empty_database_url).execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY)")
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", "upgrade", "head"],
-        cwd=ROOT,
-        env={"DATABASE_URL": url, "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _alembic(url, "upgrade", "head")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout
     assert ("existing tables can't be adopted:\n  - pipelines" if what == "other tables" else "no answer from") in (
