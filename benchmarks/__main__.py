@@ -19,7 +19,7 @@ def validate(_stage: Stage) -> Iterator[Row]:
         name = f"validate {nodes} nodes, {edges} edges, {shape}"
         yield Row(name, milliseconds(mine / 1000), milliseconds(base / 1000), ratio, bar)
     what, mine, base = validation.memory()
-    yield Row(f"validate {what}", f"{mine:.0f} MB", f"{base:.0f} MB", mine / base, float("inf"))
+    yield Row(f"validate {what}", f"{mine:.0f} MB", f"{base:.0f} MB", mine / base, None)
 
 
 ROWS: dict[str, Callable[[Stage], Iterator[Row]]] = {

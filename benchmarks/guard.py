@@ -52,7 +52,7 @@ def guard(stage: Stage) -> Iterator[Row]:
                     for part, cost in (("checks", checked), ("checks, order", checked + ordered)):
                         yield Row(f"{part}: {graph_name}", milliseconds(cost), milliseconds(plain), cost / plain, bar)
                     title = f"whole insert: {graph_name}"
-                    yield Row(title, milliseconds(whole), milliseconds(plain), whole / plain, float("inf"))
+                    yield Row(title, milliseconds(whole), milliseconds(plain), whole / plain, None)
         yield _counter_update(ours, base)
 
 

@@ -33,7 +33,7 @@ class Row:
         ours: Our figure, with its unit.
         floor: The same of the floor.
         ratio: Ours to the floor's.
-        bar: The ratio to reach.
+        bar: The ratio to reach; None: there is none.
         more_is_better: Whether ``ratio`` has to be at least, not at most ``bar``.
     """
 
@@ -41,13 +41,16 @@ class Row:
     ours: str
     floor: str
     ratio: float
-    bar: float
+    bar: float | None
     more_is_better: bool = False
 
-    @property
-    def met(self) -> bool:
-        """Whether the bar is reached."""
-        return self.ratio >= self.bar if self.more_is_better else self.ratio <= self.bar
+    def verdict(self) -> str:
+        """The bar, and whether it is reached."""
+        if self.bar is None:
+            return ""
+        is_met = self.ratio >= self.bar if self.more_is_better else self.ratio <= self.bar
+        bar = f"{'>=' if self.more_is_better else '<='} {self.bar:g}"
+        return f"{bar:>8}  {'met' if is_met else 'missed'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +192,7 @@ def milliseconds(seconds: float) -> str:
 def show(rows: Sequence[Row]) -> None:
     """Print a table without its head."""
     for row in rows:
-        bar = f"{'>=' if row.more_is_better else '<='} {row.bar:g}"
-        verdict = "met" if row.met else "missed"
-        print(f"{row.name:<58} {row.ours:>12} {row.floor:>12} {row.ratio:>7.2f} {bar:>8}  {verdict}", flush=True)
+        print(f"{row.name:<58} {row.ours:>12} {row.floor:>12} {row.ratio:>7.2f} {row.verdict()}".rstrip(), flush=True)
 
 
 def head() -> None:
