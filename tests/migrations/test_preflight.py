@@ -147,13 +147,14 @@ def test_who_is_in_the_way(empty_database_url: str, connect: Connect) -> None:
     raw, reader, writer, elsewhere = (connect(empty_database_url) for _ in range(4))
     raw.execute("CREATE TABLE circle.agents (id int)")
     assert look(empty_database_url).blockers == ()
-    with reader.transaction(), writer.transaction(), elsewhere.transaction():
+    with reader.transaction():
         reader.execute("SET LOCAL application_name = 'report'")
         reader.execute("SELECT count(*) FROM circle.pipeline_runs")
         time.sleep(0.2)
-        writer.execute("UPDATE circle.pipelines SET name = 'x'")
-        elsewhere.execute("SELECT count(*) FROM circle.agents")
-        first, second = look(empty_database_url).blockers
+        with writer.transaction(), elsewhere.transaction():
+            writer.execute("UPDATE circle.pipelines SET name = 'x'")
+            elsewhere.execute("SELECT count(*) FROM circle.agents")
+            first, second = look(empty_database_url).blockers
     assert first.who == f"session {reader.info.backend_pid}"
     assert first.seconds is not None
     assert second.seconds is not None
