@@ -52,7 +52,7 @@ from gathering_pipeline.migrations import (
     Step,
     execute,
     execute_yielding,
-    settings_kept,
+    gently,
     sqlstate,
 )
 from gathering_pipeline.settings import DatabaseSettings
@@ -253,7 +253,8 @@ def how_to_go_on() -> str:
 
 def run_offline() -> None:
     script = io.StringIO()
-    script.write(f"SET lock_timeout = '{LOCK_TIMEOUT}';\nSET statement_timeout = 0;\n\n{CREATE_SCHEMA};\n\n")
+    settings = "".join(f"SET {name} = {value};\n" for name, value in migrations.GENTLE.items())
+    script.write(f"SET lock_timeout = '{LOCK_TIMEOUT}';\n{settings}\n{CREATE_SCHEMA};\n\n")
     configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, output_buffer=script)
     with context.begin_transaction():
         context.run_migrations()
@@ -286,8 +287,7 @@ def run_online(connection: Connection) -> None:
         migrate()
         connection.rollback()
         return
-    with alone(connection), settings_kept(connection, "lock_timeout", "statement_timeout"):
-        execute(connection, "SET statement_timeout = 0")
+    with alone(connection), gently(connection, "lock_timeout"):
         execute(connection, f"SET lock_timeout = '{LOCK_TIMEOUT}'")
         execute(connection, CREATE_SCHEMA)
         start = migrations.current(connection)

@@ -183,13 +183,11 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     Raises:
         DatabaseUnavailableError: With ``repair``: a migrator, or another doctor that repairs, is at work.
     """
-    names = ("statement_timeout", "lock_timeout", "search_path")
     with (
         engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
-        migrations.settings_kept(connection, *names),
+        migrations.gently(connection, "lock_timeout", "search_path"),
     ):
         try:
-            connection.exec_driver_sql("SET statement_timeout = 0")
             lock = f"SELECT pg_try_advisory_lock({migrations.MIGRATOR})"
             if repair and not connection.exec_driver_sql(lock).scalar():
                 raise DatabaseUnavailableError("a migrator or another doctor is at work here: try again later")

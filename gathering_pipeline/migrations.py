@@ -30,6 +30,8 @@ SMALL_TABLE = 8 * 1024 * 1024
 """Size in bytes below which ``env.py`` builds an index at once, which is quicker, instead of concurrently."""
 OPTIONS = ("lock_timeout", "patience", "yield")
 """Options of a migration; docs/operations.md explains them."""
+GENTLE = {"statement_timeout": 0, "max_parallel_maintenance_workers": 0, "max_parallel_workers_per_gather": 0}
+"""How a session works beside live services: as long as it takes, and on one core, the others are theirs."""
 BUSY = ("55P03", "40P01")
 """SQLSTATEs after which the same is tried again: a lock that was not free, a deadlock."""
 _CANCELED = "57014"
@@ -200,14 +202,17 @@ def execute(connection: Connection, sql: str) -> None:
 
 
 @contextmanager
-def settings_kept(connection: Connection, *names: str) -> Iterator[None]:
-    """Let settings of the session be changed, and set back what was there: a host may have its own."""
+def gently(connection: Connection, *more: str) -> Iterator[None]:
+    """Have the session work as GENTLE says; then set back what was there, and ``more``: a host may have its own."""
+    names = (*GENTLE, *more)
     own = (
         "SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (:names) AND source = 'session'"
     )
     found = connection.execute(text(own), {"names": list(names)}).all()
     connection.commit()
     try:
+        execute(connection, "; ".join(f"SET {name} = {value}" for name, value in GENTLE.items()))
+        connection.commit()
         yield
     finally:
         connection.rollback()

@@ -99,6 +99,15 @@ SELECT 1/0;
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == []
 
 
+def test_a_migration_leaves_the_other_cores_to_the_writers(
+    scripts: Path, empty_database_url: str, connect: Connect
+) -> None:
+    show = "current_setting('max_parallel_maintenance_workers') || current_setting('max_parallel_workers_per_gather')"
+    _revision(scripts, "one", None, f"-- == upgrade: a step\nCREATE TABLE circle.workers AS SELECT {show} AS workers")
+    migrations.upgrade(empty_database_url)
+    assert connect(empty_database_url).execute("SELECT workers FROM circle.workers").fetchall() == [("00",)]
+
+
 def test_an_invalid_index_is_built_again(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int); INSERT INTO circle.t VALUES (1), (1)")
@@ -365,11 +374,12 @@ def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: 
     @event.listens_for(engine, "connect")
     def _set(connection: psycopg.Connection, _record: object) -> None:
         connection.execute(
-            "SET statement_timeout = '33s'; SET lock_timeout = '44s'; SET search_path = \"$user\", public, x"
+            "SET statement_timeout = '33s'; SET lock_timeout = '44s'; SET search_path = \"$user\", public, x;"
+            "SET max_parallel_workers_per_gather = 3"
         )
         connection.commit()
 
-    ours = "'lock_timeout', 'search_path', 'statement_timeout'"
+    ours = "'lock_timeout', 'search_path', 'statement_timeout', 'max_parallel_workers_per_gather'"
     show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{ours}]) name"
     uses: list[Callable[[], object]] = [
         lambda: migrations.upgrade(engine, "006_pipelines"), lambda: doctor(engine), lambda: doctor(engine, repair=True),
@@ -377,7 +387,7 @@ def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: 
     ]  # fmt: skip
     with engine.connect() as connection:
         before = connection.execute(text(show)).all()
-        assert [row.current_setting for row in before] == ["44s", '"$user", public, x', "33s"]
+        assert [row.current_setting for row in before] == ["44s", '"$user", public, x', "33s", "3"]
     for use in uses:
         use()
         with engine.connect() as connection:
