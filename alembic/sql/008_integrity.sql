@@ -30,7 +30,7 @@ BEGIN
         WHERE f.wrong
         UNION ALL
         SELECT 'pipeline_node_runs', n.id, f.what
-        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id CROSS JOIN LATERAL (VALUES
+        FROM circle.pipeline_node_runs n CROSS JOIN LATERAL (VALUES
             ('status is NULL, and completed_at without an error tells nothing of it',
              n.status IS NULL AND n.completed_at IS NOT NULL AND n.error_message IS NULL),
             ('completed_at is set, but the node run is ' || n.status,
@@ -41,7 +41,9 @@ BEGIN
              n.node_type NOT IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay')),
             ('it is over, but no timestamp tells when',
              n.status NOT IN ('pending', 'running')
-             AND coalesce(n.completed_at, n.started_at, r.completed_at, r.started_at, r.created_at) IS NULL),
+             -- no join: a big table would be written to temporary files, and writers' commits wait for the same disk
+             AND coalesce(n.completed_at, n.started_at, (SELECT coalesce(r.completed_at, r.started_at, r.created_at)
+                                                         FROM circle.pipeline_runs r WHERE r.id = n.run_id)) IS NULL),
             ('a timestamp is infinite', NOT (isfinite(n.started_at) AND isfinite(n.completed_at)))) f (what, wrong)
         WHERE f.wrong
         UNION ALL
