@@ -107,8 +107,7 @@ def again(action: Callable[[], None], undo: Callable[[], None] = lambda: None) -
         pause = min(pause * 1.5, 2.0)
 
 
-# Steps. A revision's SQL lies in sql/REVISION.sql; a line "-- == upgrade: WHAT" or "-- == downgrade: WHAT" begins one,
-# which is idempotent and a transaction of its own. "-- == upgrade index: SCHEMA.NAME" builds an index concurrently.
+# Steps, which migrations.steps reads from sql/REVISION/: each is idempotent and a transaction of its own.
 
 
 @Operations.register_operation("run_steps")
@@ -121,7 +120,7 @@ class RunSteps(MigrateOperation):
 
     @classmethod
     def run_steps(cls, operations: Operations, revision: str, direction: str) -> None:
-        """Run the steps of a direction in the order of the file."""
+        """Run the steps of a direction in their order."""
         operations.invoke(cls(revision, direction))
 
 

@@ -1,6 +1,6 @@
 """${message}
 
-The SQL is in ``sql/${up_revision}.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/${up_revision}/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

@@ -161,11 +161,24 @@ def revisions() -> list[str]:
 
 
 def steps(revision: str, wanted: str = "upgrade", folder: Path | None = None) -> list[Step]:
-    """The steps of a revision's ``upgrade`` or ``downgrade``; the folder is that of the scripts."""
-    source = ((folder or scripts()) / "sql" / f"{revision}.sql").read_text(encoding="utf-8")
-    _, *parts = re.split(r"^-- == (upgrade|downgrade)( index)?: (.+)$", source, flags=re.MULTILINE)
-    found = zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
-    return [Step(what, sql.strip(), bool(index)) for direction, index, what, sql in found if direction == wanted]
+    """Read the steps of a revision in their order.
+
+    They are in ``sql/REVISION/N_subject.sql``, those of the downgrade in ``sql/REVISION/down/``. A line ``-- == WHAT``
+    begins a step, ``-- == index: SCHEMA.NAME`` one that builds an index.
+
+    Args:
+        revision: Its id.
+        wanted: ``upgrade`` or ``downgrade``.
+        folder: The folder of ``env.py``; None: that of this package.
+    """
+    place = (folder or scripts()) / "sql" / revision
+    files = [path for path in (place if wanted == "upgrade" else place / "down").iterdir() if path.suffix == ".sql"]
+    found: list[Step] = []
+    for path in sorted(files, key=lambda path: int(path.name.partition("_")[0])):
+        _, *parts = re.split(r"^-- == (index: )?(.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        for index, what, sql in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            found.append(Step(what, sql.strip(), bool(index)))
+    return found
 
 
 def script(revision: str = "head", *, down: bool = False) -> str:

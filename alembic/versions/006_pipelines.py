@@ -1,6 +1,6 @@
 """Pipelines and runs as GatheRing has them.
 
-The SQL is in ``sql/006_pipelines.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/006_pipelines/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

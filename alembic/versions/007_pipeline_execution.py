@@ -1,6 +1,6 @@
 """Execution settings, timeout, node runs.
 
-The SQL is in ``sql/007_pipeline_execution.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction.
+The SQL is in ``sql/007_pipeline_execution/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

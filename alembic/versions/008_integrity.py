@@ -1,6 +1,6 @@
 """Nothing half-filled can be stored.
 
-The SQL is in ``sql/008_integrity.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/008_integrity/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

@@ -1,6 +1,6 @@
 """Versions, leases, and the lifecycle as functions.
 
-The SQL is in ``sql/009_lifecycle.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/009_lifecycle/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

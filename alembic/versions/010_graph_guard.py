@@ -1,6 +1,6 @@
 """No writer stores a graph that isn't one.
 
-The SQL is in ``sql/010_graph_guard.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/010_graph_guard/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

@@ -1,6 +1,6 @@
 """Every change of a status is an event, written in the transaction that changes it.
 
-The SQL is in ``sql/011_events.sql``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/011_events/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op

@@ -1,4 +1,4 @@
-"""What ``RunRepository`` sends. The functions are in alembic/sql/009_lifecycle.sql."""
+"""What ``RunRepository`` sends. The functions are in alembic/sql/009_lifecycle/."""
 
 from __future__ import annotations
 

@@ -67,9 +67,11 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _revision(scripts: Path, name: str, down: str | None, sql: str) -> None:
+def _revision(scripts: Path, name: str, down: str | None, *sql: str) -> None:
     (scripts / "versions" / f"{name}.py").write_text(REVISION.format(name=name, down=down))
-    (scripts / "sql" / f"{name}.sql").write_text(sql)
+    (scripts / "sql" / name).mkdir()
+    for number, content in enumerate(sql, 1):
+        (scripts / "sql" / name / f"{number}_file.sql").write_text(content)
 
 
 def test_each_step_is_a_transaction_of_its_own(scripts: Path, empty_database_url: str, connect: Connect) -> None:
@@ -77,16 +79,16 @@ def test_each_step_is_a_transaction_of_its_own(scripts: Path, empty_database_url
         scripts,
         "one",
         None,
-        """-- == upgrade: a table, and a percent sign
+        """-- == a table, and a percent sign
 CREATE TABLE circle.t (id int, xid xid8 DEFAULT pg_current_xact_id(), word text CHECK (word LIKE '%'));
--- == upgrade: two rows
+-- == two rows
 INSERT INTO circle.t VALUES (1);
 INSERT INTO circle.t VALUES (2);
--- == downgrade: all
-DROP TABLE circle.t;
--- == upgrade: a third, which commits as it goes
+""",
+        """-- Another file
+-- == a third, which commits as it goes
 DO $$ BEGIN INSERT INTO circle.t VALUES (3); COMMIT; INSERT INTO circle.t VALUES (4); END $$;
--- == upgrade: this one fails, and nothing of it stays
+-- == this one fails, and nothing of it stays
 INSERT INTO circle.t VALUES (5);
 SELECT 1/0;
 """,
@@ -103,7 +105,7 @@ def test_a_migration_leaves_the_other_cores_to_the_writers(
     scripts: Path, empty_database_url: str, connect: Connect
 ) -> None:
     show = "current_setting('max_parallel_maintenance_workers') || current_setting('max_parallel_workers_per_gather')"
-    _revision(scripts, "one", None, f"-- == upgrade: a step\nCREATE TABLE circle.workers AS SELECT {show} AS workers")
+    _revision(scripts, "one", None, f"-- == a step\nCREATE TABLE circle.workers AS SELECT {show} AS workers")
     migrations.upgrade(empty_database_url)
     assert connect(empty_database_url).execute("SELECT workers FROM circle.workers").fetchall() == [("00",)]
 
@@ -120,7 +122,7 @@ def test_an_invalid_index_is_built_again(scripts: Path, empty_database_url: str,
         scripts,
         "one",
         None,
-        "-- == upgrade index: circle.idx_t\nCREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_t ON circle.t (id);\n",
+        "-- == index: circle.idx_t\nCREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_t ON circle.t (id);\n",
     )
     migrations.upgrade(empty_database_url)
     assert raw.execute(valid).fetchone() == (True,)
@@ -135,8 +137,8 @@ def test_a_step_that_gets_no_lock_lets_others_pass_and_tries_again(
         scripts,
         "one",
         None,
-        "-- == upgrade: counted\nCREATE SEQUENCE IF NOT EXISTS circle.runs; SELECT nextval('circle.runs');\n"
-        "-- == upgrade: column\nALTER TABLE circle.t ADD COLUMN IF NOT EXISTS more int;\n",
+        "-- == counted\nCREATE SEQUENCE IF NOT EXISTS circle.runs; SELECT nextval('circle.runs');\n"
+        "-- == column\nALTER TABLE circle.t ADD COLUMN IF NOT EXISTS more int;\n",
     )
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
@@ -158,7 +160,7 @@ def test_a_step_that_gets_no_lock_lets_others_pass_and_tries_again(
 def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     reader = connect(empty_database_url)
     reader.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
-    _revision(scripts, "one", None, "-- == upgrade: column\nALTER TABLE circle.t ADD COLUMN more int;\n")
+    _revision(scripts, "one", None, "-- == column\nALTER TABLE circle.t ADD COLUMN more int;\n")
     config = migrations.config(empty_database_url)
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
@@ -172,7 +174,7 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
 def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connect: Connect, sql: str) -> None:
     raw, reader = connect(empty_database_url), connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
-    _revision(scripts, "one", None, f"-- == upgrade: column\n{sql}\n")
+    _revision(scripts, "one", None, f"-- == column\n{sql}\n")
     broken: list[str] = []
 
     def migrate() -> None:
@@ -214,7 +216,7 @@ def test_a_build_gives_way_to_create_index_if_not_exists(
     raw, other = connect(empty_database_url), connect(empty_database_url)
     raw.execute(BIG_TABLE)
     raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
-    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    _revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
     migrator = threading.Thread(target=migrations.upgrade, args=(empty_database_url,))
     with other.transaction():
         other.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -236,7 +238,7 @@ def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, c
     raw, other = connect(empty_database_url), connect(empty_database_url)
     raw.execute(BIG_TABLE)
     raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
-    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    _revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
     config = migrations.config(empty_database_url)
     config.attributes["patience"] = 0
     failures: list[BaseException] = []
@@ -271,7 +273,7 @@ def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, c
 def test_no_in_other_words(scripts: Path, empty_database_url: str, connect: Connect, value: object) -> None:
     raw = connect(empty_database_url)
     raw.execute(BIG_TABLE)
-    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    _revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
     config = migrations.config(empty_database_url)
     config.attributes.update({"yield": value, "patience": 0, "lock_timeout": 50})
     with raw.transaction():
@@ -417,7 +419,7 @@ def test_an_async_one_gives_way_too(scripts: Path, empty_database_url: str, conn
     raw, reader = connect(empty_database_url), connect(empty_database_url)
     raw.execute(BIG_TABLE)
     raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
-    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    _revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
 
     async def go() -> None:
         async with Database(empty_database_url) as database, database.async_engine.connect() as connection:
@@ -444,7 +446,7 @@ def test_a_role_that_may_open_one_connection_only(
     """A step that takes long needs a second one, to see who waits behind it."""
     raw = connect(empty_database_url)
     raw.execute(BIG_TABLE)
-    _revision(scripts, "one", None, f"-- == upgrade index: circle.idx_t\n{INDEX}")
+    _revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
     name = f"gathering_test_single_{time.monotonic_ns()}"
     raw.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'x' CONNECTION LIMIT 1".encode())
     raw.execute(f"ALTER SCHEMA circle OWNER TO {name}; ALTER TABLE circle.t OWNER TO {name}".encode())

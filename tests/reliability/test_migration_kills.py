@@ -102,8 +102,7 @@ def die_in_every_step(url: str, start: str, target: str, direction: str, steps: 
 
 def killed(url: str, start: str, target: str, direction: str, data_dir: str) -> None:
     revision = target if direction == "upgrade" else start
-    sql = (migrations.scripts() / "sql" / f"{revision}.sql").read_text()
-    steps = sum(line.startswith(f"-- == {direction}") for line in sql.splitlines())
+    steps = len(migrations.steps(revision, direction))
     assert steps > 0
     code = "import sys; from tests.reliability.test_migration_kills import die_in_every_step as program; "
     code += "program(*sys.argv[1:5], int(sys.argv[5]), sys.argv[6])"

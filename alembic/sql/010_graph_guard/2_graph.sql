@@ -1,24 +1,7 @@
--- Revision 010: no writer stores a graph that isn't one, whichever way it comes. The compiler of revision 009 refuses what
--- can't be sorted; here is the rest: ids, shapes, configuration, nesting, and completeness of what is active. And no writer
--- stores JSON of runs that Python can't read back.
+-- Revision 010: every writer is refused an invalid graph. The compiler of revision 009 refuses what can't be sorted;
+-- here are ids, shapes, configuration, nesting, and completeness of active pipelines.
 
--- == upgrade: the checks
--- Blanks are those of Unicode's White_Space and the four separators U+001C to U+001F, as Python's str.strip has them.
-CREATE OR REPLACE FUNCTION circle.trimmed(p_text text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
-    SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
-$$;
--- JSON that Python can't read back: more than 64 levels, or a number that no float holds. Comparing texts and numbers is
--- never true, nor is what is asked of NULL.
-CREATE OR REPLACE FUNCTION circle.nested_too_deep(p_json jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT jsonb_path_exists(p_json, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")')
-$$;
-CREATE OR REPLACE FUNCTION circle.number_too_large(p_json jsonb) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT jsonb_path_match(p_json, '$[*].** > 1.7976931348623157e308 || $[*].** < -1.7976931348623157e308')
-$$;
--- Whether a text surely begins with something else than a blank; ascii() gives the code point.
-CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT ascii(p_text) BETWEEN 33 AND 126 OR ascii(p_text) BETWEEN 161 AND 5759 OR ascii(p_text) >= 12289
-$$;
+-- == create graph-check functions
 -- What is wrong with the values of each node, and what a draft may still lack. A row for each finding; the first condition
 -- passes by the nodes that are surely good, which is all that most graphs cost.
 CREATE OR REPLACE FUNCTION circle.node_findings(p_nodes jsonb)
@@ -73,11 +56,6 @@ RETURNS TABLE (place bigint, node_id text, code text, message text) LANGUAGE sql
             WHEN 'parallel' THEN true
             ELSE false END
     ) IS NOT TRUE AND f.wrong
-$$;
--- Ids that begin and end well and are not empty, looked at as one text; another may be good, too.
-CREATE OR REPLACE FUNCTION circle.surely_trimmed(p_ids text[]) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
-    SELECT array_to_string(p_ids, E'\n') COLLATE "C" !~ ('(^|\n)([^!-~\u00A1-\u167F\u3001-\U0010FFFF]|$)'
-                                                         '|[^!-~\u00A1-\u167F\u3001-\U0010FFFF](\n|$)')
 $$;
 CREATE OR REPLACE FUNCTION circle.edge_findings(p_edges jsonb)
 RETURNS TABLE (place bigint, edge_id text, code text, message text) LANGUAGE sql STABLE AS $$
@@ -175,74 +153,9 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
-CREATE OR REPLACE FUNCTION circle.refuse_json(p_where text, p_table name, p_trigger name) RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
-        USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
-END $$;
--- Only what changes is checked, or a run from before this revision could never end; and an entry may be appended to logs that
--- were so before. OLD is null in an INSERT.
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data
-       AND (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data))
-       OR NEW.logs IS DISTINCT FROM OLD.logs
-       AND (circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs))
-       AND (circle.nested_too_deep(OLD.logs) OR circle.number_too_large(OLD.logs)) IS NOT TRUE THEN
-        PERFORM circle.refuse_json(format('trigger_data or logs of run %s', NEW.id), TG_TABLE_NAME, TG_NAME);
-    END IF;
-    RETURN NEW;
-END $$;
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    IF NEW.input_data IS DISTINCT FROM OLD.input_data
-       AND (circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data))
-       OR NEW.output_data IS DISTINCT FROM OLD.output_data
-       AND (circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data)) THEN
-        PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
-                                   TG_TABLE_NAME, TG_NAME);
-    END IF;
-    RETURN NEW;
-END $$;
 
--- == upgrade: for every writer
+-- == pipelines: check graphs on write
 -- Fires before pipelines_after_*, which compile. A column list, because without one it would run for every counter update.
 CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edges, status ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_accept();
 ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept;
-
--- == upgrade: JSON of runs
--- Not by CHECKs, which would look at all of it again whenever the row changes; and not in WHEN, which is planned anew for
--- each statement.
-CREATE OR REPLACE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs
-    FOR EACH ROW WHEN (NEW.trigger_data <> '{}' OR NEW.logs <> '[]') EXECUTE FUNCTION circle.pipeline_runs_json();
-ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_json;
-
--- == upgrade: and of node runs
-CREATE OR REPLACE TRIGGER pipeline_node_runs_json BEFORE INSERT OR UPDATE OF input_data, output_data
-    ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (NEW.input_data <> '{}' OR NEW.output_data <> '{}') EXECUTE FUNCTION circle.pipeline_node_runs_json();
-ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_json;
-
--- == downgrade: the guard
-DROP TRIGGER IF EXISTS pipelines_accept ON circle.pipelines;
-
--- == downgrade: of runs
-DROP TRIGGER IF EXISTS pipeline_runs_json ON circle.pipeline_runs;
-
--- == downgrade: of node runs
-DROP TRIGGER IF EXISTS pipeline_node_runs_json ON circle.pipeline_node_runs;
-
--- == downgrade: and what it calls
-DROP FUNCTION IF EXISTS circle.pipeline_node_runs_json();
-DROP FUNCTION IF EXISTS circle.pipeline_runs_json();
-DROP FUNCTION IF EXISTS circle.refuse_json(text, name, name);
-DROP FUNCTION IF EXISTS circle.pipelines_accept();
-DROP FUNCTION IF EXISTS circle.check_graph(jsonb, jsonb, boolean);
-DROP FUNCTION IF EXISTS circle.begins_well(text);
-DROP FUNCTION IF EXISTS circle.edge_findings(jsonb);
-DROP FUNCTION IF EXISTS circle.surely_trimmed(text[]);
-DROP FUNCTION IF EXISTS circle.node_findings(jsonb);
-DROP FUNCTION IF EXISTS circle.trimmed(text);
-DROP FUNCTION IF EXISTS circle.number_too_large(jsonb);
-DROP FUNCTION IF EXISTS circle.nested_too_deep(jsonb);

@@ -1,7 +1,6 @@
--- Revision 006: pipelines and runs as GatheRing has them. Created if absent, adopted if present.
--- A step begins at each "-- == " line, is idempotent, and is a transaction of its own.
+-- Revision 006: the pipelines and runs of GatheRing, adopted if present, created if absent.
 
--- == upgrade: refuse tables that only look like ours
+-- == refuse existing tables that differ from the expected ones
 DO $adopt$
 DECLARE
     differences jsonb;
@@ -109,67 +108,3 @@ BEGIN
             USING ERRCODE = 'PL090', DETAIL = differences::text;
     END IF;
 END $adopt$;
-
--- == upgrade: pipelines
-DO $create$
-BEGIN
-    IF to_regclass('circle.pipelines') IS NULL THEN
-        CREATE TABLE circle.pipelines (
-            id SERIAL PRIMARY KEY,
-            name VARCHAR(255) NOT NULL,
-            description TEXT,
-            status VARCHAR(50) DEFAULT 'draft' CHECK (status IN ('active', 'paused', 'draft')),
-            nodes JSONB DEFAULT '[]',
-            edges JSONB DEFAULT '[]',
-            created_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
-            updated_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP,
-            last_run TIMESTAMPTZ,
-            run_count INTEGER DEFAULT 0,
-            success_count INTEGER DEFAULT 0,
-            error_count INTEGER DEFAULT 0
-        );
-        COMMENT ON TABLE circle.pipelines IS 'created by gathering_pipeline revision 006_pipelines';
-    END IF;
-END $create$;
-
--- == upgrade: runs
-DO $create$
-BEGIN
-    IF to_regclass('circle.pipeline_runs') IS NULL THEN
-        CREATE TABLE circle.pipeline_runs (
-            id SERIAL PRIMARY KEY,
-            pipeline_id INTEGER NOT NULL REFERENCES circle.pipelines(id) ON DELETE CASCADE,
-            status VARCHAR(50) DEFAULT 'pending'
-                CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled')),
-            started_at TIMESTAMPTZ,
-            completed_at TIMESTAMPTZ,
-            current_node VARCHAR(100),
-            logs JSONB DEFAULT '[]',
-            trigger_data JSONB DEFAULT '{}',
-            error_message TEXT,
-            created_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP
-        );
-        COMMENT ON TABLE circle.pipeline_runs IS 'created by gathering_pipeline revision 006_pipelines';
-    END IF;
-END $create$;
-
--- == upgrade index: circle.idx_pipelines_status
-CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipelines_status ON circle.pipelines (status);
-
--- == upgrade index: circle.idx_pipeline_runs_pipeline_id
-CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_pipeline_id ON circle.pipeline_runs (pipeline_id);
-
--- == upgrade index: circle.idx_pipeline_runs_status
-CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_status ON circle.pipeline_runs (status);
-
--- == downgrade: drop the tables that this revision created, leave those that it adopted
-DO $drop$
-DECLARE
-    tab text;
-BEGIN
-    FOREACH tab IN ARRAY ARRAY['circle.pipeline_runs', 'circle.pipelines'] LOOP
-        IF obj_description(to_regclass(tab), 'pg_class') = 'created by gathering_pipeline revision 006_pipelines' THEN
-            EXECUTE format('DROP TABLE %s', tab);
-        END IF;
-    END LOOP;
-END $drop$;

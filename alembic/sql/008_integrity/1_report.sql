@@ -1,0 +1,60 @@
+-- Revision 008: rows are complete and consistent. Rows are repaired where no guess is needed, else reported.
+
+-- == refuse rows that can't be repaired without guessing
+DO $report$
+DECLARE
+    findings jsonb;
+BEGIN
+    WITH bad AS (
+        SELECT 'pipelines' AS tab, p.id::bigint AS id, f.what FROM circle.pipelines p CROSS JOIN LATERAL (VALUES
+            ('timeout_seconds is negative', p.timeout_seconds < 0),
+            ('max_retries_per_node is negative', p.max_retries_per_node < 0),
+            ('retry_backoff_base or retry_backoff_max is not between 0 and 31536000',
+             p.retry_backoff_base NOT BETWEEN 0 AND 31536000 OR p.retry_backoff_max NOT BETWEEN 0 AND 31536000),
+            ('a counter is negative', least(p.run_count, p.success_count, p.error_count) < 0),
+            ('a timestamp is infinite',
+             NOT (isfinite(p.created_at) AND isfinite(p.updated_at) AND isfinite(p.last_run)))) f (what, wrong)
+        WHERE f.wrong
+        UNION ALL
+        SELECT 'pipeline_runs', r.id, f.what FROM circle.pipeline_runs r CROSS JOIN LATERAL (VALUES
+            ('status is NULL, and completed_at without an error tells nothing of it',
+             r.status IS NULL AND r.completed_at IS NOT NULL AND r.error_message IS NULL),
+            ('completed_at is set, but the run is ' || r.status,
+             r.status IN ('pending', 'running') AND r.completed_at IS NOT NULL),
+            ('completed_at is before started_at', r.completed_at < r.started_at),
+            ('duration_seconds is negative', r.duration_seconds < 0),
+            ('it is over, but no timestamp tells when',
+             r.status NOT IN ('pending', 'running') AND coalesce(r.completed_at, r.started_at, r.created_at) IS NULL),
+            ('a timestamp is infinite',
+             NOT (isfinite(r.created_at) AND isfinite(r.started_at) AND isfinite(r.completed_at)))) f (what, wrong)
+        WHERE f.wrong
+        UNION ALL
+        SELECT 'pipeline_node_runs', n.id, f.what
+        FROM circle.pipeline_node_runs n CROSS JOIN LATERAL (VALUES
+            ('status is NULL, and completed_at without an error tells nothing of it',
+             n.status IS NULL AND n.completed_at IS NOT NULL AND n.error_message IS NULL),
+            ('completed_at is set, but the node run is ' || n.status,
+             n.status IN ('pending', 'running') AND n.completed_at IS NOT NULL),
+            ('completed_at is before started_at', n.completed_at < n.started_at),
+            ('retry_count or duration_ms is negative', least(n.retry_count, n.duration_ms) < 0),
+            ('node_type is unknown',
+             n.node_type NOT IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay')),
+            ('it is over, but no timestamp tells when',
+             n.status NOT IN ('pending', 'running')
+             -- no join: a big table would be written to temporary files, and writers' commits wait for the same disk
+             AND coalesce(n.completed_at, n.started_at, (SELECT coalesce(r.completed_at, r.started_at, r.created_at)
+                                                         FROM circle.pipeline_runs r WHERE r.id = n.run_id)) IS NULL),
+            ('a timestamp is infinite', NOT (isfinite(n.started_at) AND isfinite(n.completed_at)))) f (what, wrong)
+        WHERE f.wrong
+        UNION ALL
+        SELECT 'pipeline_node_runs', max(n.id), format('node %s stands more than once in run %s', n.node_id, n.run_id)
+        FROM circle.pipeline_node_runs n GROUP BY n.run_id, n.node_id HAVING count(*) > 1
+    )
+    SELECT jsonb_agg(format('circle.%s id %s: %s', tab, id, what) ORDER BY tab, id) INTO findings
+    FROM (SELECT * FROM bad ORDER BY tab, id LIMIT 100) b;
+    IF findings IS NOT NULL THEN
+        RAISE EXCEPTION 'rows can''t be repaired without guessing; nothing was changed'
+            USING ERRCODE = 'PL090', DETAIL = findings::text,
+                  HINT = 'Mend or delete these rows, then run the upgrade again. At most 100 are shown.';
+    END IF;
+END $report$;

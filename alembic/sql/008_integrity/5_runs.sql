@@ -1,0 +1,35 @@
+-- == pipeline_runs: add checks, NOT VALID
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_runs'::regclass
+                                               AND conname = 'ck_pipeline_runs_times') THEN
+        ALTER TABLE circle.pipeline_runs
+            ADD CONSTRAINT ck_pipeline_runs_duration CHECK (duration_seconds >= 0) NOT VALID,
+            ADD CONSTRAINT ck_pipeline_runs_terminal_is_completed CHECK (
+                (status = ANY ('{pending,running}')) = (completed_at IS NULL)) NOT VALID,
+            ADD CONSTRAINT ck_pipeline_runs_times CHECK (
+                completed_at >= started_at AND isfinite(created_at) AND isfinite(started_at) AND isfinite(completed_at))
+                NOT VALID,
+            ADD CONSTRAINT tmp_pipeline_runs_not_null CHECK (
+                status IS NOT NULL AND duration_seconds IS NOT NULL) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipeline_runs: validate the checks
+ALTER TABLE circle.pipeline_runs
+    VALIDATE CONSTRAINT ck_pipeline_runs_duration,
+    VALIDATE CONSTRAINT ck_pipeline_runs_terminal_is_completed,
+    VALIDATE CONSTRAINT ck_pipeline_runs_times;
+DO $checks$
+BEGIN
+    IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_runs'::regclass
+                                           AND conname = 'tmp_pipeline_runs_not_null') THEN
+        ALTER TABLE circle.pipeline_runs VALIDATE CONSTRAINT tmp_pipeline_runs_not_null;
+    END IF;
+END $checks$;
+
+-- == pipeline_runs: set NOT NULL, which a validated check proves without a scan
+ALTER TABLE circle.pipeline_runs
+    ALTER COLUMN status SET NOT NULL, ALTER COLUMN duration_seconds SET NOT NULL;
+-- squawk-ignore ban-drop-constraint
+ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS tmp_pipeline_runs_not_null;

@@ -1,0 +1,66 @@
+-- == pipeline_node_runs: add checks, NOT VALID
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_node_runs'::regclass
+                                               AND conname = 'ck_pipeline_node_runs_times') THEN
+        ALTER TABLE circle.pipeline_node_runs
+            ADD CONSTRAINT ck_pipeline_node_runs_type CHECK (
+                node_type = ANY ('{trigger,agent,condition,action,parallel,delay}')) NOT VALID,
+            ADD CONSTRAINT ck_pipeline_node_runs_numbers CHECK (retry_count >= 0 AND duration_ms >= 0) NOT VALID,
+            ADD CONSTRAINT ck_pipeline_node_runs_terminal_is_completed CHECK (
+                (status = ANY ('{pending,running}')) = (completed_at IS NULL)) NOT VALID,
+            ADD CONSTRAINT ck_pipeline_node_runs_times CHECK (
+                completed_at >= started_at AND isfinite(started_at) AND isfinite(completed_at)) NOT VALID,
+            ADD CONSTRAINT tmp_pipeline_node_runs_not_null CHECK (
+                status IS NOT NULL AND retry_count IS NOT NULL AND duration_ms IS NOT NULL) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipeline_node_runs: validate the checks
+ALTER TABLE circle.pipeline_node_runs
+    VALIDATE CONSTRAINT ck_pipeline_node_runs_type,
+    VALIDATE CONSTRAINT ck_pipeline_node_runs_numbers,
+    VALIDATE CONSTRAINT ck_pipeline_node_runs_terminal_is_completed,
+    VALIDATE CONSTRAINT ck_pipeline_node_runs_times;
+DO $checks$
+BEGIN
+    IF EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_node_runs'::regclass
+                                           AND conname = 'tmp_pipeline_node_runs_not_null') THEN
+        ALTER TABLE circle.pipeline_node_runs VALIDATE CONSTRAINT tmp_pipeline_node_runs_not_null;
+    END IF;
+END $checks$;
+
+-- == pipeline_node_runs: set NOT NULL, which a validated check proves without a scan
+ALTER TABLE circle.pipeline_node_runs
+    ALTER COLUMN status SET NOT NULL, ALTER COLUMN retry_count SET NOT NULL, ALTER COLUMN duration_ms SET NOT NULL;
+-- squawk-ignore ban-drop-constraint
+ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT IF EXISTS tmp_pipeline_node_runs_not_null;
+
+-- == pipeline_node_runs: change id to BIGINT if the table is small
+DO $bigint$
+BEGIN
+    IF (SELECT atttypid FROM pg_attribute
+        WHERE attrelid = 'circle.pipeline_node_runs'::regclass AND attname = 'id') = 'bigint'::regtype THEN
+        RETURN;
+    ELSIF pg_relation_size('circle.pipeline_node_runs') > 8388608 THEN
+        RAISE WARNING 'circle.pipeline_node_runs.id stays INTEGER: the table is too large to be rewritten in a moment';
+    ELSE
+        ALTER TABLE circle.pipeline_node_runs ALTER COLUMN id TYPE bigint;
+        ALTER SEQUENCE circle.pipeline_node_runs_id_seq AS bigint;
+    END IF;
+END $bigint$;
+
+-- == index: circle.idx_pipeline_node_runs_run_node_new
+CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_node_runs_run_node_new
+    ON circle.pipeline_node_runs (run_id, node_id);
+
+-- == pipeline_node_runs: replace the index on (run_id, node_id) by the unique one
+DO $swap$
+BEGIN
+    IF (SELECT indisunique FROM pg_index WHERE indexrelid = to_regclass('circle.idx_pipeline_node_runs_run_node')) THEN
+        DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_node_new;
+    ELSE
+        DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_node;
+        ALTER INDEX circle.idx_pipeline_node_runs_run_node_new RENAME TO idx_pipeline_node_runs_run_node;
+    END IF;
+END $swap$;

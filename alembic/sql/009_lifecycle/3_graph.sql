@@ -1,0 +1,237 @@
+-- Revision 009: the graph compiler, and the versions of a pipeline's graph.
+
+-- == create the graph compiler
+-- Refuses what is no graph or can't be sorted; else each node's generation (longest path from a root), and the edges as places
+-- in nodes, sorted, each pair once. Ids become integers once, by hash joins; generations then come from one pass over the
+-- edges where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
+-- would take longer than running them.
+CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT ids text[], OUT types text[],
+                                             OUT sources integer[], OUT targets integer[], OUT generation integer[])
+LANGUAGE plpgsql STABLE SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
+DECLARE
+    sorted boolean;
+    complete boolean;
+    edge_count integer;
+    n integer;
+    bad record;
+BEGIN
+    IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
+        PERFORM circle.refuse_graph('invalid_shape', 'nodes and edges must be JSON arrays', NULL, NULL);
+    END IF;
+    p_nodes := p_nodes || '[]';   -- which is p_nodes, decompressed once and not by each of what follows
+    p_edges := p_edges || '[]';
+    n := jsonb_array_length(p_nodes);
+    SELECT array_agg(e ->> 'id'), array_agg(e ->> 'type') INTO ids, types FROM jsonb_array_elements(p_nodes) e;
+    SELECT count(DISTINCT u.id COLLATE "C") AS distinct_ids, max(char_length(u.id)) AS longest, min(char_length(u.id)) AS shortest
+    INTO bad FROM unnest(ids) u (id);
+    IF n > 0 AND (bad.distinct_ids < n OR bad.longest > 100 OR bad.shortest < 1
+                  OR NOT types <@ '{trigger,agent,condition,action,parallel,delay}'
+                  OR jsonb_path_match(p_nodes, '$[*].id.type() != "string"')) THEN
+        SELECT e.ord - 1 AS place, e.node ->> 'id' AS id, e.node ->> 'type' AS type INTO bad
+        FROM jsonb_array_elements(p_nodes) WITH ORDINALITY e (node, ord)
+        WHERE (jsonb_typeof(e.node -> 'id') = 'string' AND char_length(e.node ->> 'id') BETWEEN 1 AND 100
+               AND e.node ->> 'type' IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay')) IS NOT TRUE
+        ORDER BY e.ord LIMIT 1;
+        IF FOUND THEN
+            PERFORM circle.refuse_graph('invalid_node', format(
+                'nodes[%s]: an id of 1 to 100 characters and a known type are needed, not id %s and type %s', bad.place,
+                coalesce(quote_literal(left(bad.id, 120)), 'null'), coalesce(quote_literal(left(bad.type, 60)), 'null')),
+                bad.id, NULL);
+        END IF;
+        SELECT u.id INTO bad FROM unnest(ids) u (id) GROUP BY u.id HAVING count(*) > 1 LIMIT 1;
+        PERFORM circle.refuse_graph('duplicate_node', format('Duplicate node id %L', bad.id), bad.id, NULL);
+    END IF;
+
+    WITH places AS MATERIALIZED (
+        SELECT u.id COLLATE "C" AS id, u.place::integer AS place FROM unnest(ids) WITH ORDINALITY u (id, place)
+    ), mapped AS (
+        SELECT DISTINCT s.place AS source, t.place AS target
+        FROM (SELECT e ->> 'from' AS source, e ->> 'to' AS target FROM jsonb_array_elements(p_edges) e) e
+        LEFT JOIN places s ON s.id = e.source LEFT JOIN places t ON t.id = e.target
+        ORDER BY s.place, t.place
+    )
+    SELECT array_agg(source), array_agg(target), count(*), coalesce(bool_and(source < target), true),
+           coalesce(bool_and(source + target IS NOT NULL), true)
+    INTO sources, targets, edge_count, sorted, complete FROM mapped;
+    IF NOT complete THEN
+        SELECT e.ord - 1 AS place, e.edge ->> 'id' AS id, s.key, s.word, e.edge ->> s.key AS name INTO bad
+        FROM jsonb_array_elements(p_edges) WITH ORDINALITY e (edge, ord)
+        CROSS JOIN (VALUES ('from', 'source'), ('to', 'target')) s (key, word)
+        WHERE NOT EXISTS (SELECT FROM unnest(ids) u (id) WHERE u.id COLLATE "C" = e.edge ->> s.key)
+        ORDER BY e.ord, s.key LIMIT 1;
+        IF bad.name IS NULL THEN
+            PERFORM circle.refuse_graph('invalid_edge', format('edges[%s].%s is not a string', bad.place, bad.key), NULL, bad.id);
+        END IF;
+        PERFORM circle.refuse_graph('unknown_' || bad.word, format('Edge %L references unknown %s node: %L',
+            coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)), NULL, bad.id);
+    END IF;
+
+    generation := array_fill(0, ARRAY[n]);
+    IF sorted THEN
+        FOR i IN 1 .. edge_count LOOP
+            IF generation[targets[i]] <= generation[sources[i]] THEN
+                generation[targets[i]] := generation[sources[i]] + 1;
+            END IF;
+        END LOOP;
+    ELSE
+        DECLARE
+            open integer[] := array_fill(0, ARRAY[n]);    -- predecessors not done yet
+            first integer[] := array_fill(0, ARRAY[n]);   -- a node's first outgoing edge
+            queue integer[] := array_fill(0, ARRAY[n]);
+            head integer := 1;
+            tail integer := 0;
+            node integer;
+            i integer;
+        BEGIN
+            FOR i IN REVERSE edge_count .. 1 LOOP
+                open[targets[i]] := open[targets[i]] + 1;
+                first[sources[i]] := i;
+            END LOOP;
+            FOR node IN 1 .. n LOOP
+                IF open[node] = 0 THEN
+                    tail := tail + 1;
+                    queue[tail] := node;
+                END IF;
+            END LOOP;
+            WHILE head <= tail LOOP
+                node := queue[head];
+                head := head + 1;
+                i := first[node];
+                WHILE i > 0 AND i <= edge_count AND sources[i] = node LOOP
+                    open[targets[i]] := open[targets[i]] - 1;
+                    IF open[targets[i]] = 0 THEN
+                        -- the queue is sorted by generation, so the last predecessor done is the deepest
+                        generation[targets[i]] := generation[node] + 1;
+                        tail := tail + 1;
+                        queue[tail] := targets[i];
+                    END IF;
+                    i := i + 1;
+                END LOOP;
+            END LOOP;
+            IF tail < n THEN
+                -- walk backwards along predecessors that are open themselves, until a node comes again
+                DECLARE
+                    back integer[] := array_fill(0, ARRAY[n]);
+                    seen boolean[] := array_fill(false, ARRAY[n]);
+                    path text := '';
+                    len integer := 0;
+                    start integer;
+                BEGIN
+                    FOR i IN 1 .. edge_count LOOP
+                        IF open[sources[i]] > 0 THEN
+                            back[targets[i]] := sources[i];
+                        END IF;
+                    END LOOP;
+                    SELECT min(u.place) INTO node FROM unnest(open) WITH ORDINALITY u (waits, place) WHERE u.waits > 0;
+                    WHILE NOT seen[node] LOOP
+                        seen[node] := true;
+                        node := back[node];
+                    END LOOP;
+                    start := node;
+                    LOOP
+                        path := CASE WHEN len < 20 THEN ' -> ' || ids[node] || path ELSE path END;
+                        node := back[node];
+                        len := len + 1;
+                        EXIT WHEN node = start;
+                    END LOOP;
+                    PERFORM circle.refuse_graph('cycle', format('Pipeline contains a cycle: %s%s%s', ids[start],
+                        CASE WHEN len > 20 THEN format(' -> ... (%s nodes)', len) ELSE '' END, path), ids[start], NULL);
+                END;
+            END IF;
+        END;
+    END IF;
+END $$;
+-- A row for each node of a graph that can be sorted: positions by generation, then by place.
+CREATE OR REPLACE FUNCTION circle.compile_graph(p_nodes jsonb, p_edges jsonb)
+RETURNS TABLE (node_position integer, id text, type text, preds integer[], succs integer[])
+LANGUAGE plpgsql STABLE SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
+DECLARE
+    g record := circle.sort_graph(p_nodes, p_edges);
+    positions integer[] := ARRAY(   -- by place
+        SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
+        FROM unnest(g.generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+BEGIN
+    -- sorted before they are gathered: a sort for each list would take longer than all the rest
+    RETURN QUERY WITH edges AS MATERIALIZED (
+        SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(g.sources, g.targets) e (source, target)
+    ), incoming AS (
+        SELECT e.target AS pos, array_agg(e.source) AS list FROM (SELECT * FROM edges ORDER BY target, source) e GROUP BY 1
+    ), outgoing AS (
+        SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
+    )
+    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}') FROM unnest(positions, g.ids, g.types) u (pos, id, type)
+    LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
+    ORDER BY u.pos;
+END $$;
+CREATE OR REPLACE FUNCTION circle.write_version(p_pipeline_id integer, p_version integer, p_nodes jsonb, p_edges jsonb)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO circle.pipeline_version_nodes
+        (pipeline_id, version, position, node_id, node_type, predecessors, successors)
+    SELECT p_pipeline_id, p_version, c.node_position, c.id, c.type, c.preds, c.succs
+    FROM circle.compile_graph(p_nodes, p_edges) c;
+    INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges, node_count)
+    VALUES (p_pipeline_id, p_version, p_nodes, p_edges, jsonb_array_length(p_nodes));
+END $$;
+
+-- == create trigger functions of pipelines and versions
+CREATE OR REPLACE FUNCTION circle.pipelines_before() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.version := OLD.version + (NEW.nodes IS DISTINCT FROM OLD.nodes OR NEW.edges IS DISTINCT FROM OLD.edges)::integer;
+    RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipelines_after() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM circle.write_version(NEW.id, NEW.version, NEW.nodes, NEW.edges);
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_versions_frozen() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'versions of a pipeline are never changed' USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_versions_after_delete() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM circle.pipeline_version_nodes WHERE pipeline_id = OLD.pipeline_id AND version = OLD.version;
+    RETURN NULL;
+END $$;
+
+-- == pipeline_versions: forbid UPDATE, delete the nodes with their version
+CREATE OR REPLACE TRIGGER pipeline_versions_frozen BEFORE UPDATE ON circle.pipeline_versions
+    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_frozen();
+CREATE OR REPLACE TRIGGER pipeline_versions_after_delete AFTER DELETE ON circle.pipeline_versions
+    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_after_delete();
+ALTER TABLE circle.pipeline_versions ENABLE ALWAYS TRIGGER pipeline_versions_frozen;
+
+-- == pipeline_version_nodes: forbid UPDATE
+CREATE OR REPLACE TRIGGER pipeline_version_nodes_frozen BEFORE UPDATE ON circle.pipeline_version_nodes
+    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_frozen();
+ALTER TABLE circle.pipeline_version_nodes ENABLE ALWAYS TRIGGER pipeline_version_nodes_frozen;
+
+-- == pipelines: write a version for each new graph
+CREATE OR REPLACE TRIGGER pipelines_before BEFORE UPDATE OF nodes, edges, version ON circle.pipelines
+    FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();
+CREATE OR REPLACE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
+    FOR EACH ROW EXECUTE FUNCTION circle.pipelines_after();
+CREATE OR REPLACE TRIGGER pipelines_after_update AFTER UPDATE ON circle.pipelines
+    FOR EACH ROW WHEN (OLD.version IS DISTINCT FROM NEW.version) EXECUTE FUNCTION circle.pipelines_after();
+ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_before;
+
+-- == pipelines: write the versions of existing graphs
+DO $versions$
+DECLARE
+    pipeline_id integer;
+    p circle.pipelines;
+BEGIN
+    FOR pipeline_id IN SELECT id FROM circle.pipelines ORDER BY id LOOP
+        BEGIN
+            SELECT * INTO p FROM circle.pipelines WHERE id = pipeline_id FOR NO KEY UPDATE;
+            IF FOUND AND NOT EXISTS (SELECT FROM circle.pipeline_versions v
+                                     WHERE v.pipeline_id = p.id AND v.version = p.version) THEN
+                PERFORM circle.write_version(p.id, p.version, p.nodes, p.edges);
+            END IF;
+        EXCEPTION WHEN SQLSTATE 'PL008' THEN
+            RAISE WARNING 'circle.pipelines id % can''t be run until its graph is mended: %', p.id, SQLERRM;
+        END;
+        COMMIT;
+    END LOOP;
+END $versions$;

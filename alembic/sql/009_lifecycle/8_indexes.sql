@@ -1,0 +1,23 @@
+-- == index: circle.idx_pipeline_runs_idempotency_key
+CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_idempotency_key
+    ON circle.pipeline_runs (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+-- == index: circle.idx_pipeline_runs_pending
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_pending ON circle.pipeline_runs (id) WHERE status = 'pending';
+
+-- == index: circle.idx_pipeline_runs_running
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_running ON circle.pipeline_runs (id) WHERE status = 'running';
+
+-- == index: circle.idx_pipeline_runs_history
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_history ON circle.pipeline_runs (pipeline_id, id);
+
+-- == index: circle.idx_pipeline_runs_status_history
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_status_history ON circle.pipeline_runs (status, id);
+
+-- == index: circle.idx_pipeline_runs_completed_at
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_completed_at
+    ON circle.pipeline_runs (completed_at) WHERE completed_at IS NOT NULL;
+
+-- == index: circle.idx_pipeline_node_runs_run_position
+CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_node_runs_run_position
+    ON circle.pipeline_node_runs (run_id, position);

@@ -1,0 +1,38 @@
+-- == create functions that guard, announce and renumber events
+CREATE OR REPLACE FUNCTION circle.pipeline_events_frozen() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'events are never changed' USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_events_notify() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NOTIFY circle_events;
+    RETURN NULL;
+END $$;
+-- Whether commits wake listeners, who otherwise look for themselves every now and then. All commits that notify take
+-- turns; so it is off unless switched on.
+CREATE OR REPLACE FUNCTION circle.notify_events(p_on boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DROP TRIGGER IF EXISTS pipeline_events_notify ON circle.pipeline_events;
+    IF p_on THEN
+        CREATE TRIGGER pipeline_events_notify AFTER INSERT ON circle.pipeline_events
+            FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
+    END IF;
+END $$;
+-- After a dump was restored into a cluster whose transactions have lower numbers: what was restored comes first, in its
+-- order. To be called before anybody reads; returns how many events it changed. Later events have higher ids.
+CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    changed bigint;
+BEGIN
+    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
+        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
+    GET DIAGNOSTICS changed = ROW_COUNT;
+    RETURN changed;
+END $$;
+
+-- == pipeline_events: forbid UPDATE
+CREATE OR REPLACE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events FOR EACH ROW
+    WHEN (NEW.xid <> '0' OR (NEW.id, NEW.run_id, NEW.node_id, NEW.type, NEW.data, NEW.created_at)
+          IS DISTINCT FROM (OLD.id, OLD.run_id, OLD.node_id, OLD.type, OLD.data, OLD.created_at))
+    EXECUTE FUNCTION circle.pipeline_events_frozen();
+ALTER TABLE circle.pipeline_events ENABLE ALWAYS TRIGGER pipeline_events_frozen;
