@@ -118,7 +118,7 @@ class Worker:
                 keeper.cancel()
         except asyncio.CancelledError:
             async with self.runs() as runs:
-                await runs.release(run.id, run.claim_token)
+                await runs.release(run.id, token=run.claim_token)
             logger.info("run %s given back", run.id)
             raise
         except ExceptionGroup as errors:
@@ -133,7 +133,7 @@ class Worker:
         while True:
             await asyncio.sleep(LEASE.total_seconds() / 3)
             async with self.runs() as runs:
-                await runs.heartbeat(run.id, run.claim_token, LEASE)
+                await runs.heartbeat(run.id, LEASE, token=run.claim_token)
 
     async def execute(self, run: RunRead, group: asyncio.TaskGroup) -> None:
         """Run every node as soon as it is ready. ``advance`` says which ones are, and ends the run after the last."""

@@ -50,7 +50,7 @@ class RunRepository(Repository):
 
     # --- runs ---
 
-    def create(self, pipeline_id: int, trigger_data: Any = None, idempotency_key: str | None = None) -> RunRead:
+    def create(self, pipeline_id: int, trigger_data: Any = None, *, idempotency_key: str | None = None) -> RunRead:
         """Create a ``pending`` run of an active pipeline, with a pending node run for each node of its graph.
 
         Args:
@@ -73,7 +73,7 @@ class RunRepository(Repository):
                 raise PipelineNotFoundError(pipeline_id) from error
             raise
 
-    def start(self, run_id: int, token: int | None = None) -> RunRead:
+    def start(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Start a pending run.
 
         Raises:
@@ -82,7 +82,7 @@ class RunRepository(Repository):
         """
         return self._run(sql.START, run_id=run_id, token=token)
 
-    def complete(self, run_id: int, token: int | None = None) -> RunRead:
+    def complete(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Complete a running run all of whose nodes are terminal, none of them failed.
 
         Raises:
@@ -92,7 +92,7 @@ class RunRepository(Repository):
         """
         return self._run(sql.CONCLUDE, run_id=run_id, status="completed", error=None, token=token)
 
-    def finish(self, run_id: int, token: int | None = None) -> RunRead:
+    def finish(self, run_id: int, *, token: int | None = None) -> RunRead:
         """End a running run as its nodes say: ``failed`` if one failed, with the first one's error, else ``completed``.
 
         Raises:
@@ -102,7 +102,7 @@ class RunRepository(Repository):
         """
         return self._run(sql.FINISH, run_id=run_id, token=token)
 
-    def fail(self, run_id: int, error: str, token: int | None = None) -> RunRead:
+    def fail(self, run_id: int, error: str, *, token: int | None = None) -> RunRead:
         """Fail a pending or running run; its live nodes are cancelled.
 
         Raises:
@@ -122,7 +122,7 @@ class RunRepository(Repository):
         text = valid_text(reason, "reason", optional=True)
         return self._run(sql.CONCLUDE, run_id=run_id, status="cancelled", error=text, token=None)
 
-    def append_log(self, run_id: int, entry: Any, token: int | None = None) -> None:
+    def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
         """Append one JSON entry to the run's ``logs``; also to those of a run that is over.
 
         Raises:
@@ -135,7 +135,7 @@ class RunRepository(Repository):
 
     # --- nodes ---
 
-    def start_node(self, run_id: int, node_id: str, input_data: Any = None, token: int | None = None) -> NodeRunRead:
+    def start_node(self, run_id: int, node_id: str, input_data: Any = None, *, token: int | None = None) -> NodeRunRead:
         """Start a ready node of a running run.
 
         Raises:
@@ -148,7 +148,7 @@ class RunRepository(Repository):
         """
         return self._node(sql.START_NODE, run_id, node_id, token, data=to_json(input_data, "input_data"))
 
-    def complete_node(self, run_id: int, node_id: str, output: Any = None, token: int | None = None) -> NodeRunRead:
+    def complete_node(self, run_id: int, node_id: str, output: Any = None, *, token: int | None = None) -> NodeRunRead:
         """Complete a running node, or a pending one whose executor reports afterwards.
 
         Raises:
@@ -160,7 +160,7 @@ class RunRepository(Repository):
         """
         return self._node(sql.COMPLETE_NODE, run_id, node_id, token, data=to_json(output, "output"))
 
-    def skip_node(self, run_id: int, node_id: str, token: int | None = None) -> NodeRunRead:
+    def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeRunRead:
         """Skip a pending node, and with it every node all of whose predecessors are skipped.
 
         Raises:
@@ -172,7 +172,7 @@ class RunRepository(Repository):
         return self._node(sql.SKIP_NODE, run_id, node_id, token)
 
     def fail_node(
-        self, run_id: int, node_id: str, error: str, retryable: bool = True, token: int | None = None
+        self, run_id: int, node_id: str, error: str, retryable: bool = True, *, token: int | None = None
     ) -> NodeRunRead:
         """Report that an attempt failed: the returned node run is ``pending`` where a retry is left, else ``failed``.
 
@@ -189,7 +189,7 @@ class RunRepository(Repository):
         return self._node(sql.FAIL_NODE, run_id, node_id, token, error=text, retryable=flag(retryable, "retryable"))
 
     def advance(
-        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), token: int | None = None
+        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), *, token: int | None = None
     ) -> list[NodeRunRead]:
         """Record results, start what follows from them, and end the run when nothing is left: one call a step.
 
@@ -210,7 +210,7 @@ class RunRepository(Repository):
         return read(self._session, NodeRunRead, sql.ADVANCE, run_id=run_id, results=_results(results), token=token)
 
     def record(
-        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], token: int | None = None
+        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], *, token: int | None = None
     ) -> None:
         """Record any number of results at once, all or none, for executors that report afterwards.
 
@@ -241,7 +241,7 @@ class RunRepository(Repository):
         name = valid_text(worker_id, "worker_id", 255)
         return self._runs(sql.CLAIM, worker_id=name, lease=seconds(lease, "lease"), limit=positive(limit, "limit"))
 
-    def heartbeat(self, run_id: int, token: int, lease: timedelta) -> datetime:
+    def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
         """Extend the lease.
 
         Returns:
@@ -254,7 +254,7 @@ class RunRepository(Repository):
         ends: datetime = self._call(sql.HEARTBEAT, run_id=run_id, token=token, lease=seconds(lease, "lease"))[0][0]
         return ends
 
-    def release(self, run_id: int, token: int) -> RunRead:
+    def release(self, run_id: int, *, token: int) -> RunRead:
         """Give a claimed run back: it and its running nodes are pending again, and no attempt is counted.
 
         Raises:

@@ -93,7 +93,7 @@ def test_every_method_calls_its_own_twin(sync: type[Any], asynchronous: type[Any
                 required = [
                     parameter
                     for parameter in list(inspect.signature(method).parameters.values())[1:]
-                    if parameter.default is parameter.empty
+                    if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
                 ]
                 if required:
                     with pytest.raises(
@@ -149,19 +149,19 @@ def test_a_run_step_by_step(database: Database) -> None:
             (claimed,) = await runs.claim("worker", timedelta(minutes=1))
             assert (claimed.id, claimed.status) == (made.id, RunStatus.RUNNING)
             token = claimed.claim_token
-            await runs.heartbeat(made.id, token, timedelta(minutes=2))
+            await runs.heartbeat(made.id, timedelta(minutes=2), token=token)
             await runs.start_node(made.id, "t", {"in": 1}, token=token)
-            assert (await runs.complete_node(made.id, "t", {"out": 1}, token)).output_data == {"out": 1}
+            assert (await runs.complete_node(made.id, "t", {"out": 1}, token=token)).output_data == {"out": 1}
             assert [node.node_id for node in await runs.ready_nodes(made.id)] == ["a", "b"]
             await runs.start_node(made.id, "a", token=token)
             assert (await runs.fail_node(made.id, "a", "once", token=token)).status == NodeStatus.PENDING
             await runs.start_node(made.id, "a", token=token)
             await runs.complete_node(made.id, "a", token=token)
-            await runs.skip_node(made.id, "b", token)
-            await runs.append_log(made.id, {"m": "hello"}, token)
+            await runs.skip_node(made.id, "b", token=token)
+            await runs.append_log(made.id, {"m": "hello"}, token=token)
             started = await runs.advance(made.id, token=token)
             assert [node.node_id for node in started] == ["c"]
-            assert await runs.advance(made.id, [{"node_id": "c", "status": "completed"}], token) == []
+            assert await runs.advance(made.id, [{"node_id": "c", "status": "completed"}], token=token) == []
             ended = await runs.get(made.id)
             assert (ended.status, ended.logs, ended.failed_node) == (RunStatus.COMPLETED, [{"m": "hello"}], None)
             assert {node.node_id: (node.status, node.retry_count) for node in await runs.nodes(made.id)} == {

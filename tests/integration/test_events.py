@@ -213,7 +213,7 @@ def test_a_run_that_is_given_back(session: Session) -> None:
     run = runs.create(store(session, "a>b"))
     (claimed,) = runs.claim("w", LEASE)
     runs.advance(run.id, token=claimed.claim_token)
-    runs.release(run.id, claimed.claim_token)
+    runs.release(run.id, token=claimed.claim_token)
     runs.cancel(run.id, "enough")
     session.commit()
     events = read_all(session)

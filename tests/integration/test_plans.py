@@ -215,7 +215,7 @@ def after_start(call: Move) -> Move:
 
 def after_all(call: Move) -> Move:
     def both(runs: RunRepository, run_id: int, token: int) -> Any:
-        runs.record(run_id, [done("a"), done("b"), done("c")], token)
+        runs.record(run_id, [done("a"), done("b"), done("c")], token=token)
         return call(runs, run_id, token)
 
     return both
@@ -230,17 +230,20 @@ ON_ONE_RUN: dict[str, tuple[str, Move]] = {
         after_start(lambda runs, run_id, token: runs.complete_node(run_id, "a", token=token)),
     ),
     "fail_node": ("running", after_start(lambda runs, run_id, token: runs.fail_node(run_id, "a", "x", token=token))),
-    "skip_node": ("running", lambda runs, run_id, token: runs.skip_node(run_id, "a", token)),
-    "advance": ("running", after_start(lambda runs, run_id, token: runs.advance(run_id, [done("a")], token))),
+    "skip_node": ("running", lambda runs, run_id, token: runs.skip_node(run_id, "a", token=token)),
+    "advance": ("running", after_start(lambda runs, run_id, token: runs.advance(run_id, [done("a")], token=token))),
     "advance to the end": ("running", after_all(lambda runs, run_id, token: runs.advance(run_id, token=token))),
-    "record": ("running", lambda runs, run_id, token: runs.record(run_id, [done("a"), done("b", "skipped")], token)),
-    "finish": ("running", after_all(lambda runs, run_id, token: runs.finish(run_id, token))),
-    "complete": ("running", after_all(lambda runs, run_id, token: runs.complete(run_id, token))),
-    "fail": ("running", lambda runs, run_id, token: runs.fail(run_id, "x", token)),
+    "record": (
+        "running",
+        lambda runs, run_id, token: runs.record(run_id, [done("a"), done("b", "skipped")], token=token),
+    ),
+    "finish": ("running", after_all(lambda runs, run_id, token: runs.finish(run_id, token=token))),
+    "complete": ("running", after_all(lambda runs, run_id, token: runs.complete(run_id, token=token))),
+    "fail": ("running", lambda runs, run_id, token: runs.fail(run_id, "x", token=token)),
     "cancel": ("running", lambda runs, run_id, _: runs.cancel(run_id)),
-    "heartbeat": ("running", lambda runs, run_id, token: runs.heartbeat(run_id, token, LEASE)),
-    "release": ("running", after_start(lambda runs, run_id, token: runs.release(run_id, token))),
-    "append_log": ("running", lambda runs, run_id, token: runs.append_log(run_id, "x", token)),
+    "heartbeat": ("running", lambda runs, run_id, token: runs.heartbeat(run_id, LEASE, token=token)),
+    "release": ("running", after_start(lambda runs, run_id, token: runs.release(run_id, token=token))),
+    "append_log": ("running", lambda runs, run_id, token: runs.append_log(run_id, "x", token=token)),
     "get": ("running", lambda runs, run_id, _: runs.get(run_id)),
     "nodes": ("running", lambda runs, run_id, _: runs.nodes(run_id)),
     "ready_nodes": ("running", lambda runs, run_id, _: runs.ready_nodes(run_id)),
@@ -271,7 +274,7 @@ def test_and_so_it_does_when_the_statistics_are_stale(stale: Session, name: str)
 def test_creating_a_run(history: Session) -> None:
     pipeline = history.execute(text("SELECT min(id) FROM circle.pipelines")).scalar_one()
     for key in (None, "k"):
-        reads, run = reads_of(history, lambda runs, key=key: runs.create(pipeline, {"x": 1}, key))  # type: ignore[misc]
+        reads, run = reads_of(history, lambda runs, key=key: runs.create(pipeline, {"x": 1}, idempotency_key=key))  # type: ignore[misc]
         assert run.status == RunStatus.PENDING
         assert reads.table_scans == 0
         # the foreign key of the nodes looks their run up
@@ -427,7 +430,7 @@ def test_heartbeats_are_hot(database: Database, raw: psycopg.Connection) -> None
         before = updates()
         for _ in range(10):
             for run in claimed:
-                runs.heartbeat(run.id, run.claim_token, LEASE)
+                runs.heartbeat(run.id, LEASE, token=run.claim_token)
         session.execute(text("SELECT pg_stat_force_next_flush()"))
         after = updates()
     beats, hot = after[0] - before[0], after[1] - before[1]

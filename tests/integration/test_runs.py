@@ -584,8 +584,8 @@ BY_RUN: dict[str, Callable[[RunRepository, int], object]] = {
     "fail_node": lambda runs, run_id: runs.fail_node(run_id, "a", "x"),
     "advance": lambda runs, run_id: runs.advance(run_id),
     "record": lambda runs, run_id: runs.record(run_id, [done("a")]),
-    "heartbeat": lambda runs, run_id: runs.heartbeat(run_id, 1, LEASE),
-    "release": lambda runs, run_id: runs.release(run_id, 1),
+    "heartbeat": lambda runs, run_id: runs.heartbeat(run_id, LEASE, token=1),
+    "release": lambda runs, run_id: runs.release(run_id, token=1),
 }
 
 
@@ -989,7 +989,7 @@ def test_arguments_out_of_range(runs: RunRepository, session: Session, refuses: 
         *(
             lambda lease=lease, call=call: call(lease)
             for lease in (timedelta(0), timedelta(seconds=-1), timedelta.max, 60, None)
-            for call in (lambda lease: runs.claim("w", lease), lambda lease: runs.heartbeat(run.id, token, lease))
+            for call in (lambda lease: runs.claim("w", lease), lambda lease: runs.heartbeat(run.id, lease, token=token))
         ),
         *(
             lambda limit=limit, call=call: call(limit)
@@ -1054,11 +1054,11 @@ def test_claims_take_the_oldest_pending_runs(runs: RunRepository, session: Sessi
 def test_heartbeats_extend_the_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session)
     since = clock(raw)
-    ends = runs.heartbeat(run.id, run.claim_token, timedelta(hours=1))
+    ends = runs.heartbeat(run.id, timedelta(hours=1), token=run.claim_token)
     assert since + timedelta(hours=1) <= ends <= clock(raw) + timedelta(hours=1)
     assert runs.get(run.id).lease_expires_at == ends
     lose_lease(raw, run.id)  # the token decides, not the clock
-    runs.heartbeat(run.id, run.claim_token, LEASE)
+    runs.heartbeat(run.id, LEASE, token=run.claim_token)
     assert runs.recover() == []
 
 
@@ -1068,16 +1068,19 @@ def test_a_heartbeat_says_why_the_lease_is_lost(
     run = claimed(runs, session, "a")
     for token in (0, run.claim_token + 1, -1, 2**40):
         with refuses(LeaseLostError) as caught:
-            runs.heartbeat(run.id, token, LEASE)
+            runs.heartbeat(run.id, LEASE, token=token)
         assert (caught.value.run_id, caught.value.status) == (run.id, "running")
     runs.cancel(run.id)
-    for call in (lambda: runs.heartbeat(run.id, run.claim_token, LEASE), lambda: runs.release(run.id, run.claim_token)):
+    for call in (
+        lambda: runs.heartbeat(run.id, LEASE, token=run.claim_token),
+        lambda: runs.release(run.id, token=run.claim_token),
+    ):
         with refuses(LeaseLostError) as caught:
             call()
         assert (caught.value.run_id, caught.value.status) == (run.id, "cancelled")
     unclaimed = started(runs, session, "a")
     with refuses(LeaseLostError) as caught:
-        runs.heartbeat(unclaimed, 0, LEASE)
+        runs.heartbeat(unclaimed, LEASE, token=0)
     assert caught.value.status == "running"
 
 
@@ -1085,7 +1088,7 @@ def test_a_released_run_is_as_good_as_new(runs: RunRepository, session: Session)
     run = claimed(runs, session)
     runs.advance(run.id, token=run.claim_token)
     runs.advance(run.id, [done("a")], token=run.claim_token)
-    given = runs.release(run.id, run.claim_token)
+    given = runs.release(run.id, token=run.claim_token)
     assert (given.status, given.worker_id, given.lease_expires_at, given.claim_count) == ("pending", None, None, 0)
     assert given.claim_token > run.claim_token
     assert given.started_at == run.started_at
@@ -1111,8 +1114,8 @@ WRITES: dict[str, Callable[[RunRepository, int, Any], object]] = {
     "advance alone": lambda runs, run_id, token: runs.advance(run_id, token=token),
     "record": lambda runs, run_id, token: runs.record(run_id, [done("a")], token=token),
     "record nothing": lambda runs, run_id, token: runs.record(run_id, [], token=token),
-    "heartbeat": lambda runs, run_id, token: runs.heartbeat(run_id, -1 if token is None else token, LEASE),
-    "release": lambda runs, run_id, token: runs.release(run_id, -1 if token is None else token),
+    "heartbeat": lambda runs, run_id, token: runs.heartbeat(run_id, LEASE, token=-1 if token is None else token),
+    "release": lambda runs, run_id, token: runs.release(run_id, token=-1 if token is None else token),
 }
 
 
@@ -1509,17 +1512,17 @@ def test_each_call_is_one_round_trip(wire: tuple[Session, Callable[[], int]]) ->
     (claim,) = runs.claim("w", LEASE)
     token = claim.claim_token
     calls: list[Callable[[], object]] = [
-        lambda: runs.create(pipeline, {"x": 1}, "key"),
-        lambda: runs.create(pipeline, {"x": 1}, "key"),
-        lambda: runs.start_node(run_id, "a", {}, token),
+        lambda: runs.create(pipeline, {"x": 1}, idempotency_key="key"),
+        lambda: runs.create(pipeline, {"x": 1}, idempotency_key="key"),
+        lambda: runs.start_node(run_id, "a", {}, token=token),
         lambda: runs.fail_node(run_id, "a", "x", token=token),
         lambda: runs.ready_nodes(run_id),
         lambda: runs.advance(run_id, token=token),
-        lambda: runs.complete_node(run_id, "a", {}, token),
-        lambda: runs.record(run_id, [done("b")], token),
-        lambda: runs.append_log(run_id, "x", token),
-        lambda: runs.heartbeat(run_id, token, LEASE),
-        lambda: runs.release(run_id, token),
+        lambda: runs.complete_node(run_id, "a", {}, token=token),
+        lambda: runs.record(run_id, [done("b")], token=token),
+        lambda: runs.append_log(run_id, "x", token=token),
+        lambda: runs.heartbeat(run_id, LEASE, token=token),
+        lambda: runs.release(run_id, token=token),
         lambda: runs.claim("w", LEASE, 2),
         lambda: runs.recover(),
         lambda: runs.expire(),

@@ -388,10 +388,10 @@ def test_nodes_move_only_while_their_run_is_running(
 
 def run_calls(runs: RunRepository, run_id: int) -> dict[RunStatus, Callable[[], object]]:
     return {
-        RunStatus.PENDING: lambda: runs.release(run_id, runs.get(run_id).claim_token),
+        RunStatus.PENDING: lambda: runs.release(run_id, token=runs.get(run_id).claim_token),
         RunStatus.RUNNING: lambda: runs.start(run_id),
-        RunStatus.COMPLETED: lambda: runs.complete(run_id, runs.get(run_id).claim_token),
-        RunStatus.FAILED: lambda: runs.fail(run_id, "x", runs.get(run_id).claim_token),
+        RunStatus.COMPLETED: lambda: runs.complete(run_id, token=runs.get(run_id).claim_token),
+        RunStatus.FAILED: lambda: runs.fail(run_id, "x", token=runs.get(run_id).claim_token),
         RunStatus.CANCELLED: lambda: runs.cancel(run_id),
         RunStatus.TIMEOUT: runs.expire,
     }
@@ -406,7 +406,7 @@ def test_run_transitions_through_the_repository(database: Database, raw: psycopg
             run_id = runs.create(pipeline).id
             if old != RunStatus.PENDING:
                 (run,) = runs.claim("w", timedelta(minutes=5))
-                runs.record(run_id, [done("a")], run.claim_token)
+                runs.record(run_id, [done("a")], token=run.claim_token)
             raw.execute(
                 "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '1 h' WHERE id = %s AND %s",
                 [run_id, RunStatus.TIMEOUT in (old, new) and old != RunStatus.PENDING],
@@ -433,22 +433,22 @@ def test_run_transitions_through_the_repository(database: Database, raw: psycopg
 def node_calls(runs: RunRepository, run_id: int, token: int) -> dict[str, dict[NodeStatus, Callable[[], object]]]:
     return {
         "one": {
-            NodeStatus.PENDING: lambda: runs.release(run_id, token),
+            NodeStatus.PENDING: lambda: runs.release(run_id, token=token),
             NodeStatus.RUNNING: lambda: runs.start_node(run_id, "a", token=token),
             NodeStatus.COMPLETED: lambda: runs.complete_node(run_id, "a", token=token),
             NodeStatus.FAILED: lambda: runs.fail_node(run_id, "a", "x", retryable=False, token=token),
             NodeStatus.SKIPPED: lambda: runs.skip_node(run_id, "a", token=token),
-            NodeStatus.CANCELLED: lambda: runs.record(run_id, [done("a", "cancelled")], token),
+            NodeStatus.CANCELLED: lambda: runs.record(run_id, [done("a", "cancelled")], token=token),
         },
         "record": {
-            status: partial(runs.record, run_id, [done("a", status)], token)
+            status: partial(runs.record, run_id, [done("a", status)], token=token)
             for status in NodeStatus
             if status.is_terminal
         },
         "advance": {
             NodeStatus.RUNNING: lambda: runs.advance(run_id, token=token),
             **{
-                status: partial(runs.advance, run_id, [done("a", status)], token)
+                status: partial(runs.advance, run_id, [done("a", status)], token=token)
                 for status in NodeStatus
                 if status.is_terminal
             },

@@ -227,7 +227,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.need(token, "pending")
             run.status = "running"
 
-        self.both(start, lambda: nothing(self.worker.start(run_id, token)))
+        self.both(start, lambda: nothing(self.worker.start(run_id, token=token)))
 
     @rule(run_id=runs, kind=TOKENS)
     def complete(self, run_id: int, kind: str) -> None:
@@ -241,7 +241,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.end("completed")
             return "completed"
 
-        self.both(complete, lambda: self.worker.complete(run_id, token).status)
+        self.both(complete, lambda: self.worker.complete(run_id, token=token).status)
 
     @rule(run_id=runs, kind=TOKENS)
     def finish(self, run_id: int, kind: str) -> None:
@@ -254,7 +254,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("IllegalTransitionError")
             return run.status
 
-        self.both(finish, lambda: self.worker.finish(run_id, token).status)
+        self.both(finish, lambda: self.worker.finish(run_id, token=token).status)
 
     @rule(run_id=runs, kind=TOKENS)
     def fail(self, run_id: int, kind: str) -> None:
@@ -265,7 +265,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.need(token, "pending", "running")
             run.end("failed")
 
-        self.both(fail, lambda: nothing(self.worker.fail(run_id, "x", token)))
+        self.both(fail, lambda: nothing(self.worker.fail(run_id, "x", token=token)))
 
     @rule(run_id=runs)
     def cancel(self, run_id: int) -> None:
@@ -338,7 +338,7 @@ class Lifecycle(RuleBasedStateMachine):
             self._attempt_failed(run, node, retryable)
             return node.status
 
-        self.both(fail_node, lambda: self.worker.fail_node(run_id, name, "x", retryable, token).status)
+        self.both(fail_node, lambda: self.worker.fail_node(run_id, name, "x", retryable, token=token).status)
 
     def _attempt_failed(self, run: Run, node: Node, retryable: bool) -> None:
         if retryable and node.status == "running" and node.retries < RETRIES:
@@ -357,7 +357,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.record(named)
             run.status = "running"
 
-        self.both(record, lambda: self.worker.record(run_id, [done(*result) for result in named], token))
+        self.both(record, lambda: self.worker.record(run_id, [done(*result) for result in named], token=token))
 
     @rule(run_id=runs, results=RESULTS, kind=TOKENS)
     def advance(self, run_id: int, results: list[tuple[int, str]], kind: str) -> None:
@@ -390,7 +390,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.both(
             advance,
             lambda: sorted(
-                node.node_id for node in self.worker.advance(run_id, [done(*result) for result in results], token)
+                node.node_id for node in self.worker.advance(run_id, [done(*result) for result in results], token=token)
             ),
         )
 
@@ -422,7 +422,7 @@ class Lifecycle(RuleBasedStateMachine):
                 raise RefusedError("LeaseLostError")
             run.lost = False
 
-        self.both(heartbeat, lambda: nothing(self.worker.heartbeat(run_id, token, LEASE)))
+        self.both(heartbeat, lambda: nothing(self.worker.heartbeat(run_id, LEASE, token=token)))
 
     @rule(run_id=runs, kind=TOKENS.filter(lambda kind: kind != "none"))
     def release(self, run_id: int, kind: str) -> None:
@@ -438,7 +438,7 @@ class Lifecycle(RuleBasedStateMachine):
             run.status, run.leased, run.lost = "pending", False, False
             run.token, run.claims = run.token + 1, run.claims - 1
 
-        self.both(release, lambda: nothing(self.worker.release(run_id, token)))
+        self.both(release, lambda: nothing(self.worker.release(run_id, token=token)))
 
     @rule(run_id=runs)
     def lose_the_lease(self, run_id: int) -> None:

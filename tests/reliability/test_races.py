@@ -212,9 +212,9 @@ def test_of_eight_that_end_a_run_one_wins(
     pipeline = store(session, "a b", timeout_seconds=1, retry_backoff_base=0)
     winners: Counter[str] = Counter()
     calls: dict[str, Callable[[RunRepository, int, int], list[RunRead]]] = {
-        "complete": lambda runs, run_id, token: [runs.complete(run_id, token)],
-        "finish": lambda runs, run_id, token: [runs.finish(run_id, token)],
-        "fail": lambda runs, run_id, token: [runs.fail(run_id, "failed", token)],
+        "complete": lambda runs, run_id, token: [runs.complete(run_id, token=token)],
+        "finish": lambda runs, run_id, token: [runs.finish(run_id, token=token)],
+        "fail": lambda runs, run_id, token: [runs.fail(run_id, "failed", token=token)],
         "cancel": lambda runs, run_id, _: [runs.cancel(run_id, "cancelled")],
         "cancel too": lambda runs, run_id, _: [runs.cancel(run_id, "cancelled too")],
         "expire": lambda runs, _, __: runs.expire(),
@@ -227,7 +227,7 @@ def test_of_eight_that_end_a_run_one_wins(
         token = run.claim_token
         runs.advance(run_id, token=token)
         live = at % 3 == 0  # then it can't be completed
-        runs.record(run_id, [done("a")] if live else [done("a"), done("b")], token)
+        runs.record(run_id, [done("a")] if live else [done("a"), done("b")], token=token)
         raw.execute(
             "UPDATE circle.pipeline_runs SET started_at = now() - interval '1 h', lease_expires_at = now() - interval '1 s'"
             " WHERE id = %s",
@@ -308,7 +308,7 @@ def test_runs_created_beside_edits_have_all_the_nodes_of_their_version(
 def test_callers_with_one_key_get_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a>b")
     for at in range(ROUNDS):
-        create = on(lambda runs, at: runs.create(pipeline, {"n": at}, f"key {at}").id, at)
+        create = on(lambda runs, at: runs.create(pipeline, {"n": at}, idempotency_key=f"key {at}").id, at)
         assert len(set(race(create, create, create))) == 1
     assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (ROUNDS,)
     assert raw.execute("SELECT count(*) FROM circle.pipeline_node_runs").fetchone() == (ROUNDS * 2,)
@@ -418,11 +418,11 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
 ) -> None:
     pipeline = store(session, "a>b", retry_backoff_base=0, max_retries_per_node=5)
     stale_writes: list[Callable[[int, int], object]] = [
-        lambda run_id, old: runs.heartbeat(run_id, old, LEASE),
-        lambda run_id, old: runs.release(run_id, old),
-        lambda run_id, old: runs.advance(run_id, [done("b")], old),
+        lambda run_id, old: runs.heartbeat(run_id, LEASE, token=old),
+        lambda run_id, old: runs.release(run_id, token=old),
+        lambda run_id, old: runs.advance(run_id, [done("b")], token=old),
         lambda run_id, old: runs.start_node(run_id, "b", token=old),
-        lambda run_id, old: runs.fail(run_id, "late", old),
+        lambda run_id, old: runs.fail(run_id, "late", token=old),
         lambda run_id, _: runs.finish(run_id),
     ]
     won: Counter[str] = Counter()
@@ -440,12 +440,12 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
             (run,) = claimed
             if runs.ready_nodes(run.id)[0].node_id == "a":
                 runs.start_node(run.id, "a", token=run.claim_token)
-                runs.complete_node(run.id, "a", {"by": "next"}, run.claim_token)
+                runs.complete_node(run.id, "a", {"by": "next"}, token=run.claim_token)
             return run
 
         writes: list[Callable[[RunRepository, int, int], object]] = [
-            lambda runs, run_id, old: runs.complete_node(run_id, "a", {"by": "stale"}, old),
-            lambda runs, run_id, old: runs.record(run_id, [done("a", output={"by": "stale"})], old),
+            lambda runs, run_id, old: runs.complete_node(run_id, "a", {"by": "stale"}, token=old),
+            lambda runs, run_id, old: runs.record(run_id, [done("a", output={"by": "stale"})], token=old),
         ]
         write = writes[at % 2]
         late, run = race(on(write, run_id, old), take_over)
@@ -458,7 +458,7 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
         for refused in stale_writes:
             with pytest.raises(LeaseLostError):
                 refused(run_id, old)
-        runs.advance(run_id, [done("b")], run.claim_token)
+        runs.advance(run_id, [done("b")], token=run.claim_token)
         assert runs.get(run_id).status == RunStatus.COMPLETED
     check_counters(raw)
 
@@ -560,7 +560,7 @@ def test_a_call_that_waited_for_the_start_of_a_node(
         "cancel": lambda runs: runs.cancel(run_id),
         "expire": lambda runs: runs.expire(),
         "complete_node": lambda runs: runs.complete_node(run_id, "a", token=run.claim_token),
-        "release": lambda runs: runs.release(run_id, run.claim_token),
+        "release": lambda runs: runs.release(run_id, token=run.claim_token),
     }
     with database.session() as starting:
         RunRepository(starting).start_node(run_id, "a", token=run.claim_token)
@@ -592,7 +592,7 @@ def test_a_raw_start_of_a_node_beside_a_release(
 
         def release(session: Session) -> RunRead:
             try:
-                return RunRepository(session).release(run_id, run.claim_token)
+                return RunRepository(session).release(run_id, token=run.claim_token)
             finally:
                 given.set()
 

@@ -71,10 +71,10 @@ def execute(runs: RunRepository, run: RunRead, acknowledge: Acknowledge, chance:
         node = open_nodes.pop()
         acknowledge("started", run.id, node.node_id, node.retry_count)
         if chance.random() < 0.5:
-            runs.complete_node(run.id, node.node_id, {"by": run.worker_id}, token)
+            runs.complete_node(run.id, node.node_id, {"by": run.worker_id}, token=token)
         else:
             result = {"node_id": node.node_id, "status": "completed", "output": {"by": run.worker_id}}
-            open_nodes += runs.advance(run.id, [result], token)
+            open_nodes += runs.advance(run.id, [result], token=token)
         acknowledge("completed", run.id, node.node_id)
         open_nodes = open_nodes or runs.advance(run.id, token=token)
     acknowledge("completed", run.id, "")

@@ -68,11 +68,11 @@ def execute(database: Database, run: RunRead, name: str, chance: random.Random) 
                 runs.fail_node(run.id, node.node_id, "by chance", token=token)
                 continue
             if how < 0.5:
-                runs.complete_node(run.id, node.node_id, output, token)
+                runs.complete_node(run.id, node.node_id, output, token=token)
                 started = []
             else:
                 started = runs.advance(
-                    run.id, [{"node_id": node.node_id, "status": "completed", "output": output}], token
+                    run.id, [{"node_id": node.node_id, "status": "completed", "output": output}], token=token
                 )
             # the run is locked until the commit, so this is the token that was current when the result was accepted
             session.connection().exec_driver_sql(
@@ -83,11 +83,11 @@ def execute(database: Database, run: RunRead, name: str, chance: random.Random) 
         with database.session(autocommit=True) as session:
             runs = RunRepository(session)
             if chance.random() < 0.3:
-                runs.heartbeat(run.id, token, LEASE)
+                runs.heartbeat(run.id, LEASE, token=token)
             if not open_nodes:
                 open_nodes = runs.advance(run.id, token=token)
                 if not open_nodes and runs.get(run.id).status == RunStatus.RUNNING:
-                    runs.release(run.id, token)
+                    runs.release(run.id, token=token)
 
 
 def spawn(url: str, number: int) -> subprocess.Popen[bytes]:

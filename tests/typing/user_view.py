@@ -107,7 +107,7 @@ def runs(session: Session) -> None:
     assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeRunRead)
     assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), list[NodeRunRead])
     assert_type(repository.claim("w", timedelta(minutes=1), limit=3), list[RunRead])
-    assert_type(repository.heartbeat(1, 2, timedelta(minutes=1)), datetime)
+    assert_type(repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(repository.nodes(1), list[NodeRunRead])
     assert_type(repository.search(pipeline_id=1), Page[RunRead])
     assert_type(repository.definition(1), PipelineDefinition)
@@ -116,6 +116,25 @@ def runs(session: Session) -> None:
     assert_type(repository.purge(timedelta(days=30)), int)
     repository.record(1, [{"node_id": "a", "status": "completed"}])
     repository.claim("w", 60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def keyword_only(session: Session) -> None:
+    """Tokens and idempotency keys: by position they would be mistaken for each other, and for data."""
+    repository = RunRepository(session)
+    repository.create(1, {}, "key")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.start(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.complete(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.finish(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.fail(1, "boom", 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.append_log(1, {}, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.start_node(1, "a", None, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.complete_node(1, "a", None, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.skip_node(1, "a", 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.fail_node(1, "a", "boom", True, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.advance(1, [], 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.record(1, [], 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.heartbeat(1, timedelta(minutes=1), 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.release(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def events(session: Session, database: Database) -> None:
@@ -156,10 +175,15 @@ async def async_runs(session: AsyncSession) -> None:
     assert_type(await repository.start_node(1, "a", token=3), NodeRunRead)
     assert_type(await repository.advance(1), list[NodeRunRead])
     assert_type(await repository.claim("w", timedelta(minutes=1)), list[RunRead])
-    assert_type(await repository.heartbeat(1, 2, timedelta(minutes=1)), datetime)
+    assert_type(await repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(await repository.search(status=RunStatus.FAILED), Page[RunRead])
     assert_type(await repository.counts(), dict[RunStatus, int])
     assert_type(await repository.purge(timedelta(days=1), limit=5), int)
+    await repository.create(1, {}, "key")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.start_node(1, "a", None, 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.advance(1, [], 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.heartbeat(1, timedelta(minutes=1), 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.release(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 def orm(session: Session) -> None:
