@@ -14,7 +14,13 @@ from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import catalog, migrations
 from gathering_pipeline.catalog import Finding
-from gathering_pipeline.errors import DatabaseError, DatabaseUnavailableError, shorten
+from gathering_pipeline.errors import (
+    WITHDRAWN_REVISIONS,
+    DatabaseError,
+    DatabaseUnavailableError,
+    SchemaRevisionError,
+    shorten,
+)
 from gathering_pipeline.hooks import prepare_graph
 
 LOCK_TIMEOUT, ATTEMPTS = "200ms", 30
@@ -237,7 +243,9 @@ def _revision(connection: Connection, found: str | None) -> Finding:
         command = "gathering-pipeline db upgrade"
         return Finding("error", "revision", "schema circle", message, f"a repair runs {command}", (command,))
     advice = migrations.lost(connection) or "run gathering-pipeline db upgrade"
-    if found is not None:
+    if found in WITHDRAWN_REVISIONS:
+        advice = SchemaRevisionError(found, head).advice
+    elif found is not None:
         advice = "the database is ahead of this code: install the version of gathering-pipeline that it belongs to"
     return Finding("error", "revision", "schema circle", message, advice)
 

@@ -250,6 +250,10 @@ class CommitIndeterminateError(DatabaseError):
     """
 
 
+WITHDRAWN_REVISIONS = frozenset({"009_lifecycle", "010_graph_guard", "011_events"})
+"""Revisions of unreleased versions of this package. Their schema differs from that of any later revision."""
+
+
 class SchemaRevisionError(DatabaseError):
     """The schema's revision is not the one that this code was written for.
 
@@ -269,8 +273,20 @@ class SchemaRevisionError(DatabaseError):
                 if missing
                 else f"the schema is at revision {found or 'none'}, this code needs {expected}"
             )
-            + ": run 'alembic upgrade head', 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema"
-            " is ahead, upgrade the package"
+            + f": {self.advice}"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        if self.found in WITHDRAWN_REVISIONS:
+            return (
+                "an unreleased version of this package left the revision: recreate the database, or downgrade it to"
+                " 008_integrity with that version"
+            )
+        return (
+            "run 'alembic upgrade head', 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema is"
+            " ahead, upgrade the package"
         )
 
 

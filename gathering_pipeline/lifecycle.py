@@ -1,6 +1,6 @@
 """Statuses, the transitions that are legal, and what each of them is called as an event.
 
-The database carries the same table (``alembic/sql/009_lifecycle/4_guards.sql``); a test compares the two cell by cell.
+The database carries the same table (``alembic/sql/009b_lifecycle/4_guards.sql``); a test compares the two cell by cell.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def lost(connection: Connection) -> str | None:
     if all(column["name"] != "version" for column in inspector.get_columns("pipelines", SCHEMA)):
         return None
     # at least this one: an upgrade runs again what comes after it, which does no harm
-    revision = "011_events" if "pipeline_events" in tables else "009_lifecycle"
+    revision = "011b_events" if "pipeline_events" in tables else "009b_lifecycle"
     insert = f"INSERT INTO {SCHEMA}.alembic_version VALUES ('{revision}')"  # noqa: S608 - our own names
     return f"the schema was migrated, but the row with its revision is gone: put it back by {insert}"
 

@@ -1,4 +1,4 @@
-"""What ``RunRepository`` sends. The functions are in alembic/sql/009_lifecycle/."""
+"""What ``RunRepository`` sends. The functions are in alembic/sql/009b_lifecycle/."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import show
 from gathering_pipeline.repositories._call import MAX_BIGINT, Query, Repository, call, positive, seconds, storable_id
 
-# The order of events, and up to where they can be read, are explained in alembic/sql/011_events/1_log.sql.
+# The order of events, and up to where they can be read, are explained in alembic/sql/011b_events/1_log.sql.
 _HERE = """
 WITH here AS MATERIALIZED (
     SELECT c.system_identifier || '-' || d.oid AS name, pg_snapshot_xmax(pg_current_snapshot()) AS next_xid

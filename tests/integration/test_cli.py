@@ -86,15 +86,15 @@ def pending() -> list[migrations.Step]:
 
 
 def test_a_downgrade_asks_first(database_url: str) -> None:
-    refused = run("downgrade", "009_lifecycle", "--url", database_url, input="n\n")
+    refused = run("downgrade", "009b_lifecycle", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
     assert refused.output.startswith(f"database: {described(database_url)}\nWhat the later revisions added"), "where"
     assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
-    done = run("downgrade", "009_lifecycle", "--url", database_url, "--yes")
-    assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009_lifecycle\n")
+    done = run("downgrade", "009b_lifecycle", "--url", database_url, "--yes")
+    assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009b_lifecycle\n")
     checked = run("check", "--url", database_url)
     assert checked.exit_code == 1
-    assert "009_lifecycle" in checked.stderr
+    assert "009b_lifecycle" in checked.stderr
     assert migrations.head() in checked.stderr
 
 
@@ -114,9 +114,9 @@ def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
     with raw.transaction():
         raw.execute("SELECT FROM circle.pipeline_runs")
         options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
-        waited = run("downgrade", "009_lifecycle", "--yes", *options)
+        waited = run("downgrade", "009b_lifecycle", "--yes", *options)
     assert (waited.exit_code, "tried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
-    assert run("downgrade", "009_lifecycle", "--yes", *options).exit_code == 0
+    assert run("downgrade", "009b_lifecycle", "--yes", *options).exit_code == 0
 
 
 def test_the_script_is_the_migration(empty_database_url: str, database_url: str) -> None:
@@ -196,7 +196,7 @@ def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("revision", "put_back"), [("010_graph_guard", "009_lifecycle"), (migrations.head(), "011_events")]
+    ("revision", "put_back"), [("010b_graph_guard", "009b_lifecycle"), (migrations.head(), "011b_events")]
 )
 def test_a_schema_without_its_revision_says_how_it_is_put_back(
     database_url: str, connect: Connect, revision: str, put_back: str

@@ -240,7 +240,7 @@ def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-@pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010_graph_guard"])
+@pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010b_graph_guard"])
 def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
     empty_database_url: str, revision: str | None, autocommit: bool
 ) -> None:
@@ -248,7 +248,7 @@ def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
     acalls: list[Callable[[AsyncSession], Coroutine[Any, Any, object]]] = [
         lambda session: AsyncEventRepository(session).read()
     ]
-    if revision != "010_graph_guard":
+    if revision != "010b_graph_guard":
         calls += [
             lambda session: RunRepository(session).start(1),
             lambda session: PipelineRepository(session).create(KEPT),

@@ -199,7 +199,7 @@ def test_upgrade_and_check_as_commands(empty_database_url: str) -> None:
 
 
 def test_revisions_are_the_ones_expected() -> None:
-    assert revisions()[:4] == ["006_pipelines", "007_pipeline_execution", "008_integrity", "009_lifecycle"]
+    assert revisions()[:4] == ["006_pipelines", "007_pipeline_execution", "008_integrity", "009b_lifecycle"]
 
 
 def test_every_revision_can_be_taken_back_and_made_again(

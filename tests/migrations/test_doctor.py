@@ -545,10 +545,10 @@ def test_the_catalog_is_that_of_a_clean_build(database_url: str) -> None:
 
 def test_an_older_revision_is_upgraded(database: Database, database_url: str) -> None:
     clean = catalog(database_url)
-    migrations.downgrade(database_url, "009_lifecycle")
+    migrations.downgrade(database_url, "009b_lifecycle")
     (finding,) = doctor(database.engine)
     assert (finding.code, finding.severity) == ("revision", "error")
-    assert "009_lifecycle" in finding.message
+    assert "009b_lifecycle" in finding.message
     assert migrations.head() in finding.message
     assert [finding.outcome for finding in doctor(database.engine, repair=True)] == ["repaired"]
     assert found(database) == []

@@ -24,11 +24,13 @@ from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import (
+    WITHDRAWN_REVISIONS,
     AdoptionError,
     ConfigurationError,
     DatabaseUnavailableError,
     SchemaRevisionError,
 )
+from gathering_pipeline.preflight import preflight
 from tests import servers
 
 Connect = Callable[[str], psycopg.Connection]
@@ -346,6 +348,29 @@ def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Con
         migrations.downgrade(database_url, "base")
 
 
+@pytest.mark.parametrize("revision", sorted(WITHDRAWN_REVISIONS))
+def test_every_command_refuses_a_revision_of_an_unreleased_version(
+    database: Database, database_url: str, connect: Connect, revision: str
+) -> None:
+    assert revision not in migrations.revisions()
+    connect(database_url).execute("UPDATE circle.alembic_version SET version_num = %s", [revision])
+    advice = "an unreleased version of this package left the revision: recreate the database, or downgrade it to"
+    sentence = f"at revision {revision}, this code needs {migrations.head()}: {advice} 008_integrity"
+    for call in (
+        lambda: migrations.upgrade(database_url),
+        lambda: migrations.downgrade(database_url, "008_integrity"),
+        lambda: migrations.downgrade(database_url, "base"),
+        database.check,
+    ):
+        with pytest.raises(SchemaRevisionError, match=sentence):
+            call()
+    with database.engine.connect() as connection, pytest.raises(SchemaRevisionError, match=sentence):
+        preflight(connection)
+    (finding,) = doctor(database.engine, repair=True)
+    assert (finding.code, finding.outcome) == ("revision", None)
+    assert finding.advice.startswith(advice)
+
+
 def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:
     other = connect(empty_database_url)
     other.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])
@@ -557,19 +582,19 @@ def test_a_relative_downgrade_is_never_counted_twice(database_url: str, connect:
     raw.execute("""
         CREATE SEQUENCE circle.tried;
         CREATE FUNCTION circle.busy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            IF NEW.version_num = '009_lifecycle' AND nextval('circle.tried') = 1 THEN
+            IF NEW.version_num = '009b_lifecycle' AND nextval('circle.tried') = 1 THEN
                 RAISE EXCEPTION 'not free' USING ERRCODE = 'lock_not_available';
             END IF;
             RETURN NEW;
         END $$;
         CREATE TRIGGER busy BEFORE UPDATE ON circle.alembic_version FOR EACH ROW EXECUTE FUNCTION circle.busy()""")
     with pytest.raises(
-        DatabaseUnavailableError, match="at 010_graph_guard by now: .*; name the revision instead of a number"
+        DatabaseUnavailableError, match="at 010b_graph_guard by now: .*; name the revision instead of a number"
     ):
         migrations.downgrade(database_url, "-2")
-    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("010_graph_guard",)]
-    migrations.downgrade(database_url, "009_lifecycle")
-    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("009_lifecycle",)]
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("010b_graph_guard",)]
+    migrations.downgrade(database_url, "009b_lifecycle")
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("009b_lifecycle",)]
 
 
 def test_a_table_of_a_hosts_own_is_no_migrated_schema(empty_database_url: str, connect: Connect) -> None:

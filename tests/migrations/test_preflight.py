@@ -75,7 +75,7 @@ def test_a_concurrent_build_takes_the_lock_that_is_said(empty_database_url: str,
     raw, builder = connect(empty_database_url), connect(empty_database_url)
     migrations.upgrade(empty_database_url, "008_integrity")
     raw.execute(ROWS)
-    steps = {step.what: step for step in migrations.steps("009_lifecycle") if step.is_index}
+    steps = {step.what: step for step in migrations.steps("009b_lifecycle") if step.is_index}
     step = steps["circle.idx_pipeline_runs_history"]
     with raw.transaction():
         raw.execute("UPDATE circle.pipeline_runs SET current_node = 'a'")
@@ -169,7 +169,7 @@ def test_who_is_in_the_way(empty_database_url: str, connect: Connect) -> None:
 def test_a_lock_that_no_pending_step_conflicts_with_is_in_nobodys_way(
     empty_database_url: str, connect: Connect
 ) -> None:
-    migrations.upgrade(empty_database_url, "009_lifecycle")
+    migrations.upgrade(empty_database_url, "009b_lifecycle")
     raw = connect(empty_database_url)
     with raw.transaction():
         raw.execute("SELECT FROM circle.pipelines")  # 010 makes writers wait there, but no readers

@@ -1,12 +1,12 @@
-"""Versions, leases, and the lifecycle as functions.
+"""Every change of a status is an event, written in the transaction that changes it.
 
-The SQL is in ``sql/009_lifecycle/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/011b_events/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op
 
-revision = "009_lifecycle"
-down_revision = "008_integrity"
+revision = "011b_events"
+down_revision = "010b_graph_guard"
 branch_labels = None
 depends_on = None
 

@@ -1,12 +1,12 @@
-"""Every change of a status is an event, written in the transaction that changes it.
+"""Versions, leases, and the lifecycle as functions.
 
-The SQL is in ``sql/011_events/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/009b_lifecycle/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
 """
 
 from alembic import op
 
-revision = "011_events"
-down_revision = "010_graph_guard"
+revision = "009b_lifecycle"
+down_revision = "008_integrity"
 branch_labels = None
 depends_on = None
 
