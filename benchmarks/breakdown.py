@@ -1,182 +1,202 @@
 """Where the time of a call goes: ``python -m benchmarks.breakdown``.
 
-Microseconds a call, median: the floor's bare statement, our SQL function called by psycopg, by SQLAlchemy, and by the
-repository. Commits don't wait for the disk here, so that what the program does can be seen.
+Median microseconds of a call: the floor's bare statement, and the statement of a repository's call sent by psycopg, by
+SQLAlchemy and by the repository itself. Commits don't wait for the disk, so that the time of the program shows.
 """
-
-# ruff: noqa: SLF001 - the private statements are what it measures
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from time import perf_counter
+from typing import Any, LiteralString, NamedTuple, ParamSpec, TypeVar
 
 import psycopg
+from sqlalchemy.orm import Session
 
-from benchmarks.runs import OUTPUT, OUTPUT_JSON, done
-from benchmarks.stage import Stage, chain, connect, database, open_stage, store
+from benchmarks import floor
+from benchmarks.command_line import add_size_option, remove_database_settings
+from benchmarks.databases import Databases, open_server
+from benchmarks.floor import OUTPUT, Connection
+from benchmarks.graphs import chain
+from benchmarks.runs import completed
+from benchmarks.table import Size
 from gathering_pipeline import RunRepository
-from gathering_pipeline.repositories import runs as sql
 
 NODES = 200
 ROUNDS = 3
 
+FLOOR_CALLS = {
+    floor.CREATE_RUN: "create",
+    floor.START_NODE: "start_node",
+    floor.COMPLETE_NODE: "complete_node",
+    floor.END_RUN: "finish",
+}
 
-class Clock:
-    """Collects the times of calls by name."""
+P = ParamSpec("P")
+T = TypeVar("T")
+Send = Callable[[str, Mapping[str, Any]], tuple[Any, ...] | None]
+"""Sends a statement with its parameters and returns the first row."""
+
+
+class Stopwatch:
+    """Collects the times of calls by name.
+
+    Attributes:
+        times: Seconds of each call.
+        name: Name of the call under way, or of the last one.
+    """
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
+        self.name = ""
 
-    def __call__(self, name: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do something and note how long it took."""
-        begin = time.perf_counter()
+    def __call__(self, name: str, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something and record how long it took."""
+        self.name = name
+        begin = perf_counter()
         result = action(*args, **kwargs)
-        self.times.setdefault(name, []).append(time.perf_counter() - begin)
+        self.times.setdefault(name, []).append(perf_counter() - begin)
         return result
 
-    def show(self, title: str) -> None:
-        """Print the medians."""
-        figures = {name: statistics.median(values) * 1e6 for name, values in self.times.items()}
-        print(f"{title:<34}" + "".join(f"{name:>14} {figure:>6.0f}" for name, figure in figures.items()), flush=True)
+    def microseconds(self) -> dict[str, float]:
+        """The median of each name."""
+        return {name: statistics.median(times) * 1e6 for name, times in self.times.items()}
 
 
-def floor_run(connection: psycopg.Connection[Any], pipeline_id: int, clock: Clock) -> None:
-    """The floor, statement by statement."""
-    execute = connection.execute
-    row = clock(
-        "create",
-        lambda: execute(
-            "INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at, trigger_data)"
-            " VALUES (%s, 'running', clock_timestamp(), %s) RETURNING id",
-            (pipeline_id, "{}"),
-        ).fetchone(),
-    )
-    for at in range(NODES):
-        node = clock(
-            "start_node",
-            lambda n=f"node-{at}": execute(
-                "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at)"
-                " VALUES (%s, %s, 'agent', 'running', clock_timestamp()) RETURNING id",
-                (row[0], n),
-            ).fetchone(),
-        )
-        clock(
-            "complete_node",
-            execute,
-            "UPDATE circle.pipeline_node_runs SET status = 'completed', output_data = %s, duration_ms = %s,"
-            " completed_at = clock_timestamp() WHERE id = %s",
-            (OUTPUT_JSON, 5, node[0]),
-        )
-    clock(
-        "finish",
-        execute,
-        "UPDATE circle.pipeline_runs SET status = 'completed', completed_at = clock_timestamp(), duration_seconds = %s"
-        " WHERE id = %s",
-        (1, row[0]),
-    )
+class Sent(NamedTuple):
+    """A statement that a repository sent."""
+
+    call: str
+    statement: str
+    parameters: Mapping[str, Any]
 
 
-def _created(clock: Clock, call: Callable[[str, dict[str, Any]], Any], pipeline_id: int) -> dict[str, Any]:
-    row = clock("create", call, sql._CREATE, {"pipeline_id": pipeline_id, "trigger_data": "{}", "key": None})
-    return {"run_id": json.loads(row[0])["id"], "token": None}
+def record_statements(session: Session, run: Callable[[RunRepository, Stopwatch], None]) -> list[Sent]:
+    """The statements that the repository sends in a run, one for each call."""
+    sent: list[Sent] = []
+    stopwatch = Stopwatch()
+
+    class RecordingCursor(psycopg.Cursor[tuple[Any, ...]]):
+        def execute(self, query: Any, params: Any = None, **options: Any) -> RecordingCursor:
+            sent.append(Sent(stopwatch.name, query, dict(params)))
+            return super().execute(query, params, **options)
+
+    connection = session.connection().connection.driver_connection
+    assert isinstance(connection, psycopg.Connection)
+    usual = connection.cursor_factory
+    connection.cursor_factory = RecordingCursor
+    try:
+        run(RunRepository(session), stopwatch)
+    finally:
+        connection.cursor_factory = usual
+    assert len(sent) == sum(map(len, stopwatch.times.values())), "a call is more than one statement"
+    return sent
 
 
-def function_run(call: Callable[[str, dict[str, Any]], Any], pipeline_id: int, clock: Clock) -> None:
-    """Our SQL, called by whatever ``call`` is."""
-    run_id = _created(clock, call, pipeline_id)
-    clock("start", call, sql._START, run_id)
-    for at in range(NODES):
-        node = run_id | {"node_id": f"node-{at}", "data": None}
-        clock("start_node", call, sql._START_NODE, node)
-        clock("complete_node", call, sql._COMPLETE_NODE, node | {"data": OUTPUT_JSON})
-    clock("finish", call, sql._FINISH, run_id)
+def replay(sent: list[Sent], send: Send, stopwatch: Stopwatch) -> None:
+    """Send the statements of a run again, for a new run."""
+    run_id: int | None = None
+    for call, statement, parameters in sent:
+        values = {name: run_id if name == "run_id" else value for name, value in parameters.items()}
+        row = stopwatch(call, send, statement, values)
+        if run_id is None:
+            assert row is not None
+            run_id = json.loads(row[0])["id"]
 
 
-def repository_run(runs: RunRepository, pipeline_id: int, clock: Clock) -> None:
-    """Our API, step by step."""
-    run = clock("create", runs.create, pipeline_id)
-    clock("start", runs.start, run.id)
-    for at in range(NODES):
-        clock("start_node", runs.start_node, run.id, f"node-{at}")
-        clock("complete_node", runs.complete_node, run.id, f"node-{at}", OUTPUT)
-    clock("finish", runs.finish, run.id)
+def floor_run(connection: Connection, pipeline_id: int, count: int, stopwatch: Stopwatch) -> None:
+    """A run by the floor's script."""
+
+    def execute(query: LiteralString, params: tuple[Any, ...], /) -> psycopg.Cursor[tuple[Any, ...]]:
+        return stopwatch(FLOOR_CALLS[query], connection.execute, query, params)
+
+    floor.record_run(execute, pipeline_id, count)
 
 
-def advance_function_run(call: Callable[[str, dict[str, Any]], Any], pipeline_id: int, clock: Clock) -> None:
-    """``advance_run`` on a chain, called by whatever ``call`` is."""
-    run_id = _created(clock, call, pipeline_id)
-    clock("first", call, sql._ADVANCE, run_id | {"results": "[]"})
-    for at in range(NODES):
-        results = f'[{{"node_id":"node-{at}","status":"completed","output":{OUTPUT_JSON},"duration_ms":5}}]'
-        clock("advance" if at < NODES - 1 else "last", call, sql._ADVANCE, run_id | {"results": results})
+def run_by_steps(pipeline_id: int, count: int, runs: RunRepository, stopwatch: Stopwatch) -> None:
+    """A run by our repository, step by step."""
+    run = stopwatch("create", runs.create, pipeline_id)
+    stopwatch("start", runs.start, run.id)
+    for at in range(count):
+        stopwatch("start_node", runs.start_node, run.id, f"node-{at}")
+        stopwatch("complete_node", runs.complete_node, run.id, f"node-{at}", OUTPUT)
+    stopwatch("finish", runs.finish, run.id)
 
 
-def advance_run(runs: RunRepository, pipeline_id: int, clock: Clock) -> None:
-    """``advance`` on a chain."""
-    run = runs.create(pipeline_id)
-    started = clock("first", runs.advance, run.id)
-    for at in range(NODES):
-        name = "advance" if at < NODES - 1 else "last"
-        started = clock(name, runs.advance, run.id, [done(node) for node in started])
+def run_by_advance(pipeline_id: int, count: int, runs: RunRepository, stopwatch: Stopwatch) -> None:
+    """A run by our repository, by ``advance`` on a chain."""
+    run = stopwatch("create", runs.create, pipeline_id)
+    started = stopwatch("first", runs.advance, run.id)
+    for at in range(count):
+        name = "advance" if at < count - 1 else "last"
+        started = stopwatch(name, runs.advance, run.id, [completed(node) for node in started])
 
 
-def show(stage: Stage, pipeline_id: int) -> None:
-    """Print every level for a pipeline."""
-    base, raw = connect(stage.floor), connect(stage.ours)
-    db = database(stage)
+def measure(databases: Databases, size: Size) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each way to send the calls of a run, with the median microseconds of each call."""
+    count, rounds = size.count(NODES), size.repeats(ROUNDS)
+    pipeline = databases.store(chain(count))
+    session, base = databases.session, databases.floor
+    steps = partial(run_by_steps, pipeline.ours, count)
+    advance = partial(run_by_advance, pipeline.ours, count)
+    recorded_steps, recorded_advance = record_statements(session, steps), record_statements(session, advance)
+    with floor.connect(databases.our_url) as raw:
 
-    def by_psycopg(statement: str, parameters: dict[str, Any]) -> Any:
-        return raw.execute(statement, parameters).fetchone()
+        def by_psycopg(statement: str, parameters: Mapping[str, Any]) -> tuple[Any, ...] | None:
+            return raw.execute(statement.encode(), parameters).fetchone()
 
-    levels: dict[str, Clock] = {}
-    with db.session(autocommit=True) as session:
-        runs = RunRepository(session)
+        def by_sqlalchemy(statement: str, parameters: Mapping[str, Any]) -> tuple[Any, ...] | None:
+            row = session.connection().exec_driver_sql(statement, dict(parameters)).fetchone()
+            return None if row is None else tuple(row)
 
-        def by_sqlalchemy(statement: str, parameters: dict[str, Any]) -> Any:
-            return session.connection().exec_driver_sql(statement, parameters).fetchone()
+        def round_trips(stopwatch: Stopwatch) -> None:
+            for at in range(2 * count):
+                stopwatch("round trip", raw.execute, "SELECT %s::int", (at,))
 
-        actions: dict[str, Callable[[Clock], Any]] = {
-            "SELECT 1": lambda clock: [
-                clock("round trip", raw.execute, "SELECT %s::int", (at,)) for at in range(NODES * 2)
-            ],
-            "floor": lambda clock: floor_run(base, pipeline_id, clock),
-            "psycopg, functions": lambda clock: function_run(by_psycopg, pipeline_id, clock),
-            "SQLAlchemy, functions": lambda clock: function_run(by_sqlalchemy, pipeline_id, clock),
-            "repository": lambda clock: repository_run(runs, pipeline_id, clock),
-            "psycopg, advance_run": lambda clock: advance_function_run(by_psycopg, pipeline_id, clock),
-            "SQLAlchemy, advance_run": lambda clock: advance_function_run(by_sqlalchemy, pipeline_id, clock),
-            "repository.advance": lambda clock: advance_run(runs, pipeline_id, clock),
+        ways: dict[str, Callable[[Stopwatch], None]] = {
+            "SELECT 1": round_trips,
+            "floor": partial(floor_run, base, pipeline.floor, count),
+            "psycopg, functions": partial(replay, recorded_steps, by_psycopg),
+            "SQLAlchemy, functions": partial(replay, recorded_steps, by_sqlalchemy),
+            "repository": partial(steps, databases.runs),
+            "psycopg, advance_run": partial(replay, recorded_advance, by_psycopg),
+            "SQLAlchemy, advance_run": partial(replay, recorded_advance, by_sqlalchemy),
+            "repository.advance": partial(advance, databases.runs),
         }
-        for turn in range(ROUNDS + 1):
-            for name, action in actions.items():
-                action(levels.setdefault(name, Clock()) if turn else Clock())
-    with db.session() as session:
-        for _ in range(ROUNDS * 5):
-            # its own session a call, as a service has it
-            def one() -> None:
-                with db.session(autocommit=True) as own:
-                    own.connection().exec_driver_sql("SELECT 1")
+        for connection in (raw, base):
+            connection.execute("SET synchronous_commit = off", prepare=False)
+        session.connection().exec_driver_sql("SET synchronous_commit = off")
+        stopwatches = {name: Stopwatch() for name in ways}
+        for turn in range(-1, rounds):
+            for name, way in ways.items():
+                way(stopwatches[name] if turn >= 0 else Stopwatch())
+    yield from ((name, stopwatch.microseconds()) for name, stopwatch in stopwatches.items())
+    own_session = Stopwatch()
+    for _ in range(5 * rounds):
+        own_session("SELECT 1", _select_in_session, databases)
+    yield "a session for each call", own_session.microseconds()
 
-            levels.setdefault("a session of its own", Clock())("SELECT 1", one)
-    for name, clock in levels.items():
-        clock.show(name)
-    base.close()
-    raw.close()
+
+def _select_in_session(databases: Databases) -> None:
+    with databases.database.session(autocommit=True) as session:
+        session.connection().exec_driver_sql("SELECT 1")
 
 
 def main() -> None:
     """Print the table."""
-    with open_stage() as stage:
-        for url in (stage.ours, stage.floor):
-            with connect(url) as connection:
-                row = connection.execute("SELECT current_database()").fetchone()
-                assert row is not None
-                connection.execute(f"ALTER DATABASE {row[0]} SET synchronous_commit = off", prepare=False)
-        show(stage, store(stage, chain(NODES)))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.breakdown", description="Where the time of a call goes."
+    )
+    add_size_option(parser)
+    size: Size = parser.parse_args().size
+    remove_database_settings()
+    with open_server() as server, server.databases() as databases:
+        for name, figures in measure(databases, size):
+            print(f"{name:<34}" + "".join(f"{call:>14} {time:>6.0f}" for call, time in figures.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,168 +1,190 @@
-"""What events cost who writes them, and how soon they are with who listens."""
+"""What events cost the writer, and how soon a listener receives them."""
 
 from __future__ import annotations
 
 import statistics
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
+from time import perf_counter, sleep
+from typing import LiteralString
 
-from benchmarks.runs import LEASE, advance_run, by_advance, record_run, steps_run
-from benchmarks.stage import Row, Stage, chain, connect, database, milliseconds, store, timed
+from psycopg import sql
+
+from benchmarks import floor
+from benchmarks.databases import Databases
+from benchmarks.graphs import chain
+from benchmarks.runs import LEASE, advance_through, run_by_advance, run_by_record, run_by_steps
+from benchmarks.table import Row, Size, timed
 from gathering_pipeline import Database, EventRepository, RunRepository
 
-TRIGGERS = (
-    ("pipeline_runs", "pipeline_runs_event"),
-    ("pipeline_node_runs", "pipeline_node_runs_event"),
-    ("pipeline_node_runs", "pipeline_node_runs_event_insert"),
-)
-INSERT = """
+EVENT_TRIGGERS: LiteralString = """
+SELECT c.relname, t.tgname
+FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_proc p ON p.oid = t.tgfoid
+WHERE c.relnamespace = 'circle'::regnamespace AND NOT t.tgisinternal
+  AND p.prosrc LIKE '%INSERT INTO circle.pipeline_events%'"""
+INSERT: LiteralString = """
 INSERT INTO circle.pipeline_events (xid, run_id, type)
 SELECT circle.event_xid(), 0, 'pipeline_run.started' FROM generate_series(1, %s)"""
-POLL = timedelta(seconds=0.5)
+NODES = 10
+POLL_SECONDS = 0.5
 COMMITS = 60
 WRITERS = 8
 SECONDS = 3.0
 
 
-def overhead(stage: Stage) -> Iterator[Row]:
-    """A run of 10 nodes with events, against the same without; both in one database, by turns."""
-    db, pipeline_id = database(stage), store(stage, chain(10))
-    with connect(stage.ours) as admin:
+def events(databases: Databases, size: Size) -> Iterator[Row]:
+    """All rows on events."""
+    yield from overhead(databases, size)
+    yield from latency(databases, size)
+    yield from notifications(databases, size)
+    yield from newest(databases, size)
 
-        def switch(how: str) -> None:
-            for table, trigger in TRIGGERS:
-                admin.execute(f"ALTER TABLE circle.{table} {how} TRIGGER {trigger}", prepare=False)
 
-        for what, action, bar in (
-            ("step by step", partial(steps_run, db, pipeline_id, 10), 1.25),
-            ("by advance", partial(advance_run, db, pipeline_id), 1.25),
-            ("by record", partial(record_run, db, pipeline_id, 10), 1.25),
-        ):
-            times: dict[str, list[float]] = {"ENABLE": [], "DISABLE": []}
-            for turn in range(30):
-                for how in ("ENABLE", "DISABLE") if turn % 2 else ("DISABLE", "ENABLE"):
-                    switch(how)
-                    action()  # what the switch made stale is planned anew
-                    begin = time.perf_counter()
-                    for _ in range(3):
-                        action()
-                    times[how].append((time.perf_counter() - begin) / 3)
+def overhead(databases: Databases, size: Size) -> Iterator[Row]:
+    """A run with events, against the same without; both in one database, in turns."""
+    runs, count = databases.runs, size.count(NODES)
+    pipeline_id = databases.store(chain(count)).ours
+    actions: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("step by step", partial(run_by_steps, runs, pipeline_id, count)),
+        ("by advance", partial(run_by_advance, runs, pipeline_id)),
+        ("by record", partial(run_by_record, runs, pipeline_id, count)),
+    )
+    with floor.connect(databases.our_url) as admin:
+        triggers = admin.execute(EVENT_TRIGGERS, prepare=False).fetchall()
+        assert triggers, "no trigger writes events"
+
+        def switch(how: LiteralString) -> None:
+            for names in triggers:
+                statement = sql.SQL("ALTER TABLE circle.{} " + how + " TRIGGER {}")
+                admin.execute(statement.format(*map(sql.Identifier, names)), prepare=False)
+
+        def seconds(how: LiteralString, action: Callable[[], object]) -> float:
+            switch(how)
+            action()  # plans again what the switch made stale
+            return statistics.mean(timed(action) for _ in range(size.repeats(3)))
+
+        for what, action in actions:
+            times: list[tuple[float, float]] = []
+            for turn in range(size.repeats(30)):
+                if turn % 2:
+                    enabled, disabled = seconds("ENABLE", action), seconds("DISABLE", action)
+                else:
+                    disabled, enabled = seconds("DISABLE", action), seconds("ENABLE", action)
+                times.append((enabled, disabled))
             switch("ENABLE")
-            with_events, without = (statistics.median(times[how]) for how in ("ENABLE", "DISABLE"))
-            ratio = statistics.median(a / b for a, b in zip(times["ENABLE"], times["DISABLE"], strict=True))
-            yield Row(
-                f"events on, to off: 10 nodes {what}", milliseconds(with_events), milliseconds(without), ratio, bar
+            yield Row.of_times(
+                f"events on, to off: {count} nodes {what}",
+                statistics.median(enabled for enabled, _ in times),
+                statistics.median(disabled for _, disabled in times),
+                1.25,
+                ratio=statistics.median(enabled / disabled for enabled, disabled in times),
             )
 
 
-def latency(stage: Stage) -> Iterator[Row]:
-    """From the commit to the listener, one commit at a time; the floor's figure is the poll's interval."""
-    pipeline_id = store(stage, chain(1))
-    with connect(stage.ours) as admin:
-        for what, on in (("polling", False), ("notified", True)):
-            admin.execute("SELECT circle.notify_events(%s)", (on,), prepare=False)
-            times = sorted(_latencies(stage, pipeline_id))
+def latency(databases: Databases, size: Size) -> Iterator[Row]:
+    """From the commit to the listener, one commit at a time; the floor's figure is the interval of polling."""
+    pipeline_id = databases.store(chain(1)).ours
+    poll = size.seconds(POLL_SECONDS)
+    with floor.connect(databases.our_url) as admin:
+        for what, notifies in (("polling", False), ("notified", True)):
+            admin.execute("SELECT circle.notify_events(%s)", (notifies,), prepare=False)
+            times = sorted(_latencies(databases, pipeline_id, poll, size.repeats(COMMITS)))
             for name, at in (("p50", len(times) // 2), ("p99", len(times) * 99 // 100)):
-                ratio = times[at] / POLL.total_seconds()
-                yield Row(
-                    f"commit to listener, {what}, {name}",
-                    milliseconds(times[at]),
-                    milliseconds(POLL.total_seconds()),
-                    ratio,
-                    1.1,
-                )
+                yield Row.of_times(f"commit to listener, {what}, {name}", times[at], poll, 1.1)
         admin.execute("SELECT circle.notify_events(false)", prepare=False)
 
 
-def _latencies(stage: Stage, pipeline_id: int) -> list[float]:
+def _latencies(databases: Databases, pipeline_id: int, poll: float, commits: int) -> list[float]:
+    runs = databases.runs
+    ids = [runs.create(pipeline_id).id for _ in range(commits)]
+    first = runs.create(pipeline_id).id
+    runs.start(first)
     committed: dict[int, float] = {}
-    with Database(stage.ours) as db, db.session(autocommit=True) as session:
-        runs = RunRepository(session)
-        ids = [runs.create(pipeline_id).id for _ in range(COMMITS)]
-        first = runs.create(pipeline_id).id
-        runs.start(first)
+    received: dict[int, float] = {}
 
-        def write() -> None:
+    def write() -> None:
+        with databases.database.session(autocommit=True) as session:
+            writer_runs = RunRepository(session)
             for at, run_id in enumerate(ids):
-                time.sleep(0.11 + 0.017 * (at % 7))  # at every phase of the poll
-                runs.start(run_id)
-                committed[run_id] = time.perf_counter()
+                sleep(0.11 + 0.017 * (at % 7))  # at every phase of the poll
+                writer_runs.start(run_id)
+                committed[run_id] = perf_counter()
 
-        seen: dict[int, float] = {}
-        writer = threading.Thread(target=write)
-        with closing(db.listen(poll=POLL)) as events:
-            for event in events:
-                if event.run_id == first:
-                    writer.start()
-                elif event.run_id in ids:
-                    seen[event.run_id] = time.perf_counter()
-                    if len(seen) == len(ids):
-                        break
-        writer.join()
-    return [max(seen[run_id] - committed[run_id], 0.0) for run_id in ids]
+    writer = threading.Thread(target=write)
+    with closing(databases.database.listen(poll=timedelta(seconds=poll))) as stream:
+        for event in stream:
+            if event.run_id == first:
+                writer.start()
+            elif event.run_id in ids:
+                received[event.run_id] = perf_counter()
+                if len(received) == len(ids):
+                    break
+    writer.join()
+    return [max(received[run_id] - committed[run_id], 0.0) for run_id in ids]
 
 
-def notify(stage: Stage) -> Iterator[Row]:
-    """Commits of eight writers with notifications, against the same without; one listener is there."""
-    ids = [store(stage, chain(10)) for _ in range(WRITERS)]
-    with connect(stage.ours) as admin, Database(stage.ours) as db:
-        figures: dict[bool, list[float]] = {True: [], False: []}
-        for turn in range(6):
-            on = turn % 4 in (1, 2)
-            admin.execute("SELECT circle.notify_events(%s)", (on,), prepare=False)
-            with connect(stage.ours) as listener:
-                listener.execute("LISTEN circle_events")
-                figures[on].append(_throughput(db, ids))
+def notifications(databases: Databases, size: Size) -> Iterator[Row]:
+    """Commits of eight writers with notifications and one listener, against the same without notifications."""
+    writers = size.count(WRITERS)
+    ids = [databases.store(chain(size.count(NODES))).ours for _ in range(writers)]
+    figures: dict[bool, list[float]] = {True: [], False: []}
+    with floor.connect(databases.our_url) as admin, floor.connect(databases.our_url) as listener:
+        listener.execute("LISTEN circle_events", prepare=False)
+        for turn in range(size.repeats(3)):
+            for notifies in (True, False) if turn % 2 else (False, True):
+                admin.execute("SELECT circle.notify_events(%s)", (notifies,), prepare=False)
+                figures[notifies].append(_calls_per_second(databases.database, ids, size))
         admin.execute("SELECT circle.notify_events(false)", prepare=False)
-    with_it, without = (statistics.median(figures[on]) for on in (True, False))
-    name = "8 writers: calls a second with notifications, to without"
-    yield Row(name, f"{with_it:.0f}/s", f"{without:.0f}/s", with_it / without, 0.5, more_is_better=True)
+    with_it, without = statistics.median(figures[True]), statistics.median(figures[False])
+    yield Row.of_rates(f"{writers} writers: calls with notifications, to without", with_it, without, 0.5)
 
 
-def _throughput(db: Database, ids: list[int]) -> float:
-    counts = [0] * WRITERS
-    end = time.perf_counter() + SECONDS
+def _calls_per_second(database: Database, ids: list[int], size: Size) -> float:
+    calls = [0] * len(ids)
+    begin = perf_counter()
 
     def work(at: int) -> None:
-        with db.session(autocommit=True) as session:
+        with database.session(autocommit=True) as session:
             runs = RunRepository(session)
-            while time.perf_counter() < end:
+            while True:
                 runs.create(ids[at])
                 for run in runs.claim(f"worker-{at}", LEASE):
-                    by_advance(runs, run.id, run.claim_token)
-                    counts[at] += 13
+                    advance_through(runs, run.id, run.claim_token)
+                    calls[at] += size.count(NODES) + 3
+                if perf_counter() - begin >= size.seconds(SECONDS):
+                    return
 
-    threads = [threading.Thread(target=work, args=(at,)) for at in range(WRITERS)]
+    threads = [threading.Thread(target=work, args=(at,)) for at in range(len(ids))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / SECONDS
+    return sum(calls) / (perf_counter() - begin)
 
 
-def tail(stage: Stage) -> Iterator[Row]:
-    """The newest of 1,000,000 events, against the same of 10,000."""
-    with connect(stage.ours) as admin, database(stage).session(autocommit=True) as session:
-        events = EventRepository(session)
-        medians = []
-        for count in (10_000, 990_000):
-            admin.execute(INSERT, (count,), prepare=False)
-            after = events.last()
-            admin.execute(INSERT, (1,), prepare=False)
-            assert len(events.read(after).items) == 1
-            medians.append(statistics.median(timed(partial(events.read, after)) for _ in range(200)))
+def _insert_events(admin: floor.Connection, count: int) -> None:
+    """Insert events and wait until they can be read: once no older transaction of the server is open."""
+    admin.execute(INSERT, (count,), prepare=False)
+    readable: LiteralString = "SELECT max(xid) < pg_snapshot_xmin(pg_current_snapshot()) FROM circle.pipeline_events"
+    while not floor.fetch_value(admin.execute(readable, prepare=False)):
+        sleep(0.01)
+
+
+def newest(databases: Databases, size: Size) -> Iterator[Row]:
+    """The newest of 1,000,000 events, against the newest of 10,000."""
+    repository = EventRepository(databases.session)
+    medians: list[float] = []
+    counts = size.count(10_000), size.count(1_000_000)
+    with floor.connect(databases.our_url) as admin:
         admin.execute("TRUNCATE circle.pipeline_events", prepare=False)
+        for added in (counts[0], counts[1] - counts[0]):
+            _insert_events(admin, added - 1)
+            after = repository.last()
+            _insert_events(admin, 1)
+            assert len(repository.read(after).items) == 1
+            medians.append(statistics.median(timed(partial(repository.read, after)) for _ in range(size.repeats(200))))
     small, large = medians
-    yield Row(
-        "read the last of 1,000,000 events, to of 10,000", milliseconds(large), milliseconds(small), large / small, 1.5
-    )
-
-
-def rows(stage: Stage) -> Iterator[Row]:
-    """All of them."""
-    for part in (overhead, latency, notify, tail):
-        yield from part(stage)
+    yield Row.of_times(f"read the last of {counts[1]:,} events, to of {counts[0]:,}", large, small, 1.5)

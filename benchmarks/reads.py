@@ -1,100 +1,117 @@
-"""What is read, and what it costs to import."""
+"""What reads cost, and the import."""
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.stage import Row, Stage, chain, connect, database, duel, milliseconds, store
-from gathering_pipeline import NodeRunRead, PipelineRead, PipelineRepository, RunRead, RunRepository
+from psycopg import sql
+from pydantic import BaseModel
 
-HISTORY = 100_000
+from benchmarks import floor
+from benchmarks.databases import Databases
+from benchmarks.floor import Connection, fetch_value
+from benchmarks.graphs import chain
+from benchmarks.table import Row, Size, compare
+from gathering_pipeline import NodeRunRead, PipelineRead, PipelineRepository, RunRead
+
+RUNS = 100_000
+"""Runs of the history; each has 10 nodes."""
 
 
-def imports(_stage: Stage) -> Iterator[Row]:
-    """The time of the import statement, each in a fresh process."""
+def imports(_databases: Databases, size: Size) -> Iterator[Row]:
+    """The time of the import statement, each in a new process."""
 
     def seconds(statement: str) -> float:
         code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
         return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)  # noqa: S603
 
+    warm_up = size.repeats(2) - 1
     pairs = [
         (seconds("from gathering_pipeline import validate_pipeline_dag"), seconds("from pydantic import BaseModel"))
-        for _ in range(13)
-    ][1:]
-    mine, other, ratio = (
-        sorted(values)[len(pairs) // 2] for values in (*zip(*pairs, strict=True), [a / b for a, b in pairs])
+        for _ in range(warm_up + size.repeats(12))
+    ][warm_up:]
+    yield Row.of_times(
+        "import validate_pipeline_dag, to pydantic",
+        statistics.median(ours for ours, _ in pairs),
+        statistics.median(base for _, base in pairs),
+        1.5,
+        ratio=statistics.median(ours / base for ours, base in pairs),
     )
-    yield Row("import validate_pipeline_dag, to pydantic", milliseconds(mine), milliseconds(other), ratio, 1.5)
     loaded = "from gathering_pipeline import validate_pipeline_dag; import sys; sys.exit('sqlalchemy' in sys.modules)"
     code = subprocess.run([sys.executable, "-c", loaded], check=False).returncode  # noqa: S603
     yield Row("modules of SQLAlchemy that it loads", "some" if code else "none", "none", float(code), 0)
 
 
-def load(stage: Stage) -> Iterator[Row]:
+def load(databases: Databases, size: Size) -> Iterator[Row]:
     """A pipeline of 1,000 nodes."""
-    db = database(stage)
-    pipeline_id = store(stage, chain(1_000))
-    columns = ", ".join(PipelineRead.model_fields)
-    with connect(stage.ours) as base, db.session(autocommit=True) as session:
-        pipelines = PipelineRepository(session)
+    count = size.count(1_000)
+    pipeline_id = databases.store(chain(count)).ours
+    pipelines = PipelineRepository(databases.session)
+    statement = sql.SQL("SELECT {} FROM circle.pipelines WHERE id = %s").format(_columns(PipelineRead))
+    with floor.connect(databases.our_url) as base:
+        figures = compare(
+            lambda: pipelines.get(pipeline_id),
+            lambda: base.execute(statement, (pipeline_id,)).fetchone(),
+            size.repeats(100),
+        )
+    yield Row.of_times(f"load a pipeline of {count} nodes", figures.ours, figures.floor, 1.5, ratio=figures.ratio)
 
-        def fetch() -> Any:
-            return base.execute(f"SELECT {columns} FROM circle.pipelines WHERE id = %s", (pipeline_id,)).fetchone()
 
-        mine, other, ratio = duel(lambda: pipelines.get(pipeline_id), fetch, 100)
-    yield Row("load a pipeline of 1,000 nodes", milliseconds(mine), milliseconds(other), ratio, 1.5)
-
-
-def history(stage: Stage) -> Iterator[Row]:
+def history(databases: Databases, size: Size) -> Iterator[Row]:
     """Views of a history of 100,000 runs with 10 nodes each."""
-    db = database(stage)
-    pipeline_id = store(stage, chain(10))
-    with connect(stage.ours) as base, db.session(autocommit=True) as session:
-        _fill(base, pipeline_id)
-        runs = RunRepository(session)
-        row = base.execute("SELECT max(id) FROM circle.pipeline_runs").fetchone()
-        assert row is not None
-        middle = row[0] - HISTORY // 2
-        run_columns, node_columns = ", ".join(RunRead.model_fields), ", ".join(NodeRunRead.model_fields)
+    count = size.count(RUNS)
+    pipeline_id = databases.store(chain(size.count(10))).ours
+    runs = databases.runs
+    with floor.connect(databases.our_url) as base:
+        fill_history(base, pipeline_id, count)
+        middle: int = fetch_value(base.execute("SELECT max(id) FROM circle.pipeline_runs")) - count // 2
+        select_latest = sql.SQL("SELECT {} FROM circle.pipeline_runs ORDER BY id DESC LIMIT 50").format(
+            _columns(RunRead)
+        )
+        select_run = sql.SQL("SELECT {} FROM circle.pipeline_runs WHERE id = %s").format(_columns(RunRead))
+        select_nodes = sql.SQL("SELECT {} FROM circle.pipeline_node_runs WHERE run_id = %s ORDER BY position").format(
+            _columns(NodeRunRead)
+        )
 
-        def latest() -> Any:
-            return base.execute(f"SELECT {run_columns} FROM circle.pipeline_runs ORDER BY id DESC LIMIT 50").fetchall()
+        def latest() -> object:
+            return base.execute(select_latest).fetchall()
 
-        def one() -> Any:
-            return (
-                base.execute(f"SELECT {run_columns} FROM circle.pipeline_runs WHERE id = %s", (middle,)).fetchone(),
-                base.execute(
-                    f"SELECT {node_columns} FROM circle.pipeline_node_runs WHERE run_id = %s ORDER BY position",
-                    (middle,),
-                ).fetchall(),
-            )
+        def one() -> object:
+            return base.execute(select_run, (middle,)).fetchone(), base.execute(select_nodes, (middle,)).fetchall()
 
-        def counts() -> Any:
+        def counts() -> object:
             return base.execute("SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status").fetchall()
 
-        for name, ours, bare, repeats in (
-            ("latest 50 of 100,000 runs", lambda: runs.search(limit=50), latest, 100),
-            ("one run of 100,000 with its nodes", lambda: (runs.get(middle), runs.nodes(middle)), one, 100),
-            ("counts by status of 100,000 runs", runs.counts, counts, 30),
-        ):
-            mine, other, ratio = duel(ours, bare, repeats)
-            yield Row(name, milliseconds(mine), milliseconds(other), ratio, 1.5)
+        views: tuple[tuple[str, Callable[[], object], Callable[[], object], int, float], ...] = (
+            (f"latest 50 of {count:,} runs", lambda: runs.search(limit=50), latest, 100, 1.2),
+            (f"one run of {count:,} with its nodes", lambda: (runs.get(middle), runs.nodes(middle)), one, 100, 1.2),
+            (f"counts by status of {count:,} runs", runs.counts, counts, 30, 1.5),
+        )
+        for name, ours, bare, repeats, bar in views:
+            figures = compare(ours, bare, size.repeats(repeats))
+            yield Row.of_times(name, figures.ours, figures.floor, bar, ratio=figures.ratio)
 
 
-def _fill(base: Any, pipeline_id: int) -> None:
-    """Write the history at once; as a replica, so that nothing is done for each row that a run would do."""
-    base.execute("SET session_replication_role = replica", prepare=False)
-    base.execute(
+def _columns(model: type[BaseModel]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, model.model_fields))
+
+
+def fill_history(connection: Connection, pipeline_id: int, runs: int) -> None:
+    """Write ended runs with their nodes at once; as a replica, so that no trigger fires for each row."""
+    parameters: dict[str, Any] = {"pipeline": pipeline_id, "runs": runs}
+    connection.execute("SET session_replication_role = replica", prepare=False)
+    connection.execute(
         """
         WITH run AS (
             INSERT INTO circle.pipeline_runs (pipeline_id, pipeline_version, status, started_at, completed_at,
                                               created_at, trigger_data)
             SELECT %(pipeline)s, 1, (ARRAY['completed', 'completed', 'completed', 'failed', 'cancelled'])[1 + at %% 5],
                    at.began, at.began + interval '3 s', at.began, '{"branch": "main"}'
-            FROM (SELECT at, clock_timestamp() - make_interval(secs => 100000 - at) AS began
+            FROM (SELECT at, clock_timestamp() - make_interval(secs => %(runs)s - at) AS began
                   FROM generate_series(1, %(runs)s) at) at (at, began)
             RETURNING id, started_at
         )
@@ -104,9 +121,8 @@ def _fill(base: Any, pipeline_id: int) -> None:
                '{"text": "All done, nothing to add."}', run.started_at, run.started_at + interval '1 s', 1000
         FROM run, circle.pipeline_version_nodes v WHERE v.pipeline_id = %(pipeline)s
         """,
-        {"pipeline": pipeline_id, "runs": HISTORY},
+        parameters,
         prepare=False,
     )
-    base.execute("RESET session_replication_role", prepare=False)
-    for table in ("pipeline_runs", "pipeline_node_runs"):
-        base.execute(f"VACUUM ANALYZE circle.{table}", prepare=False)
+    connection.execute("RESET session_replication_role", prepare=False)
+    connection.execute("VACUUM ANALYZE circle.pipeline_runs, circle.pipeline_node_runs", prepare=False)

@@ -1,66 +1,32 @@
-"""Runs, recorded by our repositories and by the floor: a psycopg script that checks nothing, 2n + 2 bare statements."""
+"""Runs, recorded by our repositories and by the floor's script."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from multiprocessing.synchronize import Barrier
-from typing import Any
+from time import perf_counter
 
 import psycopg
 
-from benchmarks.stage import Row, Stage, chain, connect, database, duel, fan_out, floor, milliseconds, store, worker
+from benchmarks import floor
+from benchmarks.databases import Databases
+from benchmarks.floor import OUTPUT, fetch_value
+from benchmarks.graphs import chain, fan_out
+from benchmarks.table import Row, Size, compare
 from gathering_pipeline import Database, NodeExecutionResult, NodeRunRead, RunRepository
 
-Connection = psycopg.Connection[tuple[Any, ...]]
-
-OUTPUT = {"text": "All done, nothing to add.", "tokens": 321}
-OUTPUT_JSON = json.dumps(OUTPUT)
 LEASE = timedelta(minutes=1)
 
 
-# The floor
+# One run by each way of the repository
 
 
-def floor_run(connection: Connection, pipeline_id: int, count: int) -> None:
-    """Record a run of ``count`` nodes in 2n + 2 statements, each its own commit."""
-    execute = connection.execute
-    row = execute(
-        "INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at, trigger_data)"
-        " VALUES (%s, 'running', clock_timestamp(), %s) RETURNING id",
-        (pipeline_id, "{}"),
-    ).fetchone()
-    assert row is not None
-    run_id = row[0]
-    for at in range(count):
-        row = execute(
-            "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at)"
-            " VALUES (%s, %s, 'agent', 'running', clock_timestamp()) RETURNING id",
-            (run_id, f"node-{at}"),
-        ).fetchone()
-        assert row is not None
-        execute(
-            "UPDATE circle.pipeline_node_runs SET status = 'completed', output_data = %s, duration_ms = %s,"
-            " completed_at = clock_timestamp() WHERE id = %s",
-            (OUTPUT_JSON, 5, row[0]),
-        )
-    execute(
-        "UPDATE circle.pipeline_runs SET status = 'completed', completed_at = clock_timestamp(), duration_seconds = %s"
-        " WHERE id = %s",
-        (1, run_id),
-    )
-
-
-# Ours
-
-
-def by_steps(runs: RunRepository, run_id: int, count: int, token: int | None = None) -> None:
+def step_through(runs: RunRepository, run_id: int, count: int, token: int | None = None) -> None:
     """Start and complete each node, and end the run: 2n + 1 calls."""
     for at in range(count):
         runs.start_node(run_id, f"node-{at}", token=token)
@@ -68,32 +34,32 @@ def by_steps(runs: RunRepository, run_id: int, count: int, token: int | None = N
     runs.finish(run_id, token=token)
 
 
-def by_advance(runs: RunRepository, run_id: int, token: int | None = None) -> None:
-    """Report what was started and start what follows, until nothing is left: on a chain n + 1 calls."""
+def advance_through(runs: RunRepository, run_id: int, token: int | None = None) -> None:
+    """Report the nodes that were started and start their successors, to the run's end: on a chain n + 1 calls."""
     started = runs.advance(run_id, token=token)
     while started:
-        started = runs.advance(run_id, [done(node) for node in started], token=token)
+        started = runs.advance(run_id, [completed(node) for node in started], token=token)
 
 
-def done(node: NodeRunRead) -> NodeExecutionResult:
+def completed(node: NodeRunRead) -> NodeExecutionResult:
     """The result of a node."""
     return NodeExecutionResult(node_id=node.node_id, status="completed", output=OUTPUT, duration_ms=5)
 
 
-def steps_run(runs: RunRepository, pipeline_id: int, count: int) -> None:
-    """One run, step by step: 2n + 3 calls."""
+def run_by_steps(runs: RunRepository, pipeline_id: int, count: int) -> None:
+    """Create a run and take it to its end step by step: 2n + 3 calls."""
     run = runs.create(pipeline_id)
     runs.start(run.id)
-    by_steps(runs, run.id, count)
+    step_through(runs, run.id, count)
 
 
-def advance_run(runs: RunRepository, pipeline_id: int) -> None:
-    """One run by ``advance``."""
-    by_advance(runs, runs.create(pipeline_id).id)
+def run_by_advance(runs: RunRepository, pipeline_id: int) -> None:
+    """Create a run and take it to its end by ``advance``."""
+    advance_through(runs, runs.create(pipeline_id).id)
 
 
-def record_run(runs: RunRepository, pipeline_id: int, count: int) -> None:
-    """One run, reported in one batch: 3 calls."""
+def run_by_record(runs: RunRepository, pipeline_id: int, count: int) -> None:
+    """Create a run and report all its nodes in one batch: 3 calls."""
     results = [
         NodeExecutionResult(node_id=f"node-{at}", status="completed", output=OUTPUT, duration_ms=5)
         for at in range(count)
@@ -103,128 +69,130 @@ def record_run(runs: RunRepository, pipeline_id: int, count: int) -> None:
     runs.finish(run.id)
 
 
-# The rows
+# One worker
 
 
-def steps(stage: Stage) -> Iterator[Row]:
-    """Step by step."""
-    runs, base = worker(stage), floor(stage)
-    for count, repeats in ((10, 80), (100, 15)):
-        pipeline_id = store(stage, chain(count))
-        mine, other, ratio = duel(
-            partial(steps_run, runs, pipeline_id, count),
-            partial(floor_run, base, pipeline_id, count),
-            repeats,
+def steps(databases: Databases, size: Size) -> Iterator[Row]:
+    """A run, step by step."""
+    for full_count, repeats in ((10, 80), (100, 15)):
+        count = size.count(full_count)
+        pipeline = databases.store(chain(count))
+        figures = compare(
+            partial(run_by_steps, databases.runs, pipeline.ours, count),
+            partial(floor.record_run, databases.floor.execute, pipeline.floor, count),
+            size.repeats(repeats),
         )
-        yield Row(f"record a run of {count} nodes, step by step", milliseconds(mine), milliseconds(other), ratio, 1.5)
+        name = f"record a run of {count} nodes, step by step"
+        yield Row.of_times(name, figures.ours, figures.floor, 1.6, ratio=figures.ratio)
 
 
-def advance(stage: Stage) -> Iterator[Row]:
-    """By ``advance``."""
-    runs, base = worker(stage), floor(stage)
-    for what, graph, repeats, bar in (
-        ("a chain of 10", chain(10), 80, 1.2),
-        ("a chain of 100", chain(100), 15, 1.2),
-        ("a fan-out of 100", fan_out(100), 15, 0.4),
+def advance(databases: Databases, size: Size) -> Iterator[Row]:
+    """A run by ``advance``."""
+    for shape, graph, full_count, repeats, bar in (
+        ("a chain", chain, 10, 80, 1.25),
+        ("a chain", chain, 100, 15, 1.15),
+        ("a fan-out", fan_out, 100, 15, 0.3),
     ):
-        pipeline_id, count = store(stage, graph), len(graph[0])
-        mine, other, ratio = duel(
-            partial(advance_run, runs, pipeline_id), partial(floor_run, base, pipeline_id, count), repeats
+        count = size.count(full_count)
+        pipeline = databases.store(graph(count))
+        figures = compare(
+            partial(run_by_advance, databases.runs, pipeline.ours),
+            partial(floor.record_run, databases.floor.execute, pipeline.floor, count),
+            size.repeats(repeats),
         )
-        yield Row(f"the same by advance, {what}", milliseconds(mine), milliseconds(other), ratio, bar)
+        name = f"the same by advance, {shape} of {count}"
+        yield Row.of_times(name, figures.ours, figures.floor, bar, ratio=figures.ratio)
 
 
-def record(stage: Stage) -> Iterator[Row]:
-    """In one batch."""
-    runs, base = worker(stage), floor(stage)
-    for count, repeats, bar in ((10, 80, 3.0), (100, 15, 12.0)):
-        pipeline_id = store(stage, chain(count))
-        mine, other, ratio = duel(
-            partial(record_run, runs, pipeline_id, count),
-            partial(floor_run, base, pipeline_id, count),
-            repeats,
+def record(databases: Databases, size: Size) -> Iterator[Row]:
+    """A run in one batch."""
+    for full_count, repeats, bar in ((10, 80, 3.5), (100, 15, 9.0)):
+        count = size.count(full_count)
+        pipeline = databases.store(chain(count))
+        figures = compare(
+            partial(run_by_record, databases.runs, pipeline.ours, count),
+            partial(floor.record_run, databases.floor.execute, pipeline.floor, count),
+            size.repeats(repeats),
         )
-        ours, theirs = f"{1 / mine:.0f}/s", f"{1 / other:.0f}/s"
-        yield Row(f"the same by record in one batch, {count} nodes", ours, theirs, 1 / ratio, bar, more_is_better=True)
+        name = f"the same by record in one batch, {count} nodes"
+        yield Row.of_rates(name, 1 / figures.ours, 1 / figures.floor, bar, ratio=1 / figures.ratio)
 
 
-def create(stage: Stage) -> Iterator[Row]:
+def create(databases: Databases, size: Size) -> Iterator[Row]:
     """A run with its nodes, against as many bare rows."""
-    runs, base = worker(stage), floor(stage)
-    base.execute("CREATE TABLE IF NOT EXISTS public.source (run_id int, node_id text, node_type text)", prepare=False)
-    for count, repeats in ((10, 150), (1_000, 25), (10_000, 7)):
-        pipeline_id = store(stage, chain(count))
+    base = databases.floor
+    base.execute("CREATE TABLE public.source (run_id int, node_id text, node_type text)", prepare=False)
+    for full_count, repeats, bar in ((10, 150, 1.4), (1_000, 25, 1.3), (10_000, 7, 2.0)):
+        count = size.count(full_count)
+        pipeline = databases.store(chain(count))
         base.execute("TRUNCATE public.source", prepare=False)
         base.execute(
             "WITH run AS (INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (%s) RETURNING id)"
             " INSERT INTO public.source SELECT id, 'node-' || at, 'agent' FROM run, generate_series(1, %s) at",
-            (pipeline_id, count),
+            (pipeline.floor, count),
             prepare=False,
         )
         base.execute("ANALYZE public.source", prepare=False)
-
-        def ours(p: int = pipeline_id) -> None:
-            runs.create(p)
-
-        def bare() -> None:
-            base.execute(
-                "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type)"
-                " SELECT run_id, node_id, node_type FROM public.source"
-            )
-
-        mine, other, ratio = duel(ours, bare, repeats)
-        yield Row(f"create a run of {count} nodes, to bare rows", milliseconds(mine), milliseconds(other), ratio, 2)
+        insert = (
+            "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type)"
+            " SELECT run_id, node_id, node_type FROM public.source"
+        )
+        figures = compare(
+            partial(databases.runs.create, pipeline.ours), partial(base.execute, insert), size.repeats(repeats)
+        )
+        name = f"create a run of {count} nodes, to bare rows"
+        yield Row.of_times(name, figures.ours, figures.floor, bar, ratio=figures.ratio)
 
 
-def wal(stage: Stage) -> Iterator[Row]:
+def write_ahead_log(databases: Databases, size: Size) -> Iterator[Row]:
     """Bytes of write-ahead log, without the full pages that follow a checkpoint."""
-    runs, base = worker(stage), floor(stage)
-    pipeline_id = store(stage, chain(100))
+    runs, base, count = databases.runs, databases.floor, size.count(100)
+    pipeline = databases.store(chain(count))
 
-    def written(action: Callable[[], object]) -> float:
+    def kilobytes(action: Callable[[], object]) -> float:
         sizes = []
-        for turn in range(9):
-            before = base.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
+        for turn in range(-2, size.repeats(7)):
+            before = fetch_value(base.execute("SELECT pg_current_wal_insert_lsn()"))
             action()
-            row = base.execute("SELECT pg_current_wal_insert_lsn() - %s::pg_lsn", before).fetchone()
-            assert row is not None
-            if turn > 1:
-                sizes.append(float(row[0]))
+            written = fetch_value(base.execute("SELECT pg_current_wal_insert_lsn() - %s::pg_lsn", (before,)))
+            if turn >= 0:
+                sizes.append(float(written))
         return statistics.median(sizes) / 1000
 
-    base_kb = written(lambda: floor_run(base, pipeline_id, 100))
-    for what, action in (
-        ("step by step", lambda: steps_run(runs, pipeline_id, 100)),
-        ("by advance", lambda: advance_run(runs, pipeline_id)),
-        ("by record", lambda: record_run(runs, pipeline_id, 100)),
-    ):
-        mine = written(action)
-        name = f"write-ahead log of a run of 100 nodes, {what}"
-        yield Row(name, f"{mine:.0f} kB", f"{base_kb:.0f} kB", mine / base_kb, 2)
+    theirs = kilobytes(partial(floor.record_run, base.execute, pipeline.floor, count))
+    actions: tuple[tuple[str, Callable[[], object], float], ...] = (
+        ("step by step", partial(run_by_steps, runs, pipeline.ours, count), 2.2),
+        ("by advance", partial(run_by_advance, runs, pipeline.ours), 2.0),
+        ("by record", partial(run_by_record, runs, pipeline.ours, count), 1.4),
+    )
+    for what, action, bar in actions:
+        ours = kilobytes(action)
+        name = f"write-ahead log of a run of {count} nodes, {what}"
+        yield Row(name, f"{ours:.0f} kB", f"{theirs:.0f} kB", ours / theirs, bar)
 
 
-def trips(stage: Stage) -> Iterator[Row]:
+def round_trips(databases: Databases, size: Size) -> Iterator[Row]:
     """Round trips; the floor's figure is the number allowed."""
-    runs = worker(stage)
-    for count in (10, 100):
-        pipeline_id = store(stage, chain(count))
-        actions: tuple[tuple[str, Callable[[], None], int], ...] = (
-            ("step by step", partial(steps_run, runs, pipeline_id, count), 2 * count + 3),
-            ("by advance on a chain", partial(advance_run, runs, pipeline_id), count + 2),
-            ("by record", partial(record_run, runs, pipeline_id, count), 3),
+    connection = databases.session.connection().connection.driver_connection
+    assert isinstance(connection, psycopg.Connection)
+    for full_count in (10, 100):
+        count = size.count(full_count)
+        pipeline = databases.store(chain(count))
+        actions: tuple[tuple[str, Callable[[], object], int], ...] = (
+            ("step by step", partial(run_by_steps, databases.runs, pipeline.ours, count), 2 * count + 3),
+            ("by advance on a chain", partial(run_by_advance, databases.runs, pipeline.ours), count + 2),
+            ("by record", partial(run_by_record, databases.runs, pipeline.ours, count), 1),
         )
         for what, action, allowed in actions:
             for _ in range(8):  # statements are prepared by then
                 action()
-            counted = _round_trips(runs, action)
+            counted = count_round_trips(connection, action)
             name = f"round trips of a run of {count} nodes, {what}"
             yield Row(name, str(counted), f"{allowed} allowed", counted / allowed, 1)
 
 
-def _round_trips(runs: RunRepository, action: Callable[[], object]) -> int:
-    """How often libpq asks the server while an action runs: its trace shows every message that ends a request."""
-    connection = runs._session.connection().connection.driver_connection  # noqa: SLF001
-    assert isinstance(connection, psycopg.Connection)
+def count_round_trips(connection: psycopg.Connection[object], action: Callable[[], object]) -> int:
+    """Count the requests to the server during an action: libpq's trace shows every message that ends a request."""
     with tempfile.TemporaryFile() as trace:
         connection.pgconn.trace(trace.fileno())
         try:
@@ -241,73 +209,87 @@ def _round_trips(runs: RunRepository, action: Callable[[], object]) -> int:
 WORKERS = 8
 SECONDS = 3.0
 ROUNDS = 3
+NODES = 10
 
 
-def workers(stage: Stage) -> Iterator[Row]:
-    """Eight workers that create, claim and run, against eight connections of the floor."""
+def workers(databases: Databases, size: Size) -> Iterator[Row]:
+    """Workers that create, claim and execute runs, against as many connections of the floor's script."""
+    number, count = size.count(WORKERS), size.count(NODES)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(WORKERS, _take, (context.Barrier(WORKERS),)) as pool:
+    with context.Pool(number, _set_barrier, (context.Barrier(number),)) as pool:
 
-        def throughput(target: Callable[..., int], url: str, ids: list[int]) -> float:
-            each = pool.starmap(target, [(url, ids[at % len(ids)], at) for at in range(WORKERS)], chunksize=1)
-            return sum(each) / SECONDS
+        def runs_per_second(target: Callable[..., float], url: str, ids: list[int]) -> float:
+            arguments = [(url, ids[at % len(ids)], at, count, size) for at in range(number)]
+            return sum(pool.starmap(target, arguments, chunksize=1))
 
-        for what, many in (("8 pipelines", WORKERS), ("one pipeline", 1)):
-            ids = [store(stage, chain(10)) for _ in range(many)]
+        for what, many in ((f"{number} pipelines", number), ("one pipeline", 1)):
+            stored = [databases.store(chain(count)) for _ in range(many)]
+            ours, floors = [pipeline.ours for pipeline in stored], [pipeline.floor for pipeline in stored]
             rounds = [
                 (
-                    throughput(_floor_worker, stage.floor, ids),
-                    throughput(_steps_worker, stage.ours, ids),
-                    throughput(_advance_worker, stage.ours, ids),
+                    runs_per_second(_floor_worker, databases.floor_url, floors),
+                    runs_per_second(_steps_worker, databases.our_url, ours),
+                    runs_per_second(_advance_worker, databases.our_url, ours),
                 )
-                for _ in range(ROUNDS)
+                for _ in range(size.repeats(ROUNDS))
             ]
-            for at, how in ((1, "step by step"), (2, "by advance")):
-                ours, theirs = (f"{statistics.median(figures[side] for figures in rounds):.0f}/s" for side in (at, 0))
-                ratio = statistics.median(figures[at] / figures[0] for figures in rounds)
-                yield Row(f"8 workers on {what}, 10 nodes {how}", ours, theirs, ratio, 0.7, more_is_better=True)
-    with database(stage).session() as session:
-        more = "SELECT count(*) FROM circle.pipeline_runs WHERE claim_count > 1"
-        twice = session.connection().exec_driver_sql(more)
-        count: int = twice.scalar_one()
-    yield Row("runs that two of them got", str(count), "0", float(count), 0)
+            for at, how, bar in ((1, "step by step", 0.6), (2, "by advance", 0.7)):
+                yield Row.of_rates(
+                    f"{number} workers on {what}, {count} nodes {how}",
+                    statistics.median(figures[at] for figures in rounds),
+                    statistics.median(figures[0] for figures in rounds),
+                    bar,
+                    ratio=statistics.median(figures[at] / figures[0] for figures in rounds),
+                )
+        pool.close()
+        pool.join()
+    statement = "SELECT count(*) FROM circle.pipeline_runs WHERE claim_count > 1"
+    twice: int = databases.session.connection().exec_driver_sql(statement).scalar_one()
+    yield Row("runs that were claimed twice", str(twice), "0", float(twice), 0)
 
 
 _barrier: Barrier
 
 
-def _take(barrier: Barrier) -> None:
-    global _barrier  # noqa: PLW0603 - a pool can hand it over in no other way
+def _set_barrier(barrier: Barrier) -> None:
+    global _barrier  # noqa: PLW0603 - a pool can pass it in no other way
     _barrier = barrier
 
 
-def _count(action: Callable[[], object]) -> int:
-    """How often an action can be done, when all processes begin at once."""
-    for _ in range(6):
+def _rate(action: Callable[[], object], size: Size) -> float:
+    """How often per second an action can be done, when all processes begin at once."""
+    for _ in range(size.repeats(6)):
         action()
     _barrier.wait()
-    end, count = time.perf_counter() + SECONDS, 0
-    while time.perf_counter() < end:
+    begin, done = perf_counter(), 0
+    while True:
         action()
-        count += 1
-    return count
+        done += 1
+        spent = perf_counter() - begin
+        if spent >= size.seconds(SECONDS):
+            return done / spent
 
 
-def _floor_worker(url: str, pipeline_id: int, _at: int) -> int:
-    with connect(url) as connection:
-        return _count(lambda: floor_run(connection, pipeline_id, 10))
+def _floor_worker(url: str, pipeline_id: int, _at: int, count: int, size: Size) -> float:
+    with floor.connect(url) as connection:
+        return _rate(partial(floor.record_run, connection.execute, pipeline_id, count), size)
 
 
-def _steps_worker(url: str, pipeline_id: int, at: int) -> int:
-    return _worker(url, pipeline_id, at, lambda runs, run_id, token: by_steps(runs, run_id, 10, token))
+def _steps_worker(url: str, pipeline_id: int, at: int, count: int, size: Size) -> float:
+    def execute(runs: RunRepository, run_id: int, token: int | None) -> None:
+        step_through(runs, run_id, count, token)
+
+    return _worker(url, pipeline_id, at, execute, size)
 
 
-def _advance_worker(url: str, pipeline_id: int, at: int) -> int:
-    return _worker(url, pipeline_id, at, by_advance)
+def _advance_worker(url: str, pipeline_id: int, at: int, _count: int, size: Size) -> float:
+    return _worker(url, pipeline_id, at, advance_through, size)
 
 
-def _worker(url: str, pipeline_id: int, at: int, execute: Callable[[RunRepository, int, int], None]) -> int:
-    with Database(url) as db, db.session(autocommit=True) as session:
+def _worker(
+    url: str, pipeline_id: int, at: int, execute: Callable[[RunRepository, int, int | None], None], size: Size
+) -> float:
+    with Database(url) as database, database.session(autocommit=True) as session:
         runs = RunRepository(session)
 
         def once() -> None:
@@ -315,4 +297,4 @@ def _worker(url: str, pipeline_id: int, at: int, execute: Callable[[RunRepositor
             for run in runs.claim(f"worker-{at}", LEASE):
                 execute(runs, run.id, run.claim_token)
 
-        return _count(once)
+        return _rate(once, size)
