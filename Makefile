@@ -39,7 +39,7 @@ types: setup ## mypy and pyright
 
 # Where the tests run in a container (another PostgreSQL than the embedded one), what talks to a server is run on both, at once.
 pytest: setup ## The tests, with coverage; and those that need a server also on the embedded one
-	@if [ "$$($(BIN)/python -m tests.servers)" = container ]; then \
+	@if [ "$$($(BIN)/python -m tests.support.servers)" = container ]; then \
 		$(MAKE) --no-print-directory -j 2 --output-sync=target pytest-all pytest-embedded; \
 	else $(MAKE) --no-print-directory pytest-all; fi
 	@if PATH=$$PATH:/usr/sbin command -v pgbouncer >/dev/null; then $(MAKE) --no-print-directory pytest-pgbouncer; \
@@ -53,10 +53,10 @@ pytest-all: setup ## All tests once, with coverage
 
 pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
 	GATHERING_TEST_POOLER=$$(PATH=$$PATH:/usr/sbin command -v pgbouncer) $(BIN)/python -m pytest \
-		tests/integration/test_runs.py tests/integration/test_pipelines.py tests/integration/test_async.py
+		tests/runs tests/pipelines tests/database/test_async.py
 
 pytest-embedded: setup ## The tests that need a server, on the embedded one
-	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest tests/integration tests/migrations
+	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest --ignore tests/unit --ignore tests/reliability
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 GATHERING_KILLS=50 \

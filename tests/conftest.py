@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
@@ -17,12 +18,13 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
-from tests import servers  # noqa: E402 - see above
+from tests.support import databases, servers  # noqa: E402 - see above
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from gathering_pipeline.database import Database
+    from gathering_pipeline.embedded import EmbeddedServer
 
 
 def pytest_report_header() -> str:
@@ -56,6 +58,14 @@ def template(server: servers.Server) -> Iterator[str]:
 @pytest.fixture
 def database_url(server: servers.Server, template: str) -> Iterator[str]:
     """A database of its own, at head."""
+    name = server.create(template)
+    yield server.database_url(name)
+    server.drop(name)
+
+
+@pytest.fixture(scope="module")
+def module_database_url(server: servers.Server, template: str) -> Iterator[str]:
+    """A database at head that the tests of a module share; see ``databases.empty``."""
     name = server.create(template)
     yield server.database_url(name)
     server.drop(name)
@@ -117,6 +127,28 @@ def connect() -> Iterator[Callable[[str], psycopg.Connection]]:
 def raw(database_url: str, connect: Callable[[str], psycopg.Connection]) -> psycopg.Connection:
     """A raw autocommit connection to the test's own database (the one of ``database`` and ``session``)."""
     return connect(database_url)
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    """An embedded server that serves one test, which may restart it or change how it is configured."""
+    with servers.own() as running:
+        yield running
+
+
+@pytest.fixture
+def refuses(raw: psycopg.Connection) -> Callable[..., Any]:
+    """``with refuses(Error) as caught``: the error is of exactly this class, and every table is as it was."""
+
+    @contextmanager
+    def check(kind: type[Exception]) -> Iterator[pytest.ExceptionInfo[Any]]:
+        before = databases.contents(raw)
+        with pytest.raises(kind) as caught:
+            yield caught
+        assert caught.type is kind
+        assert databases.contents(raw) == before
+
+    return check
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from gathering_pipeline import catalog, migrations
 from gathering_pipeline.cli.commands import cli
 from gathering_pipeline.database import Database
-from tests import servers
+from tests.support import servers
 
 ROOT = Path(__file__).parents[1]
 CATALOG, PAGE = ROOT / "alembic" / "catalog.json", ROOT / "docs" / "cli.md"

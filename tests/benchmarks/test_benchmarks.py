@@ -19,7 +19,7 @@ from benchmarks.databases import Databases, Server
 from benchmarks.graphs import chain
 from benchmarks.runs import count_round_trips
 from benchmarks.table import Row, Size
-from tests import servers
+from tests.support import servers
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gathering_pipeline import migrations
-from tests.migrations.test_alembic import catalog
+from tests.support.schema import catalog
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -17,10 +17,12 @@ from sqlalchemy.engine import make_url
 from gathering_pipeline import Database, EventRepository, RunRepository
 from gathering_pipeline.embedded import EmbeddedServer
 from gathering_pipeline.errors import InvalidCursorError
-from tests import servers
-from tests.integration.test_events import names, read_all
-from tests.integration.test_runs import DIAMOND, contents, done, store
-from tests.servers import connect
+from tests.support import servers
+from tests.support.databases import contents
+from tests.support.events import names, read_all
+from tests.support.graphs import DIAMOND
+from tests.support.runs import done, store
+from tests.support.servers import connect
 
 BUSY = 5_000
 """Transactions of the source that the target hasn't had, so that its numbers are ahead."""

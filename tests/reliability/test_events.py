@@ -15,21 +15,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import psycopg
-import pytest
 from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import Database, RunRepository, is_transient
 from gathering_pipeline.embedded import EmbeddedServer
 from gathering_pipeline.errors import ConflictError, DatabaseError, DatabaseUnavailableError
-from tests import servers
-from tests.integration.test_runs import done, store
-from tests.servers import connect
+from tests.support import servers
+from tests.support.runs import done, store
+from tests.support.servers import connect
 
 TRANSITIONS = int(os.environ.get("GATHERING_EVENTS", "1500"))
 WRITERS = 8
@@ -133,12 +131,6 @@ def spawn(what: str, url: str, argument: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "tests.reliability.test_events", what, url, argument],
         cwd=Path(__file__).parents[2],
     )
-
-
-@pytest.fixture
-def own_server() -> Iterator[EmbeddedServer]:
-    with servers.own() as server:
-        yield server
 
 
 def scalar(raw: psycopg.Connection, sql: str) -> int:

@@ -24,7 +24,7 @@ from sqlalchemy import create_engine
 
 from gathering_pipeline import InvalidPipelineError, find_issues, get_execution_order, parse_pipeline_definition
 from gathering_pipeline.validator import INCOMPLETE_CODES
-from tests.doors import BY_HOOK, INSERTING, UPDATING, Row, Stage, refusal, sqlstate
+from tests.support.write_paths import BY_HOOK, INSERTING, UPDATING, Row, Stage, refusal, sqlstate
 
 GRAPHS = int(os.environ.get("GATHERING_GRAPHS", "1000"))
 SEED = int(os.environ.get("GATHERING_SEED") or 20261124)

@@ -24,9 +24,9 @@ from pathlib import Path
 import psutil
 
 from gathering_pipeline import embedded, migrations
-from tests import servers
-from tests.migrations.test_adoption import GATHERING, INDEXES, ROWS
-from tests.migrations.test_alembic import catalog, revisions
+from tests.support import servers
+from tests.support.adoption import GATHERING, INDEXES, ROWS
+from tests.support.schema import catalog, revisions
 
 ROOT = Path(__file__).parents[2]
 LONG = "GATHERING_ROUNDS" in os.environ

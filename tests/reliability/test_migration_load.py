@@ -23,9 +23,9 @@ import psycopg
 import pytest
 
 from gathering_pipeline import migrations
-from tests import servers
-from tests.migrations.test_adoption import GATHERING, GOOD_EDGES, GOOD_NODES, INDEXES
-from tests.migrations.test_alembic import revisions
+from tests.support import servers
+from tests.support.adoption import GATHERING, GOOD_EDGES, GOOD_NODES, INDEXES
+from tests.support.schema import revisions
 
 RUNS = int(os.environ.get("GATHERING_MIGRATION_RUNS", "100000"))
 LONG = RUNS >= 1_000_000

@@ -27,8 +27,8 @@ from hypothesis.stateful import (
 from gathering_pipeline import RunRepository
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import PipelineError
-from tests.integration.test_runs import done, store
-from tests.servers import connect
+from tests.support.runs import done, store
+from tests.support.servers import connect
 
 EXAMPLES = int(os.environ.get("GATHERING_EXAMPLES", "25"))
 LEASE = timedelta(minutes=5)

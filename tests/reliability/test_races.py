@@ -36,7 +36,8 @@ from gathering_pipeline.errors import (
     RunNotFoundError,
 )
 from gathering_pipeline.settings import DatabaseSettings
-from tests.integration.test_runs import chain, done, graph, store
+from tests.support.graphs import chain, graph
+from tests.support.runs import done, store
 
 ROUNDS = int(os.environ.get("GATHERING_ROUNDS", "40"))
 LEASE = timedelta(minutes=5)

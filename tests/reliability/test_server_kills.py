@@ -24,9 +24,9 @@ import psycopg
 
 from gathering_pipeline import Database, NodeRunRead, RunRead, RunRepository
 from gathering_pipeline.errors import ConflictError, DatabaseError
-from tests import servers
-from tests.integration.test_runs import store
-from tests.servers import connect
+from tests.support import servers
+from tests.support.runs import store
+from tests.support.servers import connect
 
 KILLS = int(os.environ.get("GATHERING_KILLS", "2"))
 WORKERS = 8

@@ -105,7 +105,7 @@ def live(raw: psycopg.Connection) -> int:
 
 
 def test_every_run_ends_whoever_is_killed(database: Database, database_url: str, raw: psycopg.Connection) -> None:
-    from tests.integration.test_runs import store
+    from tests.support.runs import store
 
     raw.execute(ACCEPTED)
     with database.session() as session:

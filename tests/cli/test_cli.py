@@ -1,0 +1,326 @@
+"""``gathering-pipeline``, in this process and as a program of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from click.testing import CliRunner, Result
+from sqlalchemy.engine import make_url
+
+from gathering_pipeline import migrations
+from gathering_pipeline.cli.commands import cli
+from tests import generated
+from tests.support.schema import catalog, run_psql
+
+Connect = Callable[[str], psycopg.Connection]
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(sys.executable).with_name("gathering-pipeline")
+
+
+def run(*words: str, **options: str) -> Result:
+    return CliRunner().invoke(cli, ["db", *words], **options)  # type: ignore[arg-type]
+
+
+def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, which shares nothing with this process."""
+    return subprocess.run(
+        [PROGRAM, *words], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+# --- the whole way, as an operator goes it ---------------------------------------------------------------------------
+
+
+def test_an_upgrade_from_the_first_look_to_the_last(empty_database_url: str, connect: Connect) -> None:
+    where, head = {"DATABASE_URL": empty_database_url}, migrations.head()
+    assert program("db", "current", **where).stdout == "the schema is at revision none\n"
+    assert program("db", "upgrade", "007_pipeline_execution", **where).returncode == 0
+    raw = connect(empty_database_url)
+    raw.execute("INSERT INTO circle.pipelines (name) SELECT 'p' FROM generate_series(1, 1234); ANALYZE")
+
+    with raw.transaction():
+        raw.execute("SELECT FROM circle.pipelines")
+        looked = program("db", "preflight", **where)
+    assert looked.returncode == 3
+    assert f"the schema is at revision 007_pipeline_execution; {len(pending())} steps to {head}" in looked.stdout
+    assert [line for line in looked.stdout.splitlines() if "1,234" in line and "ACCESS EXCLUSIVE" in line]
+    assert f"in the way: session {raw.info.backend_pid}" in looked.stdout
+    assert program("db", "preflight", **where).returncode == 0
+
+    done = program("db", "upgrade", **where)
+    assert (done.returncode, done.stdout) == (0, f"the schema is at revision {head}\n")
+    assert "Running upgrade 007_pipeline_execution -> 008_integrity" in done.stderr
+    assert program("db", "check", **where).returncode == 0
+    healthy = program("db", "doctor", **where)
+    assert (healthy.returncode, healthy.stdout) == (0, "nothing found: the database is as it should be\n")
+
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    sick = program("db", "doctor", **where)
+    assert sick.returncode == 3
+    assert sick.stdout.startswith("error demoted_trigger: trigger pipelines_accept of circle.pipelines: is disabled")
+    assert "ENABLE ALWAYS TRIGGER" in sick.stdout
+    mended = program("db", "doctor", "--repair", **where)
+    assert mended.returncode == 0
+    assert mended.stdout.startswith("repaired demoted_trigger: trigger pipelines_accept")
+    assert program("db", "doctor", **where).returncode == 0
+    assert sick.stderr == mended.stderr == f"database: {described(empty_database_url)}\n"
+
+
+def described(url: str) -> str:
+    with psycopg.connect(url.replace("+psycopg", "")) as raw:
+        return f"{raw.info.dbname} at {raw.info.host}:{raw.info.port}, user {raw.info.user}"
+
+
+def pending() -> list[migrations.Step]:
+    return [step for revision in migrations.revisions()[2:] for step in migrations.steps(revision)]
+
+
+def test_a_downgrade_asks_first(database_url: str) -> None:
+    refused = run("downgrade", "009b_lifecycle", "--url", database_url, input="n\n")
+    assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
+    assert refused.output.startswith(f"database: {described(database_url)}\nWhat the later revisions added"), "where"
+    assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
+    done = run("downgrade", "009b_lifecycle", "--url", database_url, "--yes")
+    assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009b_lifecycle\n")
+    checked = run("check", "--url", database_url)
+    assert checked.exit_code == 1
+    assert "009b_lifecycle" in checked.stderr
+    assert migrations.head() in checked.stderr
+
+
+def test_a_downgrade_by_one(database_url: str) -> None:
+    done = run("downgrade", "-1", "--yes", "--url", database_url)
+    assert done.stdout == f"the schema is at revision {migrations.revisions()[-2]}\n"
+    for words in (["--yse", "base"], ["--ulr=postgresql://x/y"], ["-y"]):
+        misspelt = run("downgrade", *words, "--url", database_url)
+        assert (misspelt.exit_code, "database: " in misspelt.stderr) == (2, False)
+
+
+def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
+    unknown = run("upgrade", "-x", "pattience=5", "--url", database_url)
+    assert unknown.exit_code == 1
+    assert "no option 'pattience': there are lock_timeout, patience, yield" in unknown.output
+    raw = connect(database_url)
+    with raw.transaction():
+        raw.execute("SELECT FROM circle.pipeline_runs")
+        options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
+        waited = run("downgrade", "009b_lifecycle", "--yes", *options)
+    assert (waited.exit_code, "tried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
+    assert run("downgrade", "009b_lifecycle", "--yes", *options).exit_code == 0
+
+
+def test_the_script_is_the_migration(empty_database_url: str, database_url: str) -> None:
+    written = program("db", "sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")  # needs none
+    assert (written.returncode, written.stderr) == (0, "")
+    run_psql(empty_database_url, written.stdout)
+    assert catalog(empty_database_url) == catalog(database_url)
+    for words in (["007_pipeline_execution"], [":base"], ["head:"], []):
+        refused = run("sql", "--down", *words)
+        assert (refused.exit_code, "write FROM:TO, as in head:007_pipeline_execution" in refused.output) == (1, True)
+    down = run("sql", "--down", "head:base")
+    run_psql(empty_database_url, down.stdout)
+    assert catalog(empty_database_url) == ["schema | circle | "]
+
+
+def test_json_for_programs(database_url: str, connect: Connect) -> None:
+    raw, url = connect(database_url), ("--json", "--url", database_url)
+    assert json.loads(run("current", *url).stdout) == {"revision": migrations.head(), "head": migrations.head()}
+    assert json.loads(run("doctor", *url).stdout) == []
+    assert json.loads(run("preflight", *url).stdout)["steps"] == []
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    found = run("doctor", *url)
+    assert found.exit_code == 3
+    (finding,) = json.loads(found.stdout)
+    assert finding["repair"] == ["ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept"]
+    assert (finding["code"], finding["severity"], finding["outcome"]) == ("demoted_trigger", "error", None)
+    assert json.loads(run("doctor", "--repair", *url).stdout)[0]["outcome"] == "repaired"
+
+
+def test_the_migration_url_goes_before_the_others(database_url: str) -> None:
+    unused = "postgresql://nobody@127.0.0.1:1/none"
+    names = {"GATHERING_MIGRATION_URL": database_url, "GATHERING_DATABASE_URL": unused, "DATABASE_URL": unused}
+    assert program("db", "check", **names).returncode == 0
+    assert program("db", "check", "--url", unused, **names).returncode == 1
+
+
+def test_each_command_says_first_which_database_it_is(database_url: str) -> None:
+    password = make_url(database_url).password
+    for words in (
+        ["upgrade"],
+        ["current", "--json"],
+        ["check"],
+        ["doctor", "--json"],
+        ["preflight"],
+        ["downgrade", "--yes", "base"],
+    ):
+        done = run(*words, "--url", database_url)
+        assert done.exit_code == 0
+        assert done.stderr.startswith(f"database: {described(database_url)}\n")
+        assert password is None or f":{password}" not in done.stderr
+        assert "database:" not in done.stdout
+
+
+def test_the_embedded_server_is_never_used_unseen(tmp_path: Path) -> None:
+    """As where DATABASE_URL is misspelt."""
+    folder = tmp_path / "data"
+    done = program("db", "current", DATABSE_URL="postgresql://app@db/app", GATHERING_DATA_DIR=str(folder))
+    assert (done.returncode, done.stdout) == (0, "the schema is at revision none\n")
+    assert done.stderr == (
+        f"database: the embedded server in {folder}, because none of GATHERING_MIGRATION_URL, GATHERING_DATABASE_URL,"
+        " DATABASE_URL is set\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_an_empty_variable_is_refused_where_it_would_be_used(name: str, database_url: str) -> None:
+    """As ``Database()`` does."""
+    assert f"{name} can't be used: it is empty" in one_sentence(program("db", "upgrade", **{name: ""}))
+    for used in ({"GATHERING_MIGRATION_URL": database_url}, {"GATHERING_DATABASE_URL": database_url}):
+        assert program("db", "check", **{name: ""} | used).returncode == 0
+    assert program("db", "check", "--url", database_url, **{name: ""}).returncode == 0
+    assert "--url is set but empty" in one_sentence(program("db", "check", "--url", "", DATABASE_URL=database_url))
+
+
+def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> None:
+    assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("revision", "put_back"), [("010b_graph_guard", "009b_lifecycle"), (migrations.head(), "011b_events")]
+)
+def test_a_schema_without_its_revision_says_how_it_is_put_back(
+    database_url: str, connect: Connect, revision: str, put_back: str
+) -> None:
+    raw, clean = connect(database_url), catalog(database_url)
+    migrations.downgrade(database_url, revision)
+    raw.execute("DELETE FROM circle.alembic_version")
+    insert = f"INSERT INTO circle.alembic_version VALUES ('{put_back}')"
+    for command, code in ("doctor", 3), ("upgrade", 1), ("preflight", 3):
+        told = run(command, "--url", database_url)
+        assert (told.exit_code, told.output.count(f"its revision is gone: put it back by {insert}\n")) == (code, 1)
+    raw.execute(insert.encode())
+    assert run("upgrade", "--url", database_url).exit_code == 0
+    assert run("doctor", "--url", database_url).exit_code == 0
+    assert catalog(database_url) == clean
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    assert (done.returncode, done.stdout) == (1, "")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("database: ")]
+    assert lines[0].startswith("Error: ")
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["upgrade", "current", "check", "doctor", "preflight"])
+def test_a_server_that_is_not_there(command: str) -> None:
+    done = program("db", command, "--url", "postgresql://me:secret@127.0.0.1:1/none")
+    assert "no answer from the PostgreSQL server at 127.0.0.1:1" in one_sentence(done)
+    assert "secret" not in done.stderr
+
+
+def test_what_else_goes_wrong(database_url: str, empty_database_url: str, connect: Connect) -> None:
+    assert "is not PostgreSQL" in one_sentence(program("db", "check", "--url", "sqlite:///x"))
+    assert "GATHERING_POOL_SIZE" in one_sentence(program("db", "check", GATHERING_POOL_SIZE="none at all"))
+    mistyped = f"identified by '099_future': there are base, {', '.join(migrations.revisions())} and head"
+    for words in (["upgrade", "099_future"], ["downgrade", "--yes", "099_future"]):
+        assert one_sentence(program("db", *words, "--url", database_url)).endswith(mistyped)
+    assert one_sentence(program("db", "sql", "099_future")).endswith(mistyped)
+    assert "none, this code needs" in one_sentence(program("db", "check", "--url", empty_database_url))
+
+    raw = connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY, name int NOT NULL)")
+    refused = program("db", "upgrade", "--url", empty_database_url)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
+    assert "Error: existing tables can't be adopted:" in refused.stderr
+    assert "pipelines.name: type is integer, character varying(255) expected" in refused.stderr
+
+
+def test_a_role_without_rights(database_url: str, admin: psycopg.Connection) -> None:
+    role = "gathering_cli_guest"
+    admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
+    try:
+        guest = psycopg.conninfo.conninfo_to_dict(database_url.replace("+psycopg", ""))
+        host = f"?host={guest['host']}" if "/" in str(guest["host"]) else ""
+        place = "" if host else f"{guest['host']}:{guest['port']}"
+        url = f"postgresql://{role}:guest@{place}/{guest['dbname']}{host}"
+        for command in ("upgrade", "current", "doctor"):
+            done = program("db", command, "--url", url)
+            assert done.returncode == 1
+            assert "Traceback" not in done.stderr
+            assert "Error: PostgreSQL says: permission denied" in done.stderr
+            assert "(SQLSTATE 42501)" in done.stderr
+    finally:
+        admin.execute(f"DROP ROLE {role}")
+
+
+def test_a_command_that_is_not_understood() -> None:
+    assert program("db", "upgrad").returncode == 2
+    assert program("db", "downgrade").returncode == 2
+
+
+# --- the extra -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_extra_one_sentence_names_it(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from gathering_pipeline.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "pip install 'gathering-pipeline[cli]'" in one_sentence(done)
+    assert f"needs {missing}" in done.stderr
+
+
+def test_the_package_does_without_the_extra() -> None:
+    code = (
+        "import sys, gathering_pipeline as g; [getattr(g, name) for name in g.__all__];"
+        "print(sorted({'click', 'rich', 'gathering_pipeline.doctor'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+def test_the_program_is_installed_under_its_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"gathering-pipeline": "gathering_pipeline.cli:main"}
+    shown = program("--version")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("gathering-pipeline, version ")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_every_command_with_its_help() -> None:
+    """Where this fails: ``make generated``."""
+    page = generated.PAGE.read_text(encoding="utf-8")
+    assert page.split(generated.HEADING)[1] == generated.help_texts()
+    assert {" ".join(words) for words in generated.commands()} >= {
+        f"db {name}" for name in ("upgrade", "downgrade", "current", "check", "sql", "doctor", "preflight")
+    }
+
+
+def test_the_page_lists_every_finding() -> None:
+    source = "".join((ROOT / "gathering_pipeline" / name).read_text() for name in ("catalog.py", "doctor.py"))
+    page = generated.PAGE.read_text(encoding="utf-8")
+    table = page.split("## What doctor finds")[1].split(generated.HEADING)[0]
+    documented = {
+        word for line in table.splitlines() if line.startswith("| `") for word in line.split("|")[1].split("`")[1::2]
+    }
+    made = set(re.findall(r'Finding\(\s*"(?:error|warning)", "(\w+)"', source)) | set(
+        re.findall(r'_Check\(\s*"(\w+)"', source)
+    )
+    assert documented == made
+    assert len(made) == 18

@@ -1,0 +1,227 @@
+"""Connections: servers that can't be used, timeouts, settings."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+import psycopg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+from gathering_pipeline import embedded
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+)
+from gathering_pipeline.settings import DatabaseSettings
+from tests.support.servers import Server
+
+QUICK = DatabaseSettings(connect_timeout=timedelta(seconds=2), answer_timeout=timedelta(seconds=1))
+
+
+@pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
+def test_a_url_that_is_given_goes_before_an_empty_variable(
+    name: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "")
+    with Database(database_url) as database:
+        database.check()
+    with pytest.raises(ConfigurationError, match=f"^{name} can't be used: it is empty"):
+        Database()
+
+
+def test_no_password_in_any_view_of_it(database_url: str) -> None:
+    url = make_url(database_url).set(username="u", password="hunter2", host="h")
+    database = Database(url.render_as_string(hide_password=False))
+    assert "hunter2" not in f"{database!r} {database.url} {database.settings!r} {database.engine!r}"
+
+
+def _both(url: str, settings: DatabaseSettings = QUICK) -> Iterator[Callable[[], Any]]:
+    """Connect by the sync and by the async engine."""
+
+    def sync() -> None:
+        with Database(url, settings=settings) as database, database.session() as session:
+            session.execute(text("SELECT 1"))
+
+    async def asynchronous() -> None:
+        async with Database(url, settings=settings) as database, database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+
+    yield sync
+    yield lambda: asyncio.run(asynchronous())
+
+
+def test_a_server_that_is_not_there() -> None:
+    for attempt in _both("postgresql://localhost:1/name"):
+        with pytest.raises(
+            DatabaseUnavailableError, match="^no answer from the PostgreSQL server at localhost:1: start it"
+        ):
+            attempt()
+
+
+def test_an_option_that_is_none() -> None:
+    for attempt in _both("postgresql://localhost:1/name?nonsense=1"):
+        with pytest.raises(ConfigurationError, match='^the database URL can\'t be used: .*"nonsense"$'):
+            attempt()
+
+
+def test_a_database_that_is_not_there(server: Server) -> None:
+    for attempt in _both(server.database_url("nowhere")):
+        with pytest.raises(ConfigurationError, match=r'refuses the connection \(database "nowhere" does not exist\)'):
+            attempt()
+
+
+def test_a_wrong_password(server: Server) -> None:
+    url = make_url(server.url)
+    if url.password is None:
+        pytest.skip("this server asks for no password")
+    for attempt in _both(url.set(password="hunter2").render_as_string(hide_password=False)):
+        with pytest.raises(ConfigurationError, match="correct the URL's user, password or database") as caught:
+            attempt()
+        assert "hunter2" not in str(caught.value)
+
+
+def test_too_many_connections_pass_by_themselves(server: Server, admin: psycopg.Connection) -> None:
+    name = server.create()
+    admin.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0'.encode())
+    admin.execute("DROP ROLE IF EXISTS gathering_test_plain")
+    admin.execute("CREATE ROLE gathering_test_plain LOGIN PASSWORD 'plain'")
+    url = make_url(server.database_url(name)).set(username="gathering_test_plain", password="plain")
+    try:
+        for attempt in _both(url.render_as_string(hide_password=False)):
+            with pytest.raises(DatabaseUnavailableError, match="has no free connection .* try again"):
+                attempt()
+    finally:
+        server.drop(name)
+        admin.execute("DROP ROLE gathering_test_plain")
+
+
+def test_another_encoding(server: Server, admin: psycopg.Connection) -> None:
+    name = f"gathering_test_{os.getpid()}_latin"
+    admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'".encode())
+    try:
+        for attempt in _both(server.database_url(name)):
+            with pytest.raises(ConfigurationError, match="encoding is LATIN1: create it with ENCODING 'UTF8'"):
+                attempt()
+    finally:
+        server.drop(name)
+
+
+def test_an_old_server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gathering_pipeline.database.OLDEST_SERVER", 99)
+    for attempt in _both(database_url):
+        with pytest.raises(ConfigurationError, match=r"^the server is PostgreSQL \d+: 99 or later is needed"):
+            attempt()
+
+
+def test_a_broken_connection_is_replaced(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(OperationalError), database.session() as session:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        session.execute(text("INSERT INTO circle.pipelines (name) VALUES ('lost')"))
+    with database.session() as session:
+        assert session.execute(text("SELECT count(*) FROM circle.pipelines")).scalar_one() == 0
+
+
+def test_a_slow_statement_goes_on_while_the_server_answers(database_url: str) -> None:
+    with Database(database_url, settings=QUICK) as database, database.session() as session:
+        assert session.execute(text("SELECT 'done' FROM pg_sleep(3)")).scalar_one() == "done"
+
+
+@contextmanager
+def _frozen(server: embedded.EmbeddedServer) -> Iterator[None]:
+    """Stop all of a server's processes, as a machine that hangs does; the kernel goes on taking what is sent."""
+    postmaster = psutil.Process(int((server.data_dir / "postmaster.pid").read_text().split()[0]))
+    processes = [postmaster, *postmaster.children(recursive=True)]
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+
+
+def test_a_server_that_hangs_is_noticed(own_server: embedded.EmbeddedServer) -> None:
+    async def use(database: Database) -> None:
+        async with database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+            with _frozen(own_server):
+                start, beats = time.monotonic(), 0
+                call = asyncio.ensure_future(session.execute(text("SELECT 2")))
+                while not call.done():
+                    await asyncio.sleep(0.05)
+                    beats += 1
+                with pytest.raises(OperationalError, match="no sign of life"):
+                    await call
+                assert time.monotonic() - start < 10
+                assert beats > 20  # the loop went on meanwhile
+            await session.rollback()
+        await database.adispose()
+
+    with Database(own_server.url, settings=QUICK) as database:
+        with database.session() as session:
+            session.execute(text("SELECT 1"))
+            with _frozen(own_server):
+                start = time.monotonic()
+                with pytest.raises(OperationalError, match="no sign of life"):
+                    session.execute(text("SELECT 2"))
+                with pytest.raises(DatabaseUnavailableError, match="no answer from"), database.session() as other:
+                    other.execute(text("SELECT 3"))
+                assert time.monotonic() - start < 15
+            session.rollback()
+        asyncio.run(use(database))
+        with database.session() as session:
+            assert session.execute(text("SELECT 4")).scalar_one() == 4
+
+
+def test_settings_of_a_database(database_url: str) -> None:
+    settings = DatabaseSettings(
+        database_url=SecretStr(database_url), pool_size=1, statement_timeout=timedelta(seconds=1)
+    )
+    with Database(settings=settings) as database, database.session() as session:
+        assert session.execute(text("SHOW statement_timeout")).scalar_one() == "1s"
+        assert session.execute(text("SHOW application_name")).scalar_one() == "gathering_pipeline"
+        assert session.execute(text("SHOW client_encoding")).scalar_one() == "UTF8"
+
+
+def test_options_of_the_url_are_merged_with_the_settings(database_url: str) -> None:
+    url = make_url(database_url).update_query_dict({"options": "-c work_mem=1MB"}).render_as_string(hide_password=False)
+    settings = DatabaseSettings(statement_timeout=timedelta(seconds=1))
+    with Database(url, settings=settings) as database, database.session() as session:
+        assert session.execute(text("SHOW statement_timeout")).scalar_one() == "1s"
+        assert session.execute(text("SHOW work_mem")).scalar_one() == "1MB"
+
+
+@pytest.mark.parametrize("libpqs", [True, False])
+def test_of_several_hosts_one_that_serves_is_taken(database_url: str, libpqs: bool) -> None:
+    url = make_url(database_url)
+    host, port = str(url.query.get("host", url.host)), url.query.get("port", url.port or 5432)
+    user = "postgres" if url.password is None else f"postgres:{url.password}"
+    several = (
+        f"postgresql://{user}@localhost:1,{quote(host, safe='')}:{port}/{url.database}?"
+        if libpqs
+        else f"postgresql://{user}@/{url.database}?host=localhost:1&host={quote(host, safe='')}:{port}&"
+    )
+    for attempt in _both(f"{several}target_session_attrs=read-write"):
+        attempt()
+
+
+def test_async_connections_can_be_disposed_from_anywhere(database: Database) -> None:
+    async def use() -> None:
+        async with database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+        database.dispose()
+
+    asyncio.run(use())

@@ -1,0 +1,25 @@
+"""Errors while a database is disposed."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import event, text
+
+from gathering_pipeline import (
+    Database,
+)
+
+
+def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
+    async def use() -> None:
+        async with database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+
+    asyncio.run(use())
+
+    @event.listens_for(database.async_engine.sync_engine, "engine_disposed")
+    def fail(_engine: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        database.dispose()

@@ -1,0 +1,123 @@
+"""Calls on a database without the schema, or with an older one."""
+
+from collections.abc import Callable, Coroutine
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from gathering_pipeline import (
+    AsyncEventRepository,
+    AsyncPipelineRepository,
+    Database,
+    EventRepository,
+    PipelineRepository,
+    RunRepository,
+    SchemaRevisionError,
+    is_transient,
+)
+from tests.support.sessions import KEPT, new_run, run_async
+
+COMMANDS = r"'alembic upgrade head', 'gathering-pipeline db upgrade' or Database\(\).upgrade\(\)"
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+@pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010b_graph_guard"])
+def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
+    empty_database_url: str, revision: str | None, autocommit: bool
+) -> None:
+    calls: list[Callable[[Session], object]] = [lambda session: EventRepository(session).read()]
+    acalls: list[Callable[[AsyncSession], Coroutine[Any, Any, object]]] = [
+        lambda session: AsyncEventRepository(session).read()
+    ]
+    if revision != "010b_graph_guard":
+        calls += [
+            lambda session: RunRepository(session).start(1),
+            lambda session: PipelineRepository(session).create(KEPT),
+        ]
+        acalls += [lambda session: AsyncPipelineRepository(session).create(KEPT)]
+
+    async def work() -> None:
+        for acall in acalls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}"):
+                async with database.async_session(autocommit=autocommit) as session:
+                    await acall(session)
+
+    with Database(empty_database_url) as database:
+        if revision is not None:
+            database.upgrade(revision)
+        for call in calls:
+            with pytest.raises(SchemaRevisionError, match=rf"lacks .*: run {COMMANDS}") as caught:
+                with database.session(autocommit=autocommit) as session:
+                    call(session)
+            assert caught.value.missing
+            assert not is_transient(caught.value)
+        run_async(database, work)
+
+
+def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(database: Database) -> None:
+    class Theirs(DeclarativeBase):
+        pass
+
+    class Missing(Theirs):
+        __tablename__ = "missing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    with pytest.raises(ProgrammingError, match="missing"), database.session() as session:
+        session.add(Missing(id=1))
+        RunRepository(session).counts()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("INSERT INTO audit_log VALUES (1)", 'relation "audit_log"'),
+        ("INSERT INTO audit.log VALUES (1)", 'relation "audit.log"'),
+        ("PERFORM audit(NEW.id)", r"function audit\(integer\)"),
+        ("PERFORM mine FROM pg_class", 'column "mine"'),
+        ("PERFORM NEW.mine", 'has no field "mine"'),
+        ("IF NEW.mine THEN NULL; END IF", 'has no field "mine"'),
+        ("SELECT 1 INTO NEW.mine", 'has no field "mine"'),
+        ("PERFORM audit(NEW)", r"function audit\(circle\.pipeline"),
+        ("PERFORM p.mine FROM circle.pipelines p", "column p.mine"),
+    ],
+)
+def test_nor_is_what_their_own_trigger_misses(
+    database: Database, raw: psycopg.Connection, body: str, told: str
+) -> None:
+    with database.session() as session:
+        pipeline = PipelineRepository(session).create(KEPT).id
+    function = (
+        f"CREATE FUNCTION public.audited() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; RETURN NEW; END $$"
+    )
+    raw.execute(function.encode())
+    trigger = "CREATE TRIGGER audited AFTER INSERT ON {} FOR EACH ROW EXECUTE FUNCTION public.audited()"
+    for table in ("circle.pipelines", "circle.pipeline_runs"):
+        raw.execute(trigger.format(table).encode())
+    with pytest.raises(psycopg.ProgrammingError, match=told), database.session() as session:
+        RunRepository(session).create(pipeline)
+    with pytest.raises(ProgrammingError, match=told), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+
+
+@pytest.mark.parametrize(
+    ("column", "call"),
+    [
+        ("pipeline_runs DROP worker_id", lambda session: RunRepository(session).claim("w", timedelta(seconds=9))),
+        # as a field of a trigger's NEW
+        ("pipeline_runs DROP lease_expires_at", lambda session: RunRepository(session).start(1)),
+        ("pipelines DROP description", lambda session: PipelineRepository(session).create(KEPT)),
+        ("pipeline_runs DROP id", lambda session: RunRepository(session).get(1)),
+    ],
+)
+def test_a_column_of_ours_that_is_not_there_is_of_the_schema(
+    database: Database, raw: psycopg.Connection, column: str, call: Callable[[Session], object]
+) -> None:
+    new_run(database)
+    raw.execute(f"ALTER TABLE circle.{column} CASCADE".encode())
+    with pytest.raises(SchemaRevisionError), database.session() as session:
+        call(session)

@@ -1,0 +1,152 @@
+"""A refused call ends the transaction of its session."""
+
+from contextlib import suppress
+
+import psycopg
+import pytest
+from sqlalchemy.exc import InternalError
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    AsyncPipelineRepository,
+    AsyncRunRepository,
+    Database,
+    IntegrityViolationError,
+    PipelineRepository,
+    PipelineRun,
+    RunNotFoundError,
+    RunRepository,
+    TransactionAbortedError,
+    is_transient,
+)
+from tests.support.sessions import KEPT, names, run_async
+
+
+def test_a_block_that_swallows_a_refusal_is_no_success(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(TransactionAbortedError, match=r"begin_nested\(\).*autocommit=True"):
+        with database.session() as session:
+            PipelineRepository(session).create(KEPT)
+            with suppress(RunNotFoundError):
+                RunRepository(session).start(1)
+    assert names(raw) == []
+    with database.session() as session:  # the connection is as good as before
+        PipelineRepository(session).create(KEPT)
+    assert names(raw) == ["kept"]
+
+
+def test_so_is_an_async_one(database: Database, raw: psycopg.Connection) -> None:
+    async def work() -> None:
+        with pytest.raises(TransactionAbortedError):
+            async with database.async_session() as session:
+                await AsyncPipelineRepository(session).create(KEPT)
+                with suppress(RunNotFoundError):
+                    await AsyncRunRepository(session).start(1)
+        assert names(raw) == []
+        async with database.async_session() as session:
+            await AsyncPipelineRepository(session).create(KEPT)
+
+    run_async(database, work)
+    assert names(raw) == ["kept"]
+
+
+def test_so_is_a_commit_of_the_callers_own(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        with pytest.raises(TransactionAbortedError):
+            session.commit()
+        session.rollback()
+        PipelineRepository(session).create(KEPT.model_copy(update={"name": "second"}))
+    assert names(raw) == ["second"]
+
+
+def test_the_next_call_after_a_refusal_says_so_too(database: Database) -> None:
+    with pytest.raises(TransactionAbortedError) as caught, database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        RunRepository(session).counts()
+    assert not is_transient(caught.value)
+
+
+def test_a_refused_flush_ends_the_transaction_too(database: Database, raw: psycopg.Connection) -> None:
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        session.add(PipelineRun(pipeline_id=0))
+        with pytest.raises(IntegrityViolationError) as refused:
+            RunRepository(session).counts()
+        assert refused.value.constraint == "pipeline_runs_pipeline_id_fkey"
+        with pytest.raises(TransactionAbortedError):
+            RunRepository(session).counts()
+    assert names(raw) == []
+
+
+def test_what_the_caller_rolled_back_is_over(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        session.rollback()
+    with database.session() as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        session.rollback()
+        PipelineRepository(session).create(KEPT)
+    assert names(raw) == ["kept"]
+
+
+def test_a_session_that_did_nothing_needs_no_server() -> None:
+    with Database("postgresql://localhost:1/name") as database, database.session() as session:
+        assert session.in_transaction() is False
+
+
+def test_in_autocommit_a_refusal_ends_nothing(database: Database, raw: psycopg.Connection) -> None:
+    async def work() -> None:
+        async with database.async_session(autocommit=True) as session:
+            with suppress(RunNotFoundError):
+                await AsyncRunRepository(session).start(1)
+            await AsyncPipelineRepository(session).create(KEPT)
+            with suppress(RunNotFoundError):
+                await AsyncRunRepository(session).start(1)
+
+    with database.session(autocommit=True) as session:
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+        PipelineRepository(session).create(KEPT)
+        with suppress(RunNotFoundError):
+            RunRepository(session).start(1)
+    run_async(database, work)
+    assert names(raw) == ["kept", "kept"]
+
+
+def test_a_savepoint_keeps_the_rest(database: Database, raw: psycopg.Connection) -> None:
+    def refused(session: Session) -> None:
+        with pytest.raises(RunNotFoundError), session.begin_nested():
+            PipelineRepository(session).create(KEPT.model_copy(update={"name": "lost"}))
+            RunRepository(session).start(1)
+
+    async def work() -> None:
+        async with database.async_session() as session:
+            await AsyncPipelineRepository(session).create(KEPT)
+            with pytest.raises(RunNotFoundError):
+                async with session.begin_nested():
+                    await AsyncPipelineRepository(session).create(KEPT.model_copy(update={"name": "lost"}))
+                    await AsyncRunRepository(session).start(1)
+            await AsyncPipelineRepository(session).create(KEPT)
+
+    with database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        refused(session)
+        PipelineRepository(session).create(KEPT)
+    run_async(database, work)
+    assert names(raw) == ["kept"] * 4
+
+
+def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
+    database: Database, raw: psycopg.Connection
+) -> None:
+    with pytest.raises(TransactionAbortedError), database.session() as session:
+        PipelineRepository(session).create(KEPT)
+        with pytest.raises(InternalError, match="aborted"), session.begin_nested():
+            with suppress(RunNotFoundError):
+                RunRepository(session).start(1)
+    assert names(raw) == []

@@ -1,0 +1,230 @@
+"""Each change of a status is an event, whatever made it."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import random
+from datetime import datetime
+from itertools import pairwise
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import NodeStatus, RunRepository, RunStatus
+from gathering_pipeline.lifecycle import (
+    INITIAL_RUN_STATUSES,
+    NODE_EVENTS,
+    NODE_TRANSITIONS,
+    RUN_EVENTS,
+    RUN_TRANSITIONS,
+)
+from tests.support.events import NODE, forget, names, raw_run, read_all, stored
+from tests.support.runs import LEASE, done, store
+
+
+@pytest.mark.parametrize("new", RunStatus)
+@pytest.mark.parametrize("old", [None, *RunStatus])
+def test_each_transition_of_a_run_has_its_event(
+    raw: psycopg.Connection, session: Session, old: RunStatus | None, new: RunStatus
+) -> None:
+    legal = new in (INITIAL_RUN_STATUSES if old is None else RUN_TRANSITIONS[old])
+    if old is not None:
+        run_id = raw_run(raw, session)
+        if old is not RunStatus.RUNNING:
+            raw.execute("UPDATE circle.pipeline_runs SET status = %s WHERE id = %s", [old, run_id])
+        forget(raw)
+    try:
+        if old is None:
+            raw_run(raw, session, new)
+        else:
+            raw.execute("UPDATE circle.pipeline_runs SET status = %s WHERE id = %s", [new, run_id])
+    except psycopg.Error:
+        assert not legal
+    else:
+        assert legal
+    event = RUN_EVENTS.get(new)
+    assert stored(raw) == ([(None, event)] if legal and event else [])
+
+
+@pytest.mark.parametrize("new", NodeStatus)
+@pytest.mark.parametrize("old", [None, *NodeStatus])
+def test_each_transition_of_a_node_has_its_event(
+    raw: psycopg.Connection, session: Session, old: NodeStatus | None, new: NodeStatus
+) -> None:
+    run_id = raw_run(raw, session)
+    legal = old is None or new in NODE_TRANSITIONS[old]
+    if old is not None:
+        raw.execute(NODE, [run_id, "n", old])
+    forget(raw)
+    try:
+        if old is None:
+            raw.execute(NODE, [run_id, "n", new])
+        else:
+            raw.execute("UPDATE circle.pipeline_node_runs SET status = %s WHERE run_id = %s", [new, run_id])
+    except psycopg.Error:
+        assert not legal
+    else:
+        assert legal
+    event = NODE_EVENTS.get(new)
+    if new is NodeStatus.PENDING and old is None:
+        event = None  # a retry is one of a node that ran
+    assert stored(raw) == ([("n", event)] if legal and event else [])
+
+
+def test_what_the_events_hold(session: Session) -> None:
+    runs = RunRepository(session)
+    run = runs.create(store(session, "a>b", retry_backoff_base=0, max_retries_per_node=1))
+    runs.start(run.id)
+    runs.start_node(run.id, "a")
+    due = runs.fail_node(run.id, "a", "first").available_at
+    assert due is not None
+    runs.start_node(run.id, "a")
+    runs.fail_node(run.id, "a", "second")
+    runs.fail(run.id, "given up")
+    session.commit()
+    events = read_all(session)
+    assert names(events) == ["run started", "a started", "a retrying", "a started", "a failed", "run failed"]
+    assert {event.run_id for event in events} == {run.id}
+    data = [event.data for event in events if event.data]
+    assert datetime.fromisoformat(data[0].pop("available_at")) == due  # PostgreSQL writes no trailing zeros
+    assert data == [
+        {"attempt": 1, "error": "first"},
+        {"error": "second"},
+        {"error": "given up"},
+    ]
+    assert all(before.created_at <= after.created_at for before, after in pairwise(events))
+    assert all(before.id < after.id for before, after in pairwise(events))
+
+
+def test_nodes_of_one_call_stand_by_position_and_before_the_end_of_the_run(session: Session) -> None:
+    runs = RunRepository(session)
+    width = 40
+    spec = " ".join(f"s>{n} {n}>e" for n in (f"n{at}" for at in range(width)))
+    run = runs.create(store(session, spec))
+    order = [node.node_id for node in runs.nodes(run.id)][1:-1]
+    chance = random.Random(3)
+    runs.advance(run.id)
+    runs.advance(run.id, [done("s")])
+    runs.advance(run.id, [done(name) for name in chance.sample(order, width)])
+    runs.advance(run.id, [done("e")])
+    other = runs.create(run.pipeline_id)
+    everything = ["s", *order, "e"]
+    runs.record(other.id, [done(name) for name in chance.sample(everything, len(everything))])
+    runs.finish(other.id)
+    session.commit()
+    assert names(read_all(session, run.id)) == [
+        *("run started", "s started", "s completed"),
+        *(f"{name} started" for name in order),
+        *(f"{name} completed" for name in order),
+        *("e started", "e completed", "run completed"),
+    ]
+    assert names(read_all(session, other.id)) == [
+        "run started",
+        *(f"{name} completed" for name in everything),
+        "run completed",
+    ]
+
+
+def test_a_raw_update_of_many_nodes_leaves_them_by_position(raw: psycopg.Connection, session: Session) -> None:
+    run = RunRepository(session).create(store(session, " ".join(f"n{at}" for at in range(30))))
+    RunRepository(session).start(run.id)
+    session.commit()
+    # the rows lie in the opposite order, and the scan goes by it
+    raw.execute("CREATE TEMP TABLE n AS SELECT * FROM circle.pipeline_node_runs")
+    raw.execute("DELETE FROM circle.pipeline_node_runs")
+    raw.execute("INSERT INTO circle.pipeline_node_runs SELECT * FROM n ORDER BY position DESC")
+    raw.execute("UPDATE circle.pipeline_node_runs SET status = 'running'")
+    raw.execute("UPDATE circle.pipeline_node_runs SET status = 'completed'")
+    expected = [f"n{at}" for at in range(30)]
+    assert [node for node, kind in stored(raw) if kind == "pipeline_node.started"] == expected
+    assert [node for node, kind in stored(raw) if kind == "pipeline_node.completed"] == expected
+
+
+def test_nodes_without_a_place_or_with_an_odd_one_have_events_of_their_own(
+    raw: psycopg.Connection, session: Session
+) -> None:
+    run_id = raw_run(raw, session)
+    forget(raw)
+    raw.execute(
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, position)"
+        " SELECT %s, 'n' || n, 'action', 'completed', p FROM unnest(ARRAY[NULL, NULL, -1, 2147483647, 131072, 131071, 0])"
+        " WITH ORDINALITY x (p, n)",
+        [run_id],
+    )
+    assert len(stored(raw)) == 7
+
+
+def test_a_skip_takes_its_followers_along_in_order(session: Session) -> None:
+    runs = RunRepository(session)
+    run = runs.create(store(session, "a>b a>c b>d c>d d>e x"))
+    runs.start(run.id)
+    runs.skip_node(run.id, "a")
+    session.commit()
+    assert names(read_all(session)) == ["run started", *(f"{name} skipped" for name in "abcde")]
+
+
+def test_a_run_that_is_given_back(session: Session) -> None:
+    runs = RunRepository(session)
+    run = runs.create(store(session, "a>b"))
+    (claimed,) = runs.claim("w", LEASE)
+    runs.advance(run.id, token=claimed.claim_token)
+    runs.release(run.id, token=claimed.claim_token)
+    runs.cancel(run.id, "enough")
+    session.commit()
+    events = read_all(session)
+    assert names(events) == ["run started", "a started", "a retrying", "run cancelled"]
+    assert (events[2].data["attempt"], events[3].data) == (1, {"error": "enough"})
+
+
+def test_what_is_rolled_back_leaves_no_event(raw: psycopg.Connection, session: Session) -> None:
+    run = RunRepository(session).create(store(session))
+    session.commit()
+    RunRepository(session).advance(run.id)
+    session.rollback()
+    with session.begin_nested() as savepoint:
+        RunRepository(session).advance(run.id)
+        savepoint.rollback()
+    RunRepository(session).start(run.id)
+    session.commit()
+    assert stored(raw) == [(None, "pipeline_run.started")]
+
+
+def test_an_event_is_never_changed(raw: psycopg.Connection, session: Session) -> None:
+    raw_run(raw, session)
+    for role in ("origin", "replica"):
+        raw.execute(f"SET session_replication_role = {role}")
+        for change in (
+            "type = 'x'",
+            "data = '{\"a\": 1}'",
+            "run_id = 0",
+            "node_id = 'n'",
+            "created_at = now()",
+            "xid = '1'",
+        ):
+            with pytest.raises(psycopg.errors.IntegrityConstraintViolation):
+                raw.execute(f"UPDATE circle.pipeline_events SET {change}")
+
+
+def test_under_replica_role_none_is_written(raw: psycopg.Connection, session: Session) -> None:
+    raw.execute("SET session_replication_role = replica")
+    run_id = raw_run(raw, session)
+    raw.execute("UPDATE circle.pipeline_runs SET status = 'completed' WHERE id = %s", [run_id])
+    assert stored(raw) == []
+
+
+def test_restored_numbers_are_reset(raw: psycopg.Connection, session: Session) -> None:
+    """What a dump of a busier cluster leaves behind, and what came since."""
+    insert = (
+        "INSERT INTO circle.pipeline_events (xid, id, run_id, type) VALUES (%s::xid8, %s, %s, 'pipeline_run.started')"
+    )
+    raw.execute(insert, ["4", 1, 1])
+    raw.execute(insert, [str(2**40), 2, 2])
+    assert [event.run_id for event in read_all(session)] == [1]
+    row = raw.execute("SELECT circle.reset_event_xids()").fetchone()
+    assert row == (2,)
+    assert raw.execute("SELECT circle.reset_event_xids()").fetchone() == (0,)
+    session.commit()
+    assert [event.run_id for event in read_all(session)] == [1, 2]

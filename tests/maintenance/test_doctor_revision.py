@@ -1,0 +1,51 @@
+"""The doctor and databases at other revisions."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from sqlalchemy.engine import Connection
+
+from gathering_pipeline import migrations
+from gathering_pipeline.database import Database
+from gathering_pipeline.doctor import doctor
+from tests.support.doctor import catalog, found
+
+
+def test_an_older_revision_is_upgraded(database: Database, database_url: str) -> None:
+    clean = catalog(database_url)
+    migrations.downgrade(database_url, "009b_lifecycle")
+    (finding,) = doctor(database.engine)
+    assert (finding.code, finding.severity) == ("revision", "error")
+    assert "009b_lifecycle" in finding.message
+    assert migrations.head() in finding.message
+    assert [finding.outcome for finding in doctor(database.engine, repair=True)] == ["repaired"]
+    assert found(database) == []
+    assert catalog(database_url) == clean
+
+
+def test_the_revision_is_read_under_the_lock(
+    database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, current = [], migrations.current
+
+    def read(connection: Connection) -> str | None:
+        locked.append(raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone())
+        return current(connection)
+
+    monkeypatch.setattr(migrations, "current", read)
+    assert doctor(database.engine, repair=True) == []
+    assert locked == [(1,)]
+
+
+def test_a_newer_revision_or_none_is_left_alone(
+    database: Database, raw: psycopg.Connection, empty_database_url: str
+) -> None:
+    raw.execute("UPDATE circle.alembic_version SET version_num = '099_future'")
+    (finding,) = doctor(database.engine, repair=True)
+    assert (finding.code, finding.outcome) == ("revision", None)
+    assert "ahead of this code" in finding.advice
+    with Database(empty_database_url) as empty:
+        (finding,) = doctor(empty.engine, repair=True)
+    assert (finding.code, finding.outcome) == ("revision", None)
+    assert "db upgrade" in finding.advice

@@ -1,0 +1,270 @@
+"""Differences of the schema that the doctor finds and repairs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psycopg
+import pytest
+
+from gathering_pipeline.catalog import canonical, reference, same
+from gathering_pipeline.database import Database
+from gathering_pipeline.doctor import doctor
+from gathering_pipeline.repositories.runs import RunRepository
+from tests import generated
+from tests.support.doctor import NODE_RUNS, catalog, found, outcomes, pipeline
+
+BROKEN = {
+    "ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept": (
+        "demoted_trigger",
+        "trigger pipelines_accept of circle.pipelines",
+    ),
+    # what ENABLE TRIGGER ALL makes of it at the end of a restore
+    "ALTER TABLE circle.pipeline_runs ENABLE TRIGGER pipeline_runs_before": (
+        "demoted_trigger",
+        "trigger pipeline_runs_before of circle.pipeline_runs",
+    ),
+    "ALTER TABLE circle.pipeline_runs DROP CONSTRAINT ck_pipeline_runs_times": (
+        "drift",
+        "constraint ck_pipeline_runs_times of circle.pipeline_runs",
+    ),
+    "ALTER TABLE circle.pipeline_runs DROP CONSTRAINT pipeline_runs_status_check, ADD CONSTRAINT "
+    "pipeline_runs_status_check CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled'))": (
+        "drift",
+        "constraint pipeline_runs_status_check of circle.pipeline_runs",
+    ),
+    "ALTER TABLE circle.pipelines DROP CONSTRAINT ck_pipelines_retries, "
+    "ADD CONSTRAINT ck_pipelines_retries CHECK (max_retries_per_node >= 0) NOT VALID": (
+        "drift",
+        "constraint ck_pipelines_retries of circle.pipelines",
+    ),
+    "ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT pipeline_node_runs_run_id_fkey": (
+        "drift",
+        "constraint pipeline_node_runs_run_id_fkey of circle.pipeline_node_runs",
+    ),
+    "ALTER TABLE circle.pipelines ALTER nodes DROP NOT NULL": ("drift", "NOT NULL nodes of circle.pipelines"),
+    "ALTER TABLE circle.pipelines ALTER description SET NOT NULL": (
+        "drift",
+        "NOT NULL description of circle.pipelines",
+    ),
+    "ALTER TABLE circle.pipelines ALTER description SET DEFAULT 'none'": (
+        "drift",
+        "default description of circle.pipelines",
+    ),
+    "ALTER TABLE circle.pipelines ADD owner text NOT NULL": ("drift", "NOT NULL owner of circle.pipelines"),
+    "ALTER TABLE circle.pipelines ALTER run_count DROP DEFAULT": ("drift", "default run_count of circle.pipelines"),
+    "ALTER TABLE circle.pipelines ALTER run_count SET DEFAULT 1": ("drift", "default run_count of circle.pipelines"),
+    "CREATE OR REPLACE FUNCTION circle.pipelines_accept() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'": (
+        "drift",
+        "function circle.pipelines_accept()",
+    ),
+    # 008 has made this one, too: the newest has to come back
+    "CREATE OR REPLACE FUNCTION circle.pipeline_runs_before() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'": (
+        "drift",
+        "function circle.pipeline_runs_before()",
+    ),
+    "ALTER FUNCTION circle.start_run(bigint, bigint) SET plan_cache_mode = force_custom_plan": (
+        "drift",
+        "function circle.start_run(bigint,bigint)",
+    ),
+    "DROP FUNCTION circle.fail_node(bigint, text, text, boolean, bigint)": (
+        "drift",
+        "function circle.fail_node(bigint,text,text,boolean,bigint)",
+    ),
+    "DROP TRIGGER pipeline_node_runs_before ON circle.pipeline_node_runs": (
+        "drift",
+        "trigger pipeline_node_runs_before of circle.pipeline_node_runs",
+    ),
+    "CREATE OR REPLACE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines FOR EACH ROW "
+    "WHEN (NEW.id > 7) EXECUTE FUNCTION circle.pipelines_after()": (
+        "drift",
+        "trigger pipelines_after_insert of circle.pipelines",
+    ),
+    "DROP VIEW circle.startable_node_runs": ("drift", "view circle.startable_node_runs"),
+    "CREATE OR REPLACE VIEW circle.startable_node_runs AS SELECT * FROM circle.pipeline_node_runs": (
+        "drift",
+        "view circle.startable_node_runs",
+    ),
+    "DROP INDEX circle.idx_pipeline_runs_pending": (
+        "drift",
+        "index circle.idx_pipeline_runs_pending of circle.pipeline_runs",
+    ),
+    "DROP INDEX circle.idx_pipeline_node_runs_run_node; "
+    "CREATE INDEX idx_pipeline_node_runs_run_node ON circle.pipeline_node_runs (run_id, node_id)": (
+        "drift",
+        "index circle.idx_pipeline_node_runs_run_node of circle.pipeline_node_runs",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_was_changed_by_hand_is_found_and_mended(
+    broken: str, database: Database, raw: psycopg.Connection, database_url: str
+) -> None:
+    clean = catalog(database_url)
+    raw.execute(broken)
+    assert catalog(database_url) != clean
+    assert found(database) == [BROKEN[broken]]
+    assert catalog(database_url) != clean, "to look changes nothing"
+    (mended,) = doctor(database.engine, repair=True)
+    assert ((mended.code, mended.object), mended.outcome) == (BROKEN[broken], "repaired")
+    assert found(database) == []
+    if "ADD owner" in broken:
+        raw.execute("ALTER TABLE circle.pipelines DROP COLUMN owner")
+    assert catalog(database_url) == clean
+
+
+def test_everything_at_once(database: Database, raw: psycopg.Connection, database_url: str) -> None:
+    pipeline(database, runs=2)
+    clean = catalog(database_url)
+    for broken in BROKEN:
+        if "ADD owner" not in broken and "description" not in broken:
+            raw.execute(broken.replace("DROP FUNCTION", "DROP FUNCTION IF EXISTS"))
+    assert len(found(database)) >= 15
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    assert found(database) == []
+    assert catalog(database_url) == clean
+
+
+def test_all_triggers_disabled_foreign_keys_included(
+    database: Database, raw: psycopg.Connection, database_url: str
+) -> None:
+    clean = catalog(database_url)
+    raw.execute(f"ALTER TABLE {NODE_RUNS} DISABLE TRIGGER ALL")
+    codes = {code for code, _ in found(database)}
+    names = [name for _, name in found(database)]
+    assert codes == {"demoted_trigger"}
+    assert len([name for name in names if "RI_ConstraintTrigger" in name]) == 2
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    assert found(database) == []
+    assert catalog(database_url) == clean
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        raw.execute(f"INSERT INTO {NODE_RUNS} (run_id, node_id, node_type) VALUES (9, 'a', 'trigger')")
+
+
+@pytest.mark.parametrize(
+    ("broken", "item"),
+    [
+        ("DROP TABLE circle.pipeline_version_nodes", "table pipeline_version_nodes"),
+        ("ALTER TABLE circle.pipeline_runs DROP worker_id CASCADE", "column worker_id of circle.pipeline_runs"),
+        ("ALTER TABLE circle.pipelines ALTER name TYPE text", "column name of circle.pipelines"),
+        ("ALTER TABLE circle.pipeline_events ALTER id DROP IDENTITY", "column id of circle.pipeline_events"),
+        ("ALTER TABLE circle.pipeline_versions DROP CONSTRAINT pipeline_versions_pkey",
+         "constraint pipeline_versions_pkey of circle.pipeline_versions"),
+    ],
+)  # fmt: skip
+def test_what_no_repair_can_bring_back_stays_reported(
+    broken: str, item: str, database: Database, raw: psycopg.Connection
+) -> None:
+    raw.execute(broken)
+    assert ("drift", item) in found(database)
+    (left,) = [finding for finding in doctor(database.engine, repair=True) if finding.object == item]
+    assert (left.severity, left.repair, left.outcome) == ("error", (), None)
+    assert "restore" in left.advice
+
+
+@pytest.mark.parametrize(
+    ("broken", "unexamined"),
+    [
+        ("ALTER TABLE circle.pipelines ALTER name TYPE text", set()),
+        ("ALTER TABLE circle.pipelines DROP description CASCADE", set()),
+        ("DROP TABLE circle.pipeline_version_nodes", {"incomplete_version"}),
+        ("DROP TABLE circle.pipeline_events CASCADE", {"foreign_events"}),
+        ("ALTER TABLE circle.pipelines DROP success_count CASCADE", {"counters"}),
+        ("ALTER TABLE circle.pipelines DROP nodes CASCADE", {"broken_graph", "not_compiled"}),
+    ],
+)
+def test_rows_are_examined_as_far_as_the_schema_lets_them(
+    broken: str, unexamined: set[str], database: Database, raw: psycopg.Connection
+) -> None:
+    pipeline(database, runs=1)
+    with database.session() as session:
+        RunRepository(session).claim("gone", timedelta(milliseconds=1))
+    raw.execute(broken)
+    findings = doctor(database.engine)
+    assert "expired_leases" in {finding.code for finding in findings}
+    for item in [finding for finding in findings if finding.object.startswith(("table ", "column "))]:
+        _, said, codes = item.message.partition("rows were not examined for ")
+        assert (set(codes.split(", ")) if said else set()) == unexamined
+
+
+def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
+    (view,) = (item for item in reference() if item.kind == "view")
+    (text,) = raw.execute("SELECT pg_get_viewdef(%s::regclass)", (view.name,)).fetchone() or ()
+    raw.execute(f"CREATE OR REPLACE VIEW {view.name} AS {text.replace('p.run_id = n.run_id', 'p.run_id = p.run_id')}")
+    assert found(database) == [("drift", str(view))]
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    assert found(database) == []
+
+
+def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
+    raw.execute(
+        """CREATE FUNCTION public.meddle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER "Meddles" BEFORE UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
+        CREATE TRIGGER audits AFTER UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
+        ALTER TABLE circle.pipelines ADD CONSTRAINT short CHECK (length(name) < 80), ADD owner text,
+            ADD seen timestamptz NOT NULL DEFAULT now(), ADD number bigint GENERATED ALWAYS AS IDENTITY;
+        CREATE INDEX idx_mine ON circle.pipelines (owner);
+        CREATE UNIQUE INDEX idx_names ON circle.pipelines (name);
+        CREATE RULE keep AS ON DELETE TO circle.pipelines DO INSTEAD NOTHING;
+        ALTER TABLE circle.pipelines ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY mine ON circle.pipelines USING (owner = current_user);
+        CREATE FUNCTION circle.start_run(integer, integer) RETURNS int LANGUAGE sql AS 'SELECT 1';
+        CREATE FUNCTION circle.theirs(integer) RETURNS int LANGUAGE sql AS 'SELECT 1';
+        CREATE TABLE circle.agents (id int PRIMARY KEY CHECK (id > 0));
+        CREATE TRIGGER theirs BEFORE UPDATE ON circle.agents FOR EACH ROW EXECUTE FUNCTION public.meddle()"""
+    )
+    expected = [
+        ("foreign_constraint", "constraint short of circle.pipelines"),
+        ("foreign_function", "function circle.start_run(integer,integer)"),
+        ("foreign_constraint", "index circle.idx_names of circle.pipelines"),
+        ("row_security", "row security policies of circle.pipelines"),
+        ("foreign_rule", "rule keep of circle.pipelines"),
+        ("foreign_trigger", 'trigger "Meddles" of circle.pipelines'),
+    ]
+    assert found(database) == expected
+    left = doctor(database.engine, repair=True)
+    assert [(finding.severity, finding.outcome) for finding in left] == [("warning", None)] * 6
+    words = ["length(", "of ours may get it instead", "UNIQUE", ": mine", "DO INSTEAD NOTHING", "public.meddle()"]
+    assert [word in finding.message for word, finding in zip(words, left, strict=True)] == [True] * 6
+
+
+def test_after_a_dump_and_restore_nothing_differs(database: Database, raw: psycopg.Connection) -> None:
+    """A dump prints definitions as here, and a restore reads them: casts move into lists."""
+    raw.execute("SET search_path = pg_catalog")
+    for item, definition in reference().items():
+        table = f"circle.{item.table}"
+        if item.kind == "constraint" and definition.startswith("CHECK"):
+            raw.execute(f"ALTER TABLE {table} DROP CONSTRAINT {item.name}, ADD CONSTRAINT {item.name} {definition}")
+        elif item.kind == "index":
+            raw.execute(f"DROP INDEX {item.name}; {definition}")
+        elif item.kind == "trigger":
+            mode = reference()[item._replace(kind="firing")].replace("A", "ALWAYS").replace("O", "")
+            raw.execute(f"DROP TRIGGER {item.name} ON {table}; {definition}")
+            raw.execute(f"ALTER TABLE {table} ENABLE {mode} TRIGGER {item.name}")
+        elif item.kind == "view":
+            raw.execute(f"CREATE OR REPLACE VIEW {item.name} AS {definition}")
+    assert found(database) == []
+
+
+def test_canonical_forms_keep_what_matters() -> None:
+    one = "CHECK (((status)::text = ANY ((ARRAY['a'::character varying, 'b'::character varying])::text[])))"
+    restored = "CHECK (((status)::text = ANY (ARRAY[('a'::character varying)::text, ('b'::character varying)::text])))"
+    assert canonical(one) == canonical(restored)
+    assert canonical(one) != canonical(one.replace("'b'", "'c'"))
+    rows = "(((((a <> b) OR (c <> d)) OR (f(e) <> g))) AND (h))"
+    assert canonical(rows) == canonical("((((a <> b) OR (c <> d) OR (f(e) <> g))) AND (h))")
+    assert canonical("(((a <> b) OR (c <> d)) AND (h))") != canonical("((a <> b) OR (c <> d) AND (h))")
+    assert canonical("CHECK (((a OR b) AND c))") != canonical("CHECK ((a OR (b AND c)))")
+    assert same("SELECT n.id FROM t n WHERE EXISTS (SELECT FROM u r WHERE r.id = n.id)",
+                "SELECT id FROM t n WHERE EXISTS (SELECT FROM u r WHERE r.id = n.id)")  # fmt: skip
+    assert not same("SELECT n.id FROM t n JOIN u r ON true", "SELECT r.id FROM t n JOIN u r ON true")
+    assert canonical("CHECK ((a)::integer > 1)") != canonical("CHECK ((a)::bigint > 1)")
+
+
+def test_the_catalog_is_that_of_a_clean_build(database_url: str) -> None:
+    """Where this fails: ``make generated``."""
+    rows = generated.clean_catalog(database_url).splitlines()
+    committed = generated.CATALOG.read_text(encoding="utf-8").splitlines()
+    assert len(rows) == len(committed)
+    assert [row for row, line in zip(rows, committed, strict=True) if not same(row, line)] == []

@@ -1,0 +1,63 @@
+"""Migrators at the same time, and revisions that this release does not know."""
+
+import subprocess
+import sys
+
+import pytest
+from alembic import command
+
+from gathering_pipeline import migrations
+from gathering_pipeline.errors import (
+    DatabaseUnavailableError,
+    SchemaRevisionError,
+)
+from tests.support.databases import Connect
+from tests.support.revisions import ROOT, wait_until
+
+COUNT_STEPS = """
+import logging, sys
+from gathering_pipeline import migrations
+steps = []
+logging.getLogger("alembic.gathering_pipeline").addFilter(lambda record: record.msg != "step: %s" or steps.append(1))
+logging.getLogger("alembic.gathering_pipeline").setLevel(logging.DEBUG)
+migrations.upgrade(sys.argv[1])
+print(len(steps))
+"""
+
+
+def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -> None:
+    """The others wait for it, and find nothing to do."""
+    raw = connect(empty_database_url)
+    raw.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])  # until all of them are there
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COUNT_STEPS, empty_database_url], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(10)
+    ]
+    clients = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    wait_until(lambda: raw.execute(clients).fetchone() == (10,))
+    raw.execute("SELECT pg_advisory_unlock_all()")
+    steps = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
+    assert [process.returncode for process in processes] == [0] * 10
+    assert steps[:9] == [0] * 9
+    assert steps[9] > 50
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
+    assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
+    connect(database_url).execute("UPDATE circle.alembic_version SET version_num = '099_future'")
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future, this code needs .*upgrade the package"):
+        migrations.upgrade(database_url)
+    with pytest.raises(SchemaRevisionError, match="at revision 099_future"):
+        migrations.downgrade(database_url, "base")
+
+
+def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:
+    other = connect(empty_database_url)
+    other.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])
+    config = migrations.config(empty_database_url)
+    config.attributes["patience"] = 0.3
+    with pytest.raises(DatabaseUnavailableError, match="another migrator has been at work"):
+        command.upgrade(config, "head")

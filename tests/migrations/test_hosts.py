@@ -1,0 +1,126 @@
+"""Programs that migrate by a connection of their own."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+
+from gathering_pipeline import migrations
+from gathering_pipeline.database import Database
+from gathering_pipeline.doctor import doctor
+from gathering_pipeline.errors import (
+    ConfigurationError,
+)
+from tests.support.databases import Connect
+from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
+
+
+def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_url: str) -> None:
+    engine = create_engine(empty_database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        connection.execute(text("SET lock_timeout = '7s'"))
+        with pytest.raises(ConfigurationError, match="inside a transaction: commit it first"):
+            migrations.upgrade(connection)
+        connection.rollback()
+        migrations.upgrade(connection)
+        assert not connection.in_transaction()
+        migrations.check(connection)
+        assert connection.get_isolation_level() == "READ COMMITTED"
+        assert connection.scalar(text("SHOW lock_timeout")) == "0"
+        assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+
+
+def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: str) -> None:
+    engine = create_engine(empty_database_url, pool_size=1, max_overflow=0)
+
+    @event.listens_for(engine, "connect")
+    def _set(connection: psycopg.Connection, _record: object) -> None:
+        connection.execute(
+            "SET statement_timeout = '33s'; SET lock_timeout = '44s'; SET search_path = \"$user\", public, x;"
+            "SET max_parallel_workers_per_gather = 3"
+        )
+        connection.commit()
+
+    ours = "'lock_timeout', 'search_path', 'statement_timeout', 'max_parallel_workers_per_gather'"
+    show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{ours}]) name"
+    uses: list[Callable[[], object]] = [
+        lambda: migrations.upgrade(engine, "006_pipelines"), lambda: doctor(engine), lambda: doctor(engine, repair=True),
+        lambda: doctor(engine),
+    ]  # fmt: skip
+    with engine.connect() as connection:
+        before = connection.execute(text(show)).all()
+        assert [row.current_setting for row in before] == ["44s", '"$user", public, x', "33s", "3"]
+    for use in uses:
+        use()
+        with engine.connect() as connection:
+            assert connection.execute(text(show)).all() == before
+    engine.dispose()
+
+
+def test_or_an_async_one(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+
+    async def go() -> None:
+        engine = create_async_engine(empty_database_url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=0)
+        async with engine.connect() as connection:
+            await connection.run_sync(migrations.upgrade, "007_pipeline_execution")
+            others = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND NOT pid = ANY (%s)"
+            pids = [raw.info.backend_pid, await connection.scalar(text("SELECT pg_backend_pid()"))]
+            await connection.rollback()
+            wait_until(lambda: raw.execute(others, [pids]).fetchone() is None)
+            await connection.run_sync(migrations.upgrade)
+            await connection.run_sync(migrations.check)
+        await engine.dispose()
+
+    asyncio.run(go())
+
+
+def test_an_async_one_gives_way_too(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+    raw, reader = connect(empty_database_url), connect(empty_database_url)
+    raw.execute(BIG_TABLE)
+    raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
+    write_revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
+
+    async def go() -> None:
+        async with Database(empty_database_url) as database, database.async_engine.connect() as connection:
+            await connection.run_sync(migrations.upgrade)
+
+    migrator = threading.Thread(target=asyncio.run, args=(go(),))
+    with reader.transaction():
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT FROM circle.t LIMIT 1")
+        migrator.start()
+        wait_until(lambda: raw.execute(WAITS).fetchone() is not None)
+        raw.execute("SET lock_timeout = '10s'")
+        raw.execute("CREATE INDEX IF NOT EXISTS idx_old ON circle.t (filler)")
+        assert migrator.is_alive()
+    migrator.join(30)
+    index = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'circle.idx_t'::regclass"
+    assert raw.execute(index).fetchone() == (True,)
+
+
+def test_a_connection_of_another_driver() -> None:
+    with pytest.raises(ConfigurationError, match="driver is pysqlite: migrations need psycopg"):
+        migrations.upgrade(create_engine("sqlite://", poolclass=NullPool))
+
+
+def test_a_host_keeps_its_own_logging(empty_database_url: str) -> None:
+    before = list(logging.root.handlers), logging.root.level
+    migrations.upgrade(empty_database_url, "006_pipelines")
+    assert (list(logging.root.handlers), logging.root.level) == before
+
+
+def test_a_table_of_a_hosts_own_is_no_migrated_schema(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipeline_events (id int)")
+    with Database(empty_database_url) as database, database.engine.connect() as connection:
+        assert migrations.lost(connection) is None
+        raw.execute("CREATE TABLE circle.pipelines (id int)")
+        assert migrations.lost(connection) is None

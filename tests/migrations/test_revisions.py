@@ -1,0 +1,78 @@
+"""Each revision up, down and up again."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import subprocess
+import sys
+
+from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
+
+from gathering_pipeline import migrations
+from tests.support.databases import Connect
+from tests.support.schema import ROOT, catalog, revisions
+
+
+def test_upgrade_and_check_as_commands(empty_database_url: str) -> None:
+    def alembic(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", *arguments],
+            cwd=ROOT,
+            env={"GATHERING_DATABASE_URL": empty_database_url, "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    alembic("upgrade", "head")
+    assert "No new upgrade operations detected" in alembic("check")
+
+
+def test_revisions_are_the_ones_expected() -> None:
+    assert revisions()[:4] == ["006_pipelines", "007_pipeline_execution", "008_integrity", "009b_lifecycle"]
+
+
+def test_every_revision_can_be_taken_back_and_made_again(
+    empty_database_url: str, catalogs: dict[str, list[str]]
+) -> None:
+    below = "base"
+    for revision in revisions():
+        migrations.upgrade(empty_database_url, revision)
+        assert catalog(empty_database_url) == catalogs[revision]
+        migrations.downgrade(empty_database_url, below)
+        assert catalog(empty_database_url) == catalogs[below], f"after the downgrade of {revision}"
+        migrations.upgrade(empty_database_url, revision)
+        assert catalog(empty_database_url) == catalogs[revision], f"after {revision} came back"
+        below = revision
+
+
+def test_all_of_it_can_be_taken_back_and_made_again(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
+    head = revisions()[-1]
+    migrations.upgrade(empty_database_url)
+    migrations.downgrade(empty_database_url, "base")
+    assert catalog(empty_database_url) == catalogs["base"]
+    for revision in reversed(["base", *revisions()[:-1]]):
+        migrations.upgrade(empty_database_url)
+        assert catalog(empty_database_url) == catalogs[head]
+        migrations.downgrade(empty_database_url, revision)
+        assert catalog(empty_database_url) == catalogs[revision], f"after the downgrade from head to {revision}"
+        migrations.downgrade(empty_database_url, "base")
+
+
+def test_rows_survive_a_downgrade_to_007(database_url: str, connect: Connect) -> None:
+    raw = connect(database_url)
+    raw.execute(
+        """INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id":"a","type":"trigger","name":"A"}]');
+        SELECT circle.create_run(1, '{}', NULL); SELECT circle.start_run(1, NULL)"""
+    )
+    query = "SELECT (SELECT count(*) FROM circle.pipelines), r.status, n.status, n.node_id, n.node_type "
+    query += "FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id"
+    before = raw.execute(query).fetchall()
+    migrations.downgrade(database_url, "007_pipeline_execution")
+    assert raw.execute(query).fetchall() == before == [(1, "running", "pending", "a", "trigger")]
+    migrations.upgrade(database_url)
+    assert raw.execute(query).fetchall() == before
+    # no version: the run is older than what the upgrade compiled
+    assert raw.execute("SELECT pipeline_version FROM circle.pipeline_runs").fetchall() == [(None,)]

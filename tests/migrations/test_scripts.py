@@ -1,0 +1,91 @@
+"""``upgrade --sql`` and ``downgrade --sql``: scripts for a DBA."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
+
+from gathering_pipeline import migrations
+from tests.support.databases import Connect
+from tests.support.schema import ROOT, catalog, revisions, run_psql, script
+
+
+def test_the_script_for_a_dba_makes_the_same_catalog(
+    empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
+) -> None:
+    head = revisions()[-1]
+    run_psql(empty_database_url, script("head"))
+    assert catalog(empty_database_url) == catalogs[head]
+    raw = connect(empty_database_url)
+    before = raw.execute("SELECT oid, xmin FROM pg_proc ORDER BY oid").fetchall()
+    run_psql(empty_database_url, script("head"))  # there is nothing left to do, and it leaves all as it is
+    assert raw.execute("SELECT oid, xmin FROM pg_proc ORDER BY oid").fetchall() == before
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(head,)]
+    run_psql(empty_database_url, script(f"{head}:base", down=True))
+    assert catalog(empty_database_url) == catalogs["base"]
+    run_psql(empty_database_url, script("head"))
+    assert catalog(empty_database_url) == catalogs[head]
+
+
+def test_scripts_of_single_revisions_make_the_same_catalogs(
+    empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
+) -> None:
+    below = "base"
+    for revision in revisions():
+        up = script(revision if below == "base" else f"{below}:{revision}")
+        run_psql(empty_database_url, up)
+        assert catalog(empty_database_url) == catalogs[revision]
+        run_psql(empty_database_url, script(f"{revision}:{below}", down=True))
+        assert catalog(empty_database_url) == catalogs[below], f"after the downgrade of {revision}"
+        run_psql(empty_database_url, up)
+        assert catalog(empty_database_url) == catalogs[revision]
+        below = revision
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_squawk_finds_nothing(tmp_path: Path, sound: bool) -> None:
+    """Nothing that .squawk.toml doesn't answer; and it does find something in a script that has it."""
+    path = tmp_path / "upgrade.sql"
+    path.write_text(script("head") + ("" if sound else "CREATE INDEX idx ON circle.pipelines (name);\n"))
+    program = shutil.which("squawk", path=str(Path(sys.executable).parent))
+    assert program is not None
+    done = subprocess.run([program, "--reporter", "gcc", path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if sound else 1), done.stdout
+    assert ("require-concurrent-index-creation" in done.stdout) is not sound
+
+
+def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
+    head = revisions()[-1]
+    for sql, end in ((script("head"), head), (script(f"{head}:base", down=True), "base")):
+        for part in (0.3, 0.6, 0.9):
+            end_of_a_step = sql.index("\nCOMMIT;\n", int(len(sql) * part))
+            run_psql(empty_database_url, sql[:end_of_a_step] + "\nROLLBACK;\n\\endif\n")
+        run_psql(empty_database_url, sql)
+        assert catalog(empty_database_url) == catalogs[end]
+
+
+def test_a_script_that_gets_no_lock_ends_and_goes_on_when_run_again(
+    empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
+) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    reader = connect(empty_database_url)
+    with reader.transaction():
+        reader.execute("SELECT FROM circle.pipeline_runs")
+        with pytest.raises(AssertionError, match="canceling statement due to lock timeout"):
+            run_psql(empty_database_url, script("head"))
+    run_psql(empty_database_url, script("head"))
+    assert catalog(empty_database_url) == catalogs[revisions()[-1]]
+
+
+def test_a_script_ends_at_its_first_error(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY, name text)")
+    with pytest.raises(AssertionError, match="differ from the expected ones; nothing was changed"):
+        run_psql(empty_database_url, script("head"))
+    assert raw.execute("SELECT to_regclass('circle.pipeline_runs')").fetchone() == (None,)

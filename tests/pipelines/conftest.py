@@ -1,0 +1,33 @@
+"""A database that a module shares, emptied before each test."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    Database,
+    PipelineRepository,
+)
+from tests.support import databases
+
+
+@pytest.fixture
+def database_url(module_database_url: str) -> str:
+    databases.empty(module_database_url)
+    return module_database_url
+
+
+@pytest.fixture
+def pipelines(session: Session) -> PipelineRepository:
+    return PipelineRepository(session)
+
+
+@pytest.fixture
+def each(database: Database) -> Iterator[Session]:
+    """A session in which every call is a transaction of its own."""
+    with database.session(autocommit=True) as session:
+        yield session

@@ -1,0 +1,87 @@
+"""``activate`` and ``pause``."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import json
+import threading
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    Database,
+    InvalidPipelineError,
+    PipelineInactiveError,
+    PipelineRepository,
+    PipelineStatus,
+    RunRepository,
+)
+from tests.support.graphs import TRIGGER, UNFINISHED
+from tests.support.pipelines import new
+
+
+def test_activate_and_pause(each: Session) -> None:
+    pipelines, runs = PipelineRepository(each), RunRepository(each)
+    made = pipelines.create(new())
+    with pytest.raises(PipelineInactiveError) as refused:
+        runs.create(made.id)
+    assert (refused.value.pipeline_id, refused.value.status) == (made.id, "draft")
+    assert pipelines.activate(made.id).status == pipelines.activate(made.id).status == PipelineStatus.ACTIVE
+    run = runs.create(made.id)
+    paused = pipelines.pause(made.id)
+    assert (paused.status, paused.version, paused.run_count) == ("paused", 1, 1)
+    with pytest.raises(PipelineInactiveError, match="paused"):
+        runs.create(made.id)
+    assert runs.start(run.id).status == "running"  # those under way go on
+    assert pipelines.pause(made.id).status == "paused"
+
+
+def test_a_refused_activation_writes_nothing(each: Session, raw: psycopg.Connection) -> None:
+    """One that was active before there were checks: the database checks what becomes active."""
+    raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
+    insert = "INSERT INTO circle.pipelines (name, status, nodes) VALUES ('old', 'active', %s) RETURNING id"
+    ((pipeline_id,),) = raw.execute(insert, [json.dumps([TRIGGER, UNFINISHED])]).fetchall()
+    raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept")
+    before = PipelineRepository(each).get(pipeline_id)
+    with pytest.raises(InvalidPipelineError, match="agent_id"):
+        PipelineRepository(each).activate(pipeline_id)
+    assert PipelineRepository(each).get(pipeline_id) == before
+
+
+def test_a_draft_whose_activation_is_refused_is_kept(database: Database, raw: psycopg.Connection) -> None:
+    with database.session() as session:
+        made = PipelineRepository(session).create(new(nodes=[], edges=[]), allow_incomplete=True)
+        with pytest.raises(InvalidPipelineError):
+            PipelineRepository(session).activate(made.id)
+    assert raw.execute("SELECT status FROM circle.pipelines").fetchall() == [("draft",)]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_edit_between_is_checked_too(database: Database, raw: psycopg.Connection, broken: bool) -> None:
+    """The editor holds the row: ``activate`` has read the old graph, and waits for the row to write."""
+    with database.session() as session:
+        made = PipelineRepository(session).create(new())
+    answers: list[object] = []
+
+    def activate() -> None:
+        with database.session(autocommit=True) as session:
+            try:
+                answers.append(PipelineRepository(session).activate(made.id).version)
+            except InvalidPipelineError as error:
+                answers.append(str(error))
+
+    thread = threading.Thread(target=activate)
+    nodes = [TRIGGER, UNFINISHED] if broken else [TRIGGER]
+    with raw.transaction():
+        raw.execute("UPDATE circle.pipelines SET nodes = %s, edges = '[]'", [json.dumps(nodes)])
+        thread.start()
+        waiting = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        while not raw.execute(waiting).fetchone():
+            raw.execute("SELECT pg_stat_clear_snapshot()")
+    thread.join(30)
+    assert len(answers) == 1
+    assert ("agent_id" in str(answers[0])) if broken else (answers == [2])
+    expected = "draft" if broken else "active"
+    assert raw.execute("SELECT status, version FROM circle.pipelines").fetchall() == [(expected, 2)]

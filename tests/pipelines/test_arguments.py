@@ -1,0 +1,46 @@
+"""Arguments of ``PipelineRepository`` that are refused."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from typing import Any
+
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    InvalidDataError,
+    PipelineNotFoundError,
+    PipelineRepository,
+    PipelineUpdate,
+    StaleVersionError,
+)
+from tests.support.pipelines import new
+
+
+def test_numbers_that_no_column_holds_are_not_there(each: Session) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    for missing in (2**31, 2**63, -(2**63) - 1, 10**30):
+        for call in (pipelines.get, pipelines.activate, pipelines.pause, pipelines.delete):
+            with pytest.raises(PipelineNotFoundError, match=f"pipeline {missing} does not exist"):
+                call(missing)
+        with pytest.raises(PipelineNotFoundError):
+            pipelines.update(missing, PipelineUpdate(name="q"), expected_version=missing)
+        with pytest.raises(StaleVersionError, match=f"is at version 1, not {missing}:"):
+            pipelines.update(made.id, PipelineUpdate(name="q"), expected_version=missing)
+    assert pipelines.get(made.id) == made
+
+
+@pytest.mark.parametrize("bad", ["1", True, 1.0, [1], 10**5000], ids=lambda bad: type(bad).__name__)
+def test_an_id_that_is_no_number(each: Session, bad: Any) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    for call in (pipelines.get, pipelines.activate, pipelines.pause, pipelines.delete):
+        with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+            call(bad)
+    with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
+        pipelines.update(bad, PipelineUpdate(name="q"))
+    with pytest.raises(InvalidDataError, match="^expected_version must be a whole number"):
+        pipelines.update(made.id, PipelineUpdate(name="q"), bad)
+    assert pipelines.get(made.id) == made

@@ -1,0 +1,93 @@
+"""``PipelineRepository.update``."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    InvalidPipelineError,
+    PipelineNotFoundError,
+    PipelineRepository,
+    PipelineStatus,
+    PipelineUpdate,
+)
+from tests.support.graphs import AGENT, CYCLE, TRIGGER, UNFINISHED
+from tests.support.pipelines import new
+
+
+def test_update_writes_the_given_fields_only(each: Session, raw: psycopg.Connection) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new(description="d", timeout_seconds=60))
+    changed = pipelines.update(made.id, PipelineUpdate(name="q", timeout_seconds=None))
+    assert changed.updated_at is not None
+    assert made.updated_at is not None
+    assert changed.updated_at > made.updated_at
+    assert changed == pipelines.get(made.id)
+    kept = {"name", "timeout_seconds", "updated_at"}
+    assert changed.model_dump(exclude=kept) == made.model_dump(exclude=kept)
+    assert (changed.name, changed.timeout_seconds, changed.version) == ("q", None, 1)
+    # beside another writer's field
+    raw.execute("UPDATE circle.pipelines SET run_count = 5")
+    assert pipelines.update(made.id, PipelineUpdate(description=None)).run_count == 5
+    assert pipelines.update(made.id, PipelineUpdate()).name == "q"
+
+
+def test_update_refuses_a_bad_graph_whichever_half_is_given(each: Session) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    for changes, sentence in (
+        (PipelineUpdate(edges=CYCLE), "cycle"),
+        (PipelineUpdate(nodes=[TRIGGER]), "references unknown target node"),
+        (PipelineUpdate(nodes=[TRIGGER, TRIGGER], edges=[]), "Duplicate node id"),
+        (PipelineUpdate(nodes=[]), "at least one node"),
+        (PipelineUpdate(nodes=[TRIGGER, UNFINISHED]), "missing its task"),
+        (PipelineUpdate(nodes=[], edges=[]), "at least one node"),
+    ):
+        with pytest.raises(InvalidPipelineError, match=sentence):
+            pipelines.update(made.id, changes)
+    assert pipelines.get(made.id) == made
+
+
+def test_update_of_a_draft(each: Session) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new(nodes=[], edges=[]), allow_incomplete=True)
+    with pytest.raises(InvalidPipelineError):
+        pipelines.update(made.id, PipelineUpdate(nodes=[UNFINISHED]))
+    changed = pipelines.update(made.id, PipelineUpdate(nodes=[UNFINISHED]), allow_incomplete=True)
+    assert changed.version == 2
+    with pytest.raises(InvalidPipelineError):
+        pipelines.update(made.id, PipelineUpdate(status="active"), allow_incomplete=True)
+    with pytest.raises(InvalidPipelineError):
+        pipelines.update(made.id, PipelineUpdate(nodes=[UNFINISHED], edges=[], status="active"), allow_incomplete=True)
+    assert pipelines.update(made.id, PipelineUpdate(nodes=[AGENT], status="active")).status == "active"
+
+
+def test_an_active_pipeline_does_not_become_incomplete(each: Session) -> None:
+    """3.2: making an incomplete pipeline active is refused; so is making an active one incomplete."""
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new(status="active"))
+    for changes in (PipelineUpdate(nodes=[], edges=[]), PipelineUpdate(nodes=[TRIGGER, UNFINISHED])):
+        with pytest.raises(InvalidPipelineError):
+            pipelines.update(made.id, changes, allow_incomplete=True)
+    assert pipelines.get(made.id) == made
+    both = PipelineUpdate(nodes=[], edges=[], status="paused")
+    assert pipelines.update(made.id, both, allow_incomplete=True).status == "paused"
+
+
+def test_update_of_what_is_not_there(pipelines: PipelineRepository) -> None:
+    for call in (
+        lambda: pipelines.update(1, PipelineUpdate(name="x")),
+        lambda: pipelines.update(1, PipelineUpdate(name="x"), expected_version=3),
+        lambda: pipelines.update(1, PipelineUpdate(status=PipelineStatus.ACTIVE)),
+        lambda: pipelines.update(1, PipelineUpdate()),
+        lambda: pipelines.activate(1),
+        lambda: pipelines.pause(1),
+        lambda: pipelines.delete(1),
+        lambda: pipelines.delete(1, force=True),
+    ):
+        with pytest.raises(PipelineNotFoundError):
+            call()
+        pipelines._session.rollback()

@@ -1,0 +1,111 @@
+"""Versions of a graph, and runs that keep theirs."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import threading
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    Database,
+    PipelineRepository,
+    PipelineUpdate,
+    RunRepository,
+    RunStatus,
+    StaleVersionError,
+)
+from tests.support.graphs import DELAY, EDGES, NODES, TRIGGER
+from tests.support.pipelines import new
+
+
+def test_a_new_graph_is_a_new_version_and_the_same_graph_is_none(each: Session, raw: psycopg.Connection) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    assert pipelines.update(made.id, PipelineUpdate(nodes=NODES, edges=EDGES, name="q")).version == 1
+    assert pipelines.update(made.id, PipelineUpdate(nodes=[*NODES, DELAY])).version == 2
+    assert pipelines.update(made.id, PipelineUpdate(edges=[])).version == 3
+    rows = raw.execute(
+        "SELECT version, nodes, edges, node_count FROM circle.pipeline_versions ORDER BY version"
+    ).fetchall()
+    assert rows == [(1, NODES, EDGES, 2), (2, [*NODES, DELAY], EDGES, 3), (3, [*NODES, DELAY], [], 3)]
+
+
+def test_versions_are_never_changed(each: Session, raw: psycopg.Connection) -> None:
+    PipelineRepository(each).create(new())
+    for table in ("pipeline_versions", "pipeline_version_nodes"):
+        for role in ("origin", "replica"):
+            raw.execute(f"SET session_replication_role = {role}")
+            with pytest.raises(psycopg.errors.IntegrityConstraintViolation):
+                raw.execute(f"UPDATE circle.{table} SET version = 9")
+    raw.execute("RESET session_replication_role")
+    # nor is the number set by hand
+    raw.execute("UPDATE circle.pipelines SET version = 9")
+    assert raw.execute("SELECT version FROM circle.pipelines").fetchone() == (1,)
+
+
+def test_expected_version_guards_the_graph(each: Session) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    changed = pipelines.update(made.id, PipelineUpdate(nodes=[TRIGGER], edges=[]), expected_version=1)
+    assert changed.version == 2
+    for changes in (
+        PipelineUpdate(nodes=NODES, edges=EDGES),
+        PipelineUpdate(name="q"),
+        PipelineUpdate(status="active"),
+    ):
+        with pytest.raises(StaleVersionError) as refused:
+            pipelines.update(made.id, changes, expected_version=1)
+        assert (refused.value.pipeline_id, refused.value.expected, refused.value.current) == (made.id, 1, 2)
+    assert pipelines.get(made.id) == changed
+    # the name is no part of the graph
+    pipelines.update(made.id, PipelineUpdate(name="q"))
+    assert pipelines.update(made.id, PipelineUpdate(name="r"), expected_version=2).name == "r"
+
+
+def test_of_two_editors_with_one_version_one_wins(database: Database) -> None:
+    with database.session() as session:
+        made = PipelineRepository(session).create(new())
+    barrier, answers = threading.Barrier(4), []
+
+    def edit(index: int) -> None:
+        with database.session() as session:
+            barrier.wait()
+            changes = PipelineUpdate(nodes=[{**TRIGGER, "name": f"editor {index}"}], edges=[])
+            try:
+                PipelineRepository(session).update(made.id, changes, expected_version=1)
+            except StaleVersionError as error:
+                answers.append(error.current)
+                session.rollback()
+            else:
+                answers.append(0)
+
+    threads = [threading.Thread(target=edit, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(answers) == [0, 2, 2, 2]
+
+
+def test_runs_under_way_keep_the_graph_that_they_began_with(each: Session) -> None:
+    pipelines, runs = PipelineRepository(each), RunRepository(each)
+    made = pipelines.create(new(status="active"))
+    old = runs.create(made.id)
+    pipelines.update(made.id, PipelineUpdate(nodes=[DELAY, TRIGGER], edges=[{"id": "x", "from": "t", "to": "d"}]))
+    fresh = runs.create(made.id)
+    assert (old.pipeline_version, fresh.pipeline_version) == (1, 2)
+    assert [node.node_id for node in runs.nodes(old.id)] == ["t", "a"]
+    assert [node.node_id for node in runs.nodes(fresh.id)] == ["t", "d"]
+    assert [node.id for node in runs.definition(old.id).nodes] == ["t", "a"]
+    assert [node.id for node in runs.definition(fresh.id).nodes] == ["d", "t"]
+    steps = []
+    started = runs.advance(old.id)
+    while started:
+        steps.append([node.node_id for node in started])
+        started = runs.advance(old.id, [{"node_id": node.node_id, "status": "completed"} for node in started])
+    assert steps == [["t"], ["a"]]
+    assert runs.get(old.id).status == RunStatus.COMPLETED
+    assert pipelines.get(made.id).success_count == 1

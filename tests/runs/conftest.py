@@ -1,0 +1,35 @@
+"""A database that a module shares, emptied before each test; each call is a transaction of its own."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    RunRepository,
+)
+from gathering_pipeline.database import Database
+from tests.support import databases
+
+
+@pytest.fixture
+def database_url(module_database_url: str) -> str:
+    databases.empty(module_database_url)
+    return module_database_url
+
+
+@pytest.fixture
+def session(database: Database) -> Iterator[Session]:
+    """Every call is its own transaction, as an executor has it."""
+    with database.session(autocommit=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def runs(session: Session) -> RunRepository:
+    return RunRepository(session)

@@ -1,0 +1,88 @@
+"""``RunRepository.advance``."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    NodeRunRead,
+    RunRepository,
+    RunStatus,
+)
+from gathering_pipeline.database import Database
+from gathering_pipeline.errors import (
+    IllegalTransitionError,
+)
+from tests.support.databases import contents
+from tests.support.runs import counters, done, statuses, store
+
+
+def test_advance_from_beginning_to_end(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
+) -> None:
+    pipeline = store(session)
+    run_id = runs.create(pipeline).id
+    (a,) = runs.advance(run_id)
+    assert (a.node_id, a.status, runs.get(run_id).status) == ("a", "running", "running")
+    assert runs.advance(run_id) == []  # a runs: there is nothing to do
+    b, c = runs.advance(run_id, [done("a", output={"x": 1}, duration_ms=7, retry_count=2)])
+    assert (b.node_id, c.node_id) == ("b", "c")
+    assert runs.get(run_id).current_node == "c"
+    node = runs.nodes(run_id)[0]
+    assert (node.status, node.output_data, node.duration_ms, node.retry_count) == ("completed", {"x": 1}, 7, 2)
+    assert runs.advance(run_id, [{"node_id": "c", "status": "completed"}]) == []
+    with refuses(IllegalTransitionError):
+        runs.advance(run_id, [done("b"), done("c")])
+    (d,) = runs.advance(run_id, [done("b")])
+    assert d.node_id == "d"
+    assert d.predecessors == [1, 2]
+    assert runs.advance(run_id, [done("d")]) == []
+    run = runs.get(run_id)
+    assert (run.status, counters(raw, pipeline)) == ("completed", (1, 1, 0))
+
+
+def test_advance_ends_a_run_that_failed(runs: RunRepository, session: Session) -> None:
+    run_id = runs.create(store(session)).id
+    runs.advance(run_id)
+    runs.advance(run_id, [done("a")])
+    assert runs.advance(run_id, [done("b", "failed", error="no luck")]) == []
+    assert runs.get(run_id).status == RunStatus.RUNNING  # c still runs
+    assert runs.advance(run_id, [done("c")]) == []
+    run = runs.get(run_id)
+    assert (run.status, run.error_message, statuses(runs, run_id)["d"]) == ("failed", "no luck", "cancelled")
+
+
+def test_advance_starts_due_retries_and_no_others(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    run_id = runs.create(store(session, "a b", retry_backoff_base=60)).id
+    runs.advance(run_id)
+    runs.fail_node(run_id, "a", "x")
+    runs.fail_node(run_id, "b", "x")
+    assert runs.advance(run_id) == []
+    raw.execute("UPDATE circle.pipeline_node_runs SET available_at = clock_timestamp() WHERE node_id = 'b'")
+    (node,) = runs.advance(run_id)
+    assert (node.node_id, node.retry_count) == ("b", 1)
+    assert runs.advance(run_id, [done("b")]) == []
+    assert runs.get(run_id).status == RunStatus.RUNNING
+
+
+def test_what_a_caller_rolls_back_never_was(database: Database, raw: psycopg.Connection) -> None:
+    with database.session(autocommit=True) as session:
+        run_id = RunRepository(session).create(store(session)).id
+    before = contents(raw)
+    with database.session() as session:
+        runs = RunRepository(session)
+        assert [node.node_id for node in runs.advance(run_id)] == ["a"]
+        nodes: list[NodeRunRead] = runs.advance(run_id, [done("a")])
+        assert len(nodes) == 2
+        assert contents(raw) == before  # and nobody else sees it yet
+        session.rollback()
+    assert contents(raw) == before

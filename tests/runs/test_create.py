@@ -1,0 +1,155 @@
+"""``RunRepository.create``."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    PipelineRepository,
+    PipelineStatus,
+    PipelineUpdate,
+    RunRepository,
+    RunStatus,
+)
+from gathering_pipeline.errors import (
+    InvalidPipelineError,
+    PipelineInactiveError,
+    PipelineNotFoundError,
+    RunNotFoundError,
+)
+from tests.support.databases import unguarded
+from tests.support.graphs import graph
+from tests.support.runs import clock, counters, statuses, store
+
+
+def test_a_new_run_is_pending_with_all_the_nodes_of_its_version(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "x a>b a>c b>d c>d")
+    since = clock(raw)
+    data = {"n": 1, "text": "ü€😀", "list": [1.5, None, {"x": False}]}
+    run = runs.create(pipeline, data)
+    assert (run.status, run.pipeline_id, run.pipeline_version, run.trigger_data) == ("pending", pipeline, 1, data)
+    assert (run.logs, run.claim_token, run.lease_expires_at, run.started_at, run.completed_at) == (
+        [],
+        0,
+        None,
+        None,
+        None,
+    )
+    assert run == runs.get(run.id)
+    nodes = runs.nodes(run.id)
+    assert [(n.node_id, n.position, n.predecessors, n.successors) for n in nodes] == [
+        ("x", 0, [], []),
+        ("a", 1, [], [2, 3]),
+        ("b", 2, [1], [4]),
+        ("c", 3, [1], [4]),
+        ("d", 4, [2, 3], []),
+    ]
+    assert {(n.status, n.node_type, n.retry_count, n.run_id) for n in nodes} == {("pending", "action", 0, run.id)}
+    stored = PipelineRepository(session).get(pipeline)
+    assert (stored.run_count, stored.success_count, stored.error_count) == (1, 0, 0)
+    assert stored.last_run is not None
+    assert since <= stored.last_run <= clock(raw)
+    assert runs.create(pipeline).trigger_data == {}
+
+
+def test_a_run_of_a_pipeline_that_is_not_there(runs: RunRepository, refuses: Callable[..., Any]) -> None:
+    for missing in (1, 0, -1, 2**31, 2**40, 2**63 - 1):
+        with refuses(PipelineNotFoundError) as caught:
+            runs.create(missing)
+        assert caught.value.pipeline_id == missing
+
+
+@pytest.mark.parametrize("status", [PipelineStatus.PAUSED, PipelineStatus.DRAFT])
+def test_a_run_of_a_pipeline_that_is_not_active(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any], status: PipelineStatus
+) -> None:
+    pipeline = store(session, status=status)
+    with refuses(PipelineInactiveError) as caught:
+        runs.create(pipeline)
+    assert (caught.value.pipeline_id, caught.value.status) == (pipeline, status)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges", "code"),
+    [
+        (graph("a b")[0], graph("a>b b>a")[1], "cycle"),
+        (graph("a")[0], graph("a>b")[1], "unknown_target"),
+        (graph("a")[0] * 2, [], "duplicate_node"),
+        (*graph("a>b"), "no_version"),  # sound, but never compiled
+        ([{"id": "a", "type": "robot", "name": "A"}], [], "invalid_node"),
+        ({}, [], "invalid_shape"),
+    ],
+)
+def test_a_run_of_a_broken_graph(
+    runs: RunRepository,
+    raw: psycopg.Connection,
+    refuses: Callable[..., Any],
+    nodes: object,
+    edges: object,
+    code: str,
+) -> None:
+    with unguarded(raw, "pipelines"):
+        row = raw.execute(
+            "INSERT INTO circle.pipelines (name, status, nodes, edges) VALUES ('old', 'active', %s, %s) RETURNING id",
+            [json.dumps(nodes), json.dumps(edges)],
+        ).fetchone()
+    assert row is not None
+    with refuses(InvalidPipelineError) as caught:
+        runs.create(row[0])
+    assert [(issue.severity, issue.code) for issue in caught.value.issues] == [("error", code)]
+
+
+def test_a_run_of_an_empty_graph(runs: RunRepository, raw: psycopg.Connection, refuses: Callable[..., Any]) -> None:
+    row = raw.execute("INSERT INTO circle.pipelines (name, status) VALUES ('empty', 'draft') RETURNING id").fetchone()
+    with unguarded(raw, "pipelines"):
+        raw.execute("UPDATE circle.pipelines SET status = 'active'")
+    assert row is not None
+    with refuses(InvalidPipelineError) as caught:
+        runs.create(row[0])
+    assert [issue.code for issue in caught.value.issues] == ["no_nodes"]
+
+
+def test_the_same_key_again_returns_the_first_run(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    pipeline, other = store(session), store(session)
+    first = runs.create(pipeline, {"n": 1}, idempotency_key="k")
+    assert runs.create(pipeline, {"n": 2}, idempotency_key="k") == first
+    runs.start(first.id)
+    assert runs.create(pipeline, idempotency_key="k").status == RunStatus.RUNNING
+    PipelineRepository(session).pause(pipeline)
+    assert runs.create(pipeline, idempotency_key="k").id == first.id
+    with pytest.raises(PipelineInactiveError):
+        runs.create(pipeline, idempotency_key="another")
+    assert runs.create(other, idempotency_key="k").id != first.id
+    assert counters(raw, pipeline) == (1, 0, 0)
+    assert len(runs.nodes(first.id)) == 4
+    longest = "k" * 255
+    assert runs.create(other, idempotency_key=longest).idempotency_key == longest
+
+
+def test_a_run_keeps_the_graph_that_it_began_with(runs: RunRepository, session: Session) -> None:
+    pipeline = store(session, "a>b")
+    old = runs.create(pipeline)
+    nodes, edges = graph("a>b b>c")
+    edited = PipelineRepository(session).update(pipeline, PipelineUpdate(nodes=nodes, edges=edges))
+    new = runs.create(pipeline)
+    assert (edited.version, old.pipeline_version, new.pipeline_version) == (2, 1, 2)
+    assert list(statuses(runs, old.id)) == ["a", "b"]
+    assert list(statuses(runs, new.id)) == ["a", "b", "c"]
+    assert list(runs.definition(old.id).node_map) == ["a", "b"]
+    definition = runs.definition(new.id)
+    assert [(edge.from_node, edge.to_node) for edge in definition.edges] == [("a", "b"), ("b", "c")]
+    with pytest.raises(RunNotFoundError):
+        runs.definition(10**6)

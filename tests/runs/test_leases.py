@@ -1,0 +1,153 @@
+"""``claim``, ``heartbeat``, ``release``, and the token that fences a stale worker."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    RunRepository,
+    RunStatus,
+)
+from gathering_pipeline.errors import (
+    IllegalTransitionError,
+    LeaseLostError,
+)
+from tests.support.runs import LEASE, claimed, clock, done, lose_lease, raised, started, statuses, store
+
+
+def test_claims_take_the_oldest_pending_runs(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a")
+    ids = [runs.create(pipeline).id for _ in range(6)]
+    runs.start(ids[0])
+    runs.cancel(ids[2])
+    since = clock(raw)
+    first = runs.claim("one", LEASE)
+    assert [run.id for run in first] == [ids[1]]
+    (run,) = first
+    assert (run.status, run.worker_id, run.claim_token, run.claim_count) == ("running", "one", 1, 1)
+    assert run.lease_expires_at is not None
+    assert since + LEASE <= run.lease_expires_at <= clock(raw) + LEASE
+    assert run.started_at is not None
+    assert [run.id for run in runs.claim("two", LEASE, limit=2)] == ids[3:5]
+    assert [run.id for run in runs.claim("two", LEASE, limit=100)] == ids[5:]
+    assert runs.claim("two", LEASE, limit=100) == []
+
+
+def test_heartbeats_extend_the_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    run = claimed(runs, session)
+    since = clock(raw)
+    ends = runs.heartbeat(run.id, timedelta(hours=1), token=run.claim_token)
+    assert since + timedelta(hours=1) <= ends <= clock(raw) + timedelta(hours=1)
+    assert runs.get(run.id).lease_expires_at == ends
+    lose_lease(raw, run.id)  # the token decides, not the clock
+    runs.heartbeat(run.id, LEASE, token=run.claim_token)
+    assert runs.recover() == []
+
+
+def test_a_heartbeat_says_why_the_lease_is_lost(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any]
+) -> None:
+    run = claimed(runs, session, "a")
+    for token in (0, run.claim_token + 1, -1, 2**40):
+        with refuses(LeaseLostError) as caught:
+            runs.heartbeat(run.id, LEASE, token=token)
+        assert (caught.value.run_id, caught.value.status) == (run.id, "running")
+    runs.cancel(run.id)
+    for call in (
+        lambda: runs.heartbeat(run.id, LEASE, token=run.claim_token),
+        lambda: runs.release(run.id, token=run.claim_token),
+    ):
+        with refuses(LeaseLostError) as caught:
+            call()
+        assert (caught.value.run_id, caught.value.status) == (run.id, "cancelled")
+    unclaimed = started(runs, session, "a")
+    with refuses(LeaseLostError) as caught:
+        runs.heartbeat(unclaimed, LEASE, token=0)
+    assert caught.value.status == "running"
+
+
+def test_a_released_run_is_as_good_as_new(runs: RunRepository, session: Session) -> None:
+    run = claimed(runs, session)
+    runs.advance(run.id, token=run.claim_token)
+    runs.advance(run.id, [done("a")], token=run.claim_token)
+    given = runs.release(run.id, token=run.claim_token)
+    assert (given.status, given.worker_id, given.lease_expires_at, given.claim_count) == ("pending", None, None, 0)
+    assert given.claim_token > run.claim_token
+    assert given.started_at == run.started_at
+    assert statuses(runs, run.id) == {"a": "completed", "b": "pending", "c": "pending", "d": "pending"}
+    assert [node.retry_count for node in runs.nodes(run.id)] == [0] * 4
+    (again,) = runs.claim("another", LEASE)
+    assert (again.id, again.started_at) == (run.id, run.started_at)
+    assert again.claim_token > given.claim_token
+    assert [node.node_id for node in runs.advance(run.id, token=again.claim_token)] == ["b", "c"]
+
+
+WRITES: dict[str, Callable[[RunRepository, int, Any], object]] = {
+    "start": lambda runs, run_id, token: runs.start(run_id, token=token),
+    "complete": lambda runs, run_id, token: runs.complete(run_id, token=token),
+    "finish": lambda runs, run_id, token: runs.finish(run_id, token=token),
+    "fail": lambda runs, run_id, token: runs.fail(run_id, "late", token=token),
+    "append_log": lambda runs, run_id, token: runs.append_log(run_id, "late", token=token),
+    "start_node": lambda runs, run_id, token: runs.start_node(run_id, "b", token=token),
+    "complete_node": lambda runs, run_id, token: runs.complete_node(run_id, "a", token=token),
+    "skip_node": lambda runs, run_id, token: runs.skip_node(run_id, "b", token=token),
+    "fail_node": lambda runs, run_id, token: runs.fail_node(run_id, "a", "late", token=token),
+    "advance": lambda runs, run_id, token: runs.advance(run_id, [done("a")], token=token),
+    "advance alone": lambda runs, run_id, token: runs.advance(run_id, token=token),
+    "record": lambda runs, run_id, token: runs.record(run_id, [done("a")], token=token),
+    "record nothing": lambda runs, run_id, token: runs.record(run_id, [], token=token),
+    "heartbeat": lambda runs, run_id, token: runs.heartbeat(run_id, LEASE, token=-1 if token is None else token),
+    "release": lambda runs, run_id, token: runs.release(run_id, token=-1 if token is None else token),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_write_on_a_claimed_run_needs_the_current_token(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any], name: str
+) -> None:
+    stale = claimed(runs, session, "a b")
+    runs.start_node(stale.id, "a", token=stale.claim_token)
+    lose_lease(raw, stale.id)
+    assert [run.id for run in runs.recover()] == [stale.id]
+    with refuses(LeaseLostError) as caught:  # before the next owner has come
+        WRITES[name](runs, stale.id, stale.claim_token)
+    assert (caught.value.run_id, caught.value.status) == (stale.id, "pending")
+    (run,) = runs.claim("next", LEASE)
+    raw.execute("UPDATE circle.pipeline_node_runs SET available_at = NULL")
+    runs.start_node(run.id, "a", token=run.claim_token)
+    wrong = (None, 0, stale.claim_token, run.claim_token - 1, run.claim_token + 1, -1, 2**63 - 1)
+    for token in wrong:
+        with refuses(LeaseLostError) as caught:
+            WRITES[name](runs, run.id, token)
+        assert (caught.value.run_id, caught.value.status) == (run.id, "running")
+    if name not in ("start", "complete", "finish"):  # not legal now, but not for want of a lease
+        WRITES[name](runs, run.id, run.claim_token)
+    else:
+        with refuses(IllegalTransitionError):
+            WRITES[name](runs, run.id, run.claim_token)
+
+
+def test_a_token_that_no_bigint_holds_is_a_wrong_one(runs: RunRepository, session: Session) -> None:
+    run = claimed(runs, session, "a b")
+    for token in (2**63, -(10**30)):
+        found = {name: raised(call, runs, run.id, token) for name, call in WRITES.items()}
+        assert found == dict.fromkeys(WRITES, "LeaseLostError")
+
+
+def test_cancel_and_sweeps_need_no_token(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    assert runs.cancel(claimed(runs, session).id).status == RunStatus.CANCELLED
+    late = claimed(runs, session, timeout_seconds=1)
+    raw.execute(
+        "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '2 s' WHERE id = %s", [late.id]
+    )
+    assert [(run.id, run.status) for run in runs.expire()] == [(late.id, "timeout")]
+    assert runs.get(late.id).lease_expires_at is None

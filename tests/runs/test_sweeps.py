@@ -1,0 +1,154 @@
+"""``recover``, ``expire`` and ``purge``."""
+
+# Statements are put together from names that stand here, which pyright can't know.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psycopg
+import pytest
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import (
+    RunRepository,
+    RunStatus,
+)
+from tests.support.databases import unguarded
+from tests.support.runs import LEASE, claimed, counters, done, lose_lease, started, statuses, store
+
+
+def test_recover_counts_a_failed_attempt(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    pipeline = store(session, max_retries_per_node=2, retry_backoff_base=0)
+    run_id = runs.create(pipeline).id
+    tokens = [0]
+    for attempt in range(3):
+        (run,) = runs.claim("worker", LEASE)
+        tokens.append(run.claim_token)
+        assert run.claim_count == attempt + 1
+        if attempt == 0:
+            runs.advance(run_id, token=run.claim_token)
+            runs.advance(run_id, [done("a")], token=run.claim_token)
+        else:
+            assert [node.node_id for node in runs.advance(run_id, token=run.claim_token)] == ["b", "c"]
+        assert runs.recover() == []  # the lease holds
+        lose_lease(raw, run_id)
+        (recovered,) = runs.recover()
+        assert (recovered.id, recovered.lease_expires_at) == (run_id, None)
+        tokens.append(recovered.claim_token)
+        if attempt < 2:
+            assert (recovered.status, recovered.worker_id) == ("pending", None)
+            _, b, c, d = runs.nodes(run_id)
+            assert [(n.status, n.retry_count) for n in (b, c, d)] == [("pending", attempt + 1)] * 2 + [("pending", 0)]
+            assert "lease" in (b.error_message or "")
+    recovered = runs.get(run_id)
+    assert recovered.status == RunStatus.FAILED
+    assert "lease" in (recovered.error_message or "")
+    assert statuses(runs, run_id) == {"a": "completed", "b": "failed", "c": "failed", "d": "cancelled"}
+    assert counters(raw, pipeline) == (1, 0, 1)
+    assert tokens[:-1] == sorted(set(tokens[:-1]))  # they only grow
+    assert tokens[-1] >= tokens[-2]
+
+
+def test_a_run_that_was_claimed_too_often_fails(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a", max_retries_per_node=1_000)
+    run_id = runs.create(pipeline).id
+    for count in range(1, 11):
+        assert [run.claim_count for run in runs.claim("crasher", LEASE)] == [count]
+        lose_lease(raw, run_id)
+        (run,) = runs.recover()
+        assert run.status == ("failed" if count == 10 else "pending")
+    assert "10 times" in (runs.get(run_id).error_message or "")
+    assert statuses(runs, run_id) == {"a": "cancelled"}
+    assert counters(raw, pipeline) == (1, 0, 1)
+    runs.create(pipeline)
+    runs.claim("crasher", LEASE)
+    raw.execute("UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE status = 'running'")
+    assert [run.status for run in runs.recover(max_claims=1)] == ["failed"]
+
+
+def test_recover_ends_a_run_whose_worker_died_before_it_said_so(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    pipeline = store(session, "a")
+    run_id = runs.create(pipeline).id
+    (run,) = runs.claim("worker", LEASE)
+    runs.record(run_id, [done("a")], token=run.claim_token)
+    lose_lease(raw, run_id)
+    assert [(run.id, run.status) for run in runs.recover()] == [(run_id, "completed")]
+    assert counters(raw, pipeline) == (1, 1, 0)
+
+
+def test_recover_takes_only_what_lost_its_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    without = started(runs, session)
+    held = claimed(runs, session)
+    lost = [claimed(runs, session).id for _ in range(3)]
+    for run_id in lost:
+        lose_lease(raw, run_id)
+    assert [run.id for run in runs.recover(limit=2)] == lost[:2]
+    assert [run.id for run in runs.recover(limit=2)] == lost[2:]
+    assert runs.recover() == []
+    assert (runs.get(without).status, runs.get(held.id).status) == ("running", "running")
+
+
+def test_expire(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    limited = store(session, timeout_seconds=100)
+    ids = [runs.start(runs.create(limited).id).id for _ in range(3)]
+    in_time = runs.start(runs.create(limited).id).id
+    waiting = runs.create(limited).id
+    unlimited = [started(runs, session, timeout_seconds=limit) for limit in (None, 0)]
+    runs.start_node(ids[0], "a")
+    raw.execute(
+        "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '101 s' WHERE id = ANY (%s)",
+        [[*ids, *unlimited]],
+    )
+    raw.execute(
+        "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '90 s' WHERE id = %s", [in_time]
+    )
+    raw.execute("UPDATE circle.pipeline_runs SET created_at = clock_timestamp() - interval '200 s'")
+    expired = runs.expire(limit=2)
+    assert [(run.id, run.status) for run in expired] == [(run_id, "timeout") for run_id in ids[:2]]
+    assert "100 seconds" in (expired[0].error_message or "")
+    assert expired[0].completed_at is not None
+    assert expired[0].duration_seconds == pytest.approx(101, abs=5)
+    assert set(statuses(runs, ids[0]).values()) == {"cancelled"}
+    assert [run.id for run in runs.expire()] == ids[2:]
+    assert runs.expire() == []
+    assert [runs.get(run_id).status for run_id in (in_time, *unlimited, waiting)] == [*["running"] * 3, "pending"]
+    assert counters(raw, limited) == (5, 0, 3)
+    # a run that never noted its start: raw, and older than the guards
+    raw.execute("UPDATE circle.pipeline_runs SET started_at = NULL WHERE id = %s", [in_time])
+    assert [run.id for run in runs.expire()] == [in_time]
+
+
+def test_a_new_claim_keeps_the_start_and_so_the_timeout(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    run = claimed(runs, session, timeout_seconds=100)
+    raw.execute("UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '101 s'")
+    lose_lease(raw, run.id)
+    runs.recover()
+    assert runs.expire() == []  # pending: the table of transitions has no way from there to timeout
+    runs.claim("next", LEASE)
+    assert [expired.id for expired in runs.expire()] == [run.id]
+
+
+def test_purge(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a>b")
+    ids = [runs.start(runs.create(pipeline).id).id for _ in range(7)]
+    for run_id in ids[:6]:
+        runs.cancel(run_id)
+    with unguarded(raw, "pipeline_runs"):
+        raw.execute(
+            "UPDATE circle.pipeline_runs SET started_at = started_at - interval '10 days',"
+            " completed_at = completed_at - interval '10 days' WHERE id = ANY (%s)",
+            [ids[:5]],
+        )
+    assert runs.purge(timedelta(days=11)) == 0
+    assert [runs.purge(timedelta(days=9), limit=2) for _ in range(4)] == [2, 2, 1, 0]
+    assert [run.id for run in runs.search().items] == [ids[6], ids[5]]
+    assert raw.execute("SELECT count(*) FROM circle.pipeline_node_runs").fetchone() == (4,)
+    assert counters(raw, pipeline) == (7, 0, 0)  # purged runs are history
+    assert runs.purge(timedelta(0)) == 1
+    assert runs.get(ids[6]).status == RunStatus.RUNNING
