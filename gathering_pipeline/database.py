@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import embedded, listening, migrations
+from gathering_pipeline.arguments import check_type
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
@@ -30,7 +31,6 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
-from gathering_pipeline.json_values import expect
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.settings import DatabaseSettings, parse_url
 
@@ -66,7 +66,7 @@ class Database:
     def __init__(self, url: str | URL | None = None, *, settings: DatabaseSettings | None = None) -> None:
         beside: dict[str, None] = {} if url is None else {"database_url": None}  # nobody reads the environment's then
         self.settings = DatabaseSettings.load(**beside) if settings is None else settings
-        expect(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
+        check_type(self.settings, DatabaseSettings, "settings", "DatabaseSettings(pool_size=...) makes them")
         self._url = self.settings.url() if url is None else parse_url(url)
         if self._url is None and not embedded.installed():
             raise ConfigurationError(embedded.MISSING)

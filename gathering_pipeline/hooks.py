@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import InvalidDataError, InvalidPipelineError, Issue, shorten
-from .json_values import MAX_DEPTH, json_issues, scan, show
+from .errors import InvalidPipelineError, Issue, shorten
+from .json_values import scan, show
 from .models import MAX_INT32, PipelineDefinition, PipelineEdge, PipelineNode, PipelineUpdate
 from .validator import DEFAULT_LIMITS, INCOMPLETE_CODES, find_issues, parse_pipeline_definition, size_issues
 
@@ -118,21 +118,6 @@ def check_list(key: str, value: object) -> None:
     if not isinstance(value, list):
         what = "null" if value is None else type(value).__name__
         raise InvalidPipelineError([_refused(f"Invalid {key[:-1]} data: {key} must be a list, not {what}")])
-
-
-def check_storable_json(value: object, path: str, depth: int = MAX_DEPTH) -> None:
-    """Refuse a value that JSONB can't hold, such as trigger data or the output of a node.
-
-    Args:
-        value: The value.
-        path: What the message calls it.
-        depth: How deep lists and objects may be nested.
-
-    Raises:
-        InvalidDataError: It names each place, beginning with ``path``.
-    """
-    if issues := json_issues(value, path, depth):
-        raise InvalidDataError(shorten("; ".join(issue.message for issue in issues)))
 
 
 def _refused(message: str) -> Issue:

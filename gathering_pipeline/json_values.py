@@ -10,7 +10,7 @@ from math import isfinite
 from sys import float_info
 from typing import Any
 
-from .errors import InvalidDataError, Issue, shorten
+from .errors import Issue, shorten
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a stored value."""
@@ -46,23 +46,6 @@ def show(value: object) -> str:
         return shorten(repr(value), 120)
     except (RecursionError, ValueError):  # nested too deep, a number of too many digits
         return f"a {type(value).__name__} too large to be shown"
-
-
-def expect(value: object, kind: type | tuple[type, ...], name: str, hint: str) -> None:
-    """Refuse an argument of another type, before something deep down misses an attribute.
-
-    Args:
-        value: The argument.
-        kind: What it has to be; of several the first one is told.
-        name: What the message calls it.
-        hint: Where to get one.
-
-    Raises:
-        InvalidDataError: It is none.
-    """
-    if not isinstance(value, kind):
-        wanted = kind[0] if isinstance(kind, tuple) else kind
-        raise InvalidDataError(f"{name} must be of type {wanted.__name__}, not {type(value).__name__}: {hint}")
 
 
 def json_path(root: str, keys: Iterable[object]) -> str:

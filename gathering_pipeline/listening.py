@@ -18,10 +18,10 @@ from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.errors import DatabaseError, PipelineError, is_transient
 from gathering_pipeline.events import PipelineEvent
 from gathering_pipeline.repositories import AsyncEventRepository, EventRepository
-from gathering_pipeline.repositories._call import seconds
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -43,7 +43,7 @@ class _Tail:
     """What both loops keep between connections: where they are, and whether they ever had one."""
 
     def __init__(self, run_id: int | None, after: str | None, poll: timedelta) -> None:
-        self.wait = seconds(poll, "poll")
+        self.wait = check_duration(poll, "poll")
         self.arguments: dict[str, Any] = {"after": after, "limit": PAGE, "run_id": run_id}
         self.began = False
 

@@ -47,6 +47,7 @@ from sqlalchemy.sql.naming import conv
 from sqlalchemy.types import UserDefinedType
 
 from . import hooks
+from .arguments import check_json
 from .models import PipelineDefinition
 
 SCHEMA = "circle"
@@ -332,7 +333,7 @@ def _before_json(_mapper: Mapper[Any], _connection: Connection, row: PipelineRun
     state: InstanceState[Any] = inspect(row)
     for key in _JSON_COLUMNS[type(row)]:
         if state.attrs[key].history.has_changes():
-            hooks.check_storable_json(getattr(row, key), key)
+            check_json(getattr(row, key), key)
 
 
 for _class in _JSON_COLUMNS:

@@ -19,8 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from .arguments import check_type
 from .errors import InvalidPipelineError, Issue, shorten
-from .json_values import MAX_DEPTH, expect, json_issues, json_path, scan, show, text_reason, text_size
+from .json_values import MAX_DEPTH, json_issues, json_path, scan, show, text_reason, text_size
 from .models import NodeConfig, NodeType, PipelineDefinition, PipelineEdge, PipelineNode
 from .ordering import components, generations
 
@@ -81,7 +82,7 @@ def find_issues(definition: PipelineDefinition, limits: Limits = DEFAULT_LIMITS)
         definition: The graph; it may have been made without validation.
         limits: How large it may be; what is larger is not looked into.
     """
-    expect(definition, PipelineDefinition, "definition", _HINT)
+    check_type(definition, PipelineDefinition, "definition", _HINT)
     nodes, edges = definition.nodes, definition.edges
     if len(nodes) > limits.max_nodes or len(edges) > limits.max_edges:
         return size_issues(nodes, edges, limits)
@@ -113,7 +114,7 @@ def get_execution_order(definition: PipelineDefinition) -> list[str]:
     Raises:
         InvalidPipelineError: (a ``ValueError``) The graph has a cycle, an unknown end of an edge, or an id twice.
     """
-    expect(definition, PipelineDefinition, "definition", _HINT)
+    check_type(definition, PipelineDefinition, "definition", _HINT)
     ids, edges = _column(definition.nodes, "id"), definition.edges
     known: _Compiled | None = getattr(definition, "_compiled", None)
     if known is None or known[:3] != (ids, _column(edges, "from_node"), _column(edges, "to_node")):

@@ -1,4 +1,4 @@
-"""The only place with statements: repositories for services, sync and async."""
+"""Repositories, sync and async: every statement that this package sends for its users is in here."""
 
 from .aio import AsyncEventRepository, AsyncPipelineRepository, AsyncRunRepository
 from .events import EventRepository

@@ -1,4 +1,4 @@
-"""The repositories for ``AsyncSession``: each method is the sync one, run by ``AsyncSession.run_sync``."""
+"""The repositories for ``AsyncSession``: each method is the sync method, run by ``AsyncSession.run_sync``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
 
-from gathering_pipeline.json_values import expect
+from gathering_pipeline.arguments import check_type
 
 from .events import EventRepository
 from .pipelines import PipelineRepository
@@ -26,11 +26,11 @@ class _Async:
     def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
         name = type(self).__name__.removeprefix("Async")
         hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
-        expect(session, (AsyncSession, async_scoped_session), "session", hint)
+        check_type(session, (AsyncSession, async_scoped_session), "session", hint)
         self._session = session
 
     def _current(self) -> AsyncSession:
-        """The session; of a scoped one that of the task that asks."""
+        """The session; from a scoped session that of the current task."""
         return self._session() if isinstance(self._session, async_scoped_session) else self._session
 
 

@@ -1,98 +1,97 @@
-"""Events: read by a cursor that misses none and repeats none, and swept."""
+"""Events: read by a cursor that misses none and repeats none; delete."""
 
 from __future__ import annotations
 
 import re
 from datetime import timedelta
-from typing import Any
 
+from gathering_pipeline.arguments import MAX_BIGINT, check_count, check_duration, check_id
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import show
-from gathering_pipeline.repositories._call import MAX_BIGINT, Query, Repository, call, positive, seconds, storable_id
+from gathering_pipeline.repositories._call import ReadOnly, Repository
 
-# The order of events, and up to where they can be read, are explained in alembic/sql/011b_events/1_log.sql.
-_HERE = """
-WITH here AS MATERIALIZED (
+# --- statements; alembic/sql/011b_events/1_log.sql explains the order of events, and which of them can be read -------
+
+_DATABASE = """
+WITH database AS MATERIALIZED (
     SELECT c.system_identifier || '-' || d.oid AS name, pg_snapshot_xmax(pg_current_snapshot()) AS next_xid
     FROM pg_control_system() c, pg_database d WHERE d.datname = current_database()
 )"""
-_READ = Query(f"""{_HERE}
-SELECT here.name, here.next_xid::text::numeric, to_json(e)::text
-FROM here LEFT JOIN LATERAL (
-    SELECT e.*, here.name || '-' || e.xid || '-' || e.id AS cursor
+READ = ReadOnly(f"""{_DATABASE}
+SELECT d.name, d.next_xid::text::numeric, to_json(e)::text
+FROM database d LEFT JOIN LATERAL (
+    SELECT e.*, d.name || '-' || e.xid || '-' || e.id AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
 ) e ON true
 ORDER BY e.xid, e.id""")
-_LAST = Query(f"""{_HERE}
-SELECT here.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0)
-FROM here LEFT JOIN LATERAL (
+LAST = ReadOnly(f"""{_DATABASE}
+SELECT d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0)
+FROM database d LEFT JOIN LATERAL (
     SELECT xid, id FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
 ) e ON true""")
-_PURGE = "SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)"
+PURGE = "SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)"
 
-_CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
-"""System identifier and database, transaction, id."""
+
+# --- the repository --------------------------------------------------------------------------------------------------
 
 
 class EventRepository(Repository):
-    """The log of lifecycle events. Works in the session it is given and never commits.
+    """The log of lifecycle events. Works in the caller's session and never commits.
 
-    Events are there when the transaction that changed a status has committed, and every transaction that began before
-    it has ended: a long one that writes, anywhere on the server, holds the log back. Within a run they stand in the
-    order in which they happened, nodes of one call by position, the run's end last.
+    An event can be read when the transaction that changed the status has committed, and every transaction that began
+    before it has ended: a long transaction that writes, anywhere on the server, delays all events after it. Events of
+    one run are in the order in which they happened; events of nodes in one call are sorted by position, and the end of
+    the run is last.
     """
 
     def read(self, after: str | None = None, limit: int = 500, run_id: int | None = None) -> EventPage:
-        """Read the events that follow a cursor: none is missed, and none comes twice.
+        """Read the events after a cursor: none is missed, and none comes twice.
 
         Args:
-            after: ``next_cursor`` of a page or ``cursor`` of an event; ``None``: from the oldest event that is kept.
+            after: ``next_cursor`` of a page or ``cursor`` of an event; ``None`` reads from the oldest event kept.
             limit: Most events of the page.
-            run_id: Only events of this run; its cursors are as good for all events, and the other way round.
+            run_id: Only events of this run; cursors with and without this filter are interchangeable.
 
         Raises:
-            InvalidCursorError: It is no cursor, or not one of this database: a dump that was restored elsewhere, or a
-                backup from before the event, begins anew.
+            InvalidCursorError: ``after`` is not a cursor of this database. A dump restored elsewhere, or a backup from
+                before the event, needs a new start with ``None``.
         """
-        name, xid, last = _parse(after)
-        parameters = {
-            "run": None if run_id is None else storable_id(run_id, "run_id"),
-            "xid": str(xid),
-            "id": last,
-            "limit": positive(limit, "limit"),
-        }
-        rows = call(self._session, _READ, parameters)
-        here, next_xid, _ = rows[0]
-        if name not in (None, here):
-            raise InvalidCursorError(f"the cursor {after!r} is one of another database: begin with after=None")
+        database, xid, last_id = _parse_cursor(after)
+        run = None if run_id is None else check_id(run_id, "run_id")
+        rows = self._rows(READ, run=run, xid=str(xid), id=last_id, limit=check_count(limit, "limit"))
+        current_database, next_xid, _ = rows[0]
+        if database not in (None, current_database):
+            raise InvalidCursorError(f"the cursor {after!r} is of another database: start again with after=None")
         if xid > next_xid:
             raise InvalidCursorError(
-                f"the cursor {after!r} is ahead of the database, which was set back: begin with after=None"
+                f"the cursor {after!r} is ahead of the database, which was restored from a backup: start again with"
+                " after=None"
             )
         items = tuple(PipelineEvent.model_validate_json(event) for _, _, event in rows if event is not None)
-        return EventPage(items=items, next_cursor=items[-1].cursor if items else after or f"{here}-0-0")
+        return EventPage(items=items, next_cursor=items[-1].cursor if items else after or f"{current_database}-0-0")
 
     def last(self) -> str:
-        """The cursor of the newest event that can be read, for who wants to know only what comes after it."""
-        cursor: str = self._scalar(_LAST)
+        """Read the cursor of the newest event that can be read, to follow only later events."""
+        cursor: str = self._rows(LAST)[0][0]
         return cursor
 
     def purge(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Delete at most ``limit`` events from over ``older_than`` ago; commit and repeat until it returns 0.
 
-        Events are kept until then, also those of runs that are deleted. Who hasn't read one by then has missed it.
+        Events are kept until then, also events of deleted runs. A reader that is further behind misses them.
         """
-        age = seconds(older_than, "older_than", zero=True)
-        return int(self._scalar(_PURGE, older_than=age, limit=positive(limit, "limit")))
-
-    def _scalar(self, sql: str, **parameters: Any) -> Any:
-        return call(self._session, sql, parameters)[0][0]
+        age = check_duration(older_than, "older_than", allow_zero=True)
+        return int(self._rows(PURGE, older_than=age, limit=check_count(limit, "limit"))[0][0])
 
 
-def _parse(cursor: object) -> tuple[str | None, int, int]:
-    """Where to go on: the database's name, the transaction, the id."""
+# database (system identifier and oid), transaction, id
+_CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
+
+
+def _parse_cursor(cursor: object) -> tuple[str | None, int, int]:
+    """Split a cursor into the database's name, the transaction and the id of the last event read."""
     if cursor is None:
         return None, 0, 0
     match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None

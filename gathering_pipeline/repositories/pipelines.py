@@ -1,4 +1,4 @@
-"""Pipelines: stored, read, edited, switched on and off."""
+"""Pipelines: create, read, edit, activate and pause, delete."""
 
 from __future__ import annotations
 
@@ -7,52 +7,55 @@ from typing import Any
 
 from sqlalchemy import BigInteger, func, insert, literal, update
 
+from gathering_pipeline.arguments import (
+    check_flag,
+    check_id,
+    check_pipeline_id,
+    check_status,
+    check_text,
+    check_type,
+)
 from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
-from gathering_pipeline.json_values import expect
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
-from gathering_pipeline.repositories._call import (
-    Query,
-    Repository,
-    call,
-    connected,
-    flag,
-    page,
-    read,
-    storable_id,
-    valid_status,
-    valid_text,
-)
+from gathering_pipeline.repositories._call import ReadOnly, Repository, connected
 
-_RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
-_GET = Query("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s")
-_SEARCH = Query("""
+# --- statements; alembic/schema.sql has the function -----------------------------------------------------------------
+
+GET = ReadOnly("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s")
+SEARCH = ReadOnly("""
 SELECT to_json(p)::text FROM circle.pipelines p
 WHERE p.id < %(after)s AND (%(status)s::text IS NULL OR p.status = %(status)s)
   AND (%(name)s::text IS NULL OR strpos(lower(p.name), lower(%(name)s)) > 0)
 ORDER BY p.id DESC LIMIT %(limit)s""")
-_DELETE = "SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)"
+DELETE = "SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)"
+
+_RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
+
+
+# --- the repository --------------------------------------------------------------------------------------------------
 
 
 class PipelineRepository(Repository):
-    """Pipelines. Works in the session it is given and never commits; returns frozen read models.
+    """Pipelines. Works in the caller's session and never commits; returns frozen read models.
 
-    A call that is refused raises a ``PipelineError`` and changes nothing.
+    A refused call raises a ``PipelineError`` and changes nothing. ``create`` and ``update`` go through the ORM, whose
+    hooks check the graph before anything is sent.
     """
 
     def create(self, data: PipelineCreate, *, allow_incomplete: bool = False) -> PipelineRead:
         """Store a pipeline.
 
         Args:
-            data: What to store.
+            data: The pipeline.
             allow_incomplete: Store a draft whose only errors are missing nodes or missing configuration.
 
         Raises:
             InvalidPipelineError: The graph is not valid; ``.issues`` has every error. Nothing was stored.
         """
-        expect(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
+        check_type(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
         statement = insert(Pipeline).values(values).returning(*_RETURNED)
         with connected(self._session):
@@ -63,12 +66,12 @@ class PipelineRepository(Repository):
         """Read a pipeline.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
         """
-        found = read(self._session, PipelineRead, _GET, pipeline_id=pipeline_id)
-        if not found:
+        pipelines = self._read(PipelineRead, GET, pipeline_id=check_pipeline_id(pipeline_id))
+        if not pipelines:
             raise PipelineNotFoundError(pipeline_id)
-        return found[0]
+        return pipelines[0]
 
     def search(
         self,
@@ -81,12 +84,15 @@ class PipelineRepository(Repository):
 
         Args:
             status: Only pipelines with this status.
-            name: Only pipelines whose name has this text in it, in upper or lower case.
+            name: Only pipelines whose name contains this text, in upper or lower case.
             after: ``next_cursor`` of the page before.
             limit: Most pipelines of a page.
         """
-        filters = {"status": valid_status(PipelineStatus, status), "name": valid_text(name, "name", optional=True)}
-        return page(self._session, PipelineRead, _SEARCH, after, limit, **filters)
+        filters = {
+            "status": None if status is None else check_status(status, PipelineStatus),
+            "name": None if name is None else check_text(name, "name"),
+        }
+        return self._page(PipelineRead, SEARCH, after, limit, **filters)
 
     def update(
         self,
@@ -96,7 +102,7 @@ class PipelineRepository(Repository):
         *,
         allow_incomplete: bool = False,
     ) -> PipelineRead:
-        """Write the given fields, and only those; a new graph is a new version, and runs under way keep theirs.
+        """Write the given fields, and only those; a new graph is a new version, and live runs keep theirs.
 
         Args:
             pipeline_id: The pipeline.
@@ -105,17 +111,17 @@ class PipelineRepository(Repository):
             allow_incomplete: As for ``create``.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
             StaleVersionError: The graph is at another version than expected.
-            InvalidPipelineError: The graph is not valid, or is incomplete and would be active.
+            InvalidPipelineError: The graph is not valid, or it is incomplete and the pipeline would be active.
         """
-        expect(changes, PipelineUpdate, "changes", "PipelineUpdate(name=...) makes one")
+        check_type(changes, PipelineUpdate, "changes", "PipelineUpdate(name=...) makes one")
         values: dict[str, Any] = {name: getattr(changes, name) for name in changes.model_fields_set}
-        # BIGINTs, so that a number that no INTEGER holds is just not found
-        statement = update(Pipeline).where(Pipeline.id == literal(storable_id(pipeline_id, "pipeline_id"), BigInteger))
+        # BIGINT parameters: an id that no INTEGER holds is not found, instead of out of range
+        statement = update(Pipeline).where(Pipeline.id == literal(check_id(pipeline_id, "pipeline_id"), BigInteger))
         if expected_version is not None:
-            expected = literal(storable_id(expected_version, "expected_version"), BigInteger)
-            statement = statement.where(Pipeline.version == expected)
+            version = literal(check_id(expected_version, "expected_version"), BigInteger)
+            statement = statement.where(Pipeline.version == version)
         statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(*_RETURNED)
         options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
         with connected(self._session):
@@ -125,24 +131,24 @@ class PipelineRepository(Repository):
         return PipelineRead.model_validate(row._asdict())
 
     def activate(self, pipeline_id: int) -> PipelineRead:
-        """Switch a pipeline on: from now on it can be run.
+        """Activate a pipeline: runs of it can be created.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
             InvalidPipelineError: Its graph is broken or incomplete.
         """
         while True:
             pipeline = self.get(pipeline_id)
-            # the database checks what becomes active; one that was active before there were checks is told here
+            # The database checks pipelines that become active, not those that were active before it had checks.
             prepare_graph(pipeline.nodes, pipeline.edges)
-            with suppress(StaleVersionError):  # edited meanwhile: this graph has to be checked, too
+            with suppress(StaleVersionError):  # edited concurrently: check the new graph
                 return self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.version)
 
     def pause(self, pipeline_id: int) -> PipelineRead:
-        """Switch a pipeline off: no new runs; those under way go on.
+        """Pause a pipeline: no run of it can be created; live runs go on.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
         """
         return self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.PAUSED))
 
@@ -151,10 +157,10 @@ class PipelineRepository(Repository):
 
         Args:
             pipeline_id: The pipeline.
-            force: Also while runs are pending or running; their workers then get ``RunNotFoundError``.
+            force: Delete it even if runs are pending or running; their workers then get ``RunNotFoundError``.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
             PipelineInUseError: Runs are pending or running, and ``force`` is not set.
         """
-        call(self._session, _DELETE, {"pipeline_id": pipeline_id, "force": flag(force, "force")})
+        self._rows(DELETE, pipeline_id=check_pipeline_id(pipeline_id), force=check_flag(force, "force"))

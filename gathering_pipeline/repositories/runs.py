@@ -1,4 +1,4 @@
-"""Runs: created, claimed, moved through their lifecycle, read, swept."""
+"""Runs: create, claim, move through their lifecycle, read, delete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from gathering_pipeline.arguments import (
+    check_count,
+    check_duration,
+    check_flag,
+    check_id,
+    check_json,
+    check_pipeline_id,
+    check_run_id,
+    check_status,
+    check_text,
+    check_token,
+    encode_json,
+)
 from gathering_pipeline.errors import (
     IntegrityViolationError,
     InvalidDataError,
@@ -17,35 +30,69 @@ from gathering_pipeline.errors import (
     RunNotFoundError,
     shorten,
 )
-from gathering_pipeline.hooks import check_storable_json
 from gathering_pipeline.json_values import MAX_DEPTH, json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
-from gathering_pipeline.repositories import _statements as sql
-from gathering_pipeline.repositories._call import (
-    Repository,
-    call,
-    flag,
-    page,
-    positive,
-    read,
-    seconds,
-    storable_id,
-    to_json,
-    valid_status,
-    valid_text,
-)
+from gathering_pipeline.repositories._call import ReadOnly, Repository
+
+# --- statements; alembic/schema.sql has the functions ----------------------------------------------------------------
+
+CREATE = "SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
+START = "SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text"
+CONCLUDE = "SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
+FINISH = "SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text"
+START_NODE = "SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+COMPLETE_NODE = "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+SKIP_NODE = "SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text"
+FAIL_NODE = "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
+ADVANCE = """
+SELECT to_json(n)::text FROM circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s) n
+ORDER BY n.position, n.id"""
+RECORD = "SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s)"
+CLAIM = """
+SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
+ORDER BY r.id"""
+HEARTBEAT = "SELECT circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s))"
+RELEASE = "SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text"
+RECOVER = "SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
+EXPIRE = "SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id"
+APPEND_LOG = "SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)"
+PURGE = "SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)"
+
+GET = ReadOnly("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s")
+NODES = ReadOnly("""
+SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s ORDER BY n.position, n.id""")
+READY = ReadOnly("""
+SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
+WHERE n.run_id = %(run_id)s AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
+ORDER BY n.position, n.id""")
+DEFINITION = ReadOnly("""
+SELECT r.pipeline_version, v.nodes, v.edges FROM circle.pipeline_runs r
+LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+WHERE r.id = %(run_id)s""")
+SEARCH = ReadOnly("""
+SELECT to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
+ORDER BY r.id DESC""")
+COUNTS = ReadOnly("SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status")
+STATISTICS = ReadOnly("""
+SELECT status, count(*) AS runs,
+       percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
+           FILTER (WHERE status = 'completed' AND started_at IS NOT NULL) AS quantiles
+FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status""")
+
+
+# --- the repository --------------------------------------------------------------------------------------------------
 
 
 class RunRepository(Repository):
-    """Runs and their nodes. Every transition is one statement and one round trip.
+    """Runs and their node runs. Every transition is one statement and one round trip.
 
-    Works in the session it is given and never commits. A call that is refused raises a ``PipelineError`` and changes
-    nothing; as after any database error, the session's transaction has to be rolled back (with
-    ``Database.session(autocommit=True)`` every call is its own transaction, and the next call just works).
+    Works in the caller's session and never commits. A refused call raises a ``PipelineError`` and changes nothing. As
+    after any database error, the transaction must then be rolled back; with ``Database.session(autocommit=True)`` every
+    call is a transaction of its own, and the next call works.
 
-    On a claimed run every call of its worker needs the ``token`` (``RunRead.claim_token``) of the claim: without it, or
-    with an older one, it raises ``LeaseLostError``.
+    On a claimed run every call of its worker needs the ``token`` of the claim (``RunRead.claim_token``): without it, or
+    with the token of an earlier claim, the call raises ``LeaseLostError``.
     """
 
     # --- runs ---
@@ -55,21 +102,22 @@ class RunRepository(Repository):
 
         Args:
             pipeline_id: The pipeline.
-            trigger_data: JSON that the run begins with; ``None`` stores ``{}``.
-            idempotency_key: At most 255 characters. A second call with the same key returns the first call's run.
+            trigger_data: JSON input of the run; ``None`` stores ``{}``.
+            idempotency_key: At most 255 characters. A second call with the same key returns the run of the first.
 
         Raises:
-            PipelineNotFoundError: There is no such pipeline.
+            PipelineNotFoundError: The pipeline doesn't exist.
             PipelineInactiveError: It is not ``active``.
             InvalidPipelineError: Its stored graph is broken or empty.
             InvalidDataError: The data or the key can't be stored.
         """
-        data = to_json({} if trigger_data is None else trigger_data, "trigger_data")
-        key = valid_text(idempotency_key, "idempotency_key", 255, optional=True)
+        data = encode_json({} if trigger_data is None else trigger_data, "trigger_data")
+        key = None if idempotency_key is None else check_text(idempotency_key, "idempotency_key", 255)
+        parameters = {"pipeline_id": check_pipeline_id(pipeline_id), "trigger_data": data, "key": key}
         try:
-            return self._run(sql.CREATE, pipeline_id=pipeline_id, trigger_data=data, key=key)
+            return self._read(RunRead, CREATE, **parameters)[0]
         except IntegrityViolationError as error:
-            if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted while the run was being created
+            if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted concurrently
                 raise PipelineNotFoundError(pipeline_id) from error
             raise
 
@@ -77,61 +125,61 @@ class RunRepository(Repository):
         """Start a pending run.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
             IllegalTransitionError: It is not pending.
         """
-        return self._run(sql.START, run_id=run_id, token=token)
+        return self._run(START, run_id, token)
 
     def complete(self, run_id: int, *, token: int | None = None) -> RunRead:
-        """Complete a running run all of whose nodes are terminal, none of them failed.
+        """Complete a running run whose nodes are all terminal and none of them failed.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            IllegalTransitionError: It is not running, or nodes are live or failed.
+            RunNotFoundError: The run doesn't exist.
+            IllegalTransitionError: It is not running, or has live or failed nodes.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(sql.CONCLUDE, run_id=run_id, status="completed", error=None, token=token)
+        return self._run(CONCLUDE, run_id, token, status="completed", error=None)
 
     def finish(self, run_id: int, *, token: int | None = None) -> RunRead:
-        """End a running run as its nodes say: ``failed`` if one failed, with the first one's error, else ``completed``.
+        """End a running run: ``failed`` with the error of the first node that failed, ``completed`` if none failed.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
             IllegalTransitionError: It is not running, or a node is running, ready or waiting for a retry.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(sql.FINISH, run_id=run_id, token=token)
+        return self._run(FINISH, run_id, token)
 
     def fail(self, run_id: int, error: str, *, token: int | None = None) -> RunRead:
-        """Fail a pending or running run; its live nodes are cancelled.
+        """Fail a pending or running run and cancel its live nodes.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            IllegalTransitionError: It is over.
+            RunNotFoundError: The run doesn't exist.
+            IllegalTransitionError: It is terminal.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(sql.CONCLUDE, run_id=run_id, status="failed", error=valid_text(error, "error"), token=token)
+        return self._run(CONCLUDE, run_id, token, status="failed", error=check_text(error, "error"))
 
     def cancel(self, run_id: int, reason: str | None = None) -> RunRead:
-        """Cancel a pending or running run, whoever holds it; its live nodes are cancelled.
+        """Cancel a pending or running run, whether or not a worker holds it, and cancel its live nodes.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            IllegalTransitionError: It is over.
+            RunNotFoundError: The run doesn't exist.
+            IllegalTransitionError: It is terminal.
         """
-        text = valid_text(reason, "reason", optional=True)
-        return self._run(sql.CONCLUDE, run_id=run_id, status="cancelled", error=text, token=None)
+        text = None if reason is None else check_text(reason, "reason")
+        return self._run(CONCLUDE, run_id, None, status="cancelled", error=text)
 
     def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
-        """Append one JSON entry to the run's ``logs``; also to those of a run that is over.
+        """Append one JSON entry to the ``logs`` of a run in any status.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
             InvalidDataError: The entry can't be stored.
             LeaseLostError: The token is not the run's.
         """
-        text = to_json(entry, "entry", MAX_DEPTH - 1) or "null"  # the list of entries is the first level
-        self._call(sql.APPEND_LOG, run_id=run_id, entry=text, token=token)
+        text = encode_json(entry, "entry", MAX_DEPTH - 1) or "null"  # the list of entries is one level
+        self._rows(APPEND_LOG, run_id=check_run_id(run_id), entry=text, token=check_token(token))
 
     # --- nodes ---
 
@@ -139,145 +187,156 @@ class RunRepository(Repository):
         """Start a ready node of a running run.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
-            NodeNotReadyError: Predecessors (``waiting_for``) or a retry delay are awaited, or another node failed.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
+            NodeNotReadyError: It waits for predecessors (``waiting_for``) or a retry delay, or another node failed.
             IllegalTransitionError: The node is not pending, or the run is not running.
             LeaseLostError: The token is not the run's.
             InvalidDataError: The input can't be stored.
         """
-        return self._node(sql.START_NODE, run_id, node_id, token, data=to_json(input_data, "input_data"))
+        return self._node(START_NODE, run_id, node_id, token, data=encode_json(input_data, "input_data"))
 
     def complete_node(self, run_id: int, node_id: str, output: Any = None, *, token: int | None = None) -> NodeRunRead:
-        """Complete a running node, or a pending one whose executor reports afterwards.
+        """Complete a running node, or a pending node whose executor reports afterwards.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
-            IllegalTransitionError: The node is over, or the run is not running.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
+            IllegalTransitionError: The node is terminal, or the run is not running.
             LeaseLostError: The token is not the run's.
             InvalidDataError: The output can't be stored.
         """
-        return self._node(sql.COMPLETE_NODE, run_id, node_id, token, data=to_json(output, "output"))
+        return self._node(COMPLETE_NODE, run_id, node_id, token, data=encode_json(output, "output"))
 
     def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeRunRead:
-        """Skip a pending node, and with it every node all of whose predecessors are skipped.
+        """Skip a pending node, and every node whose predecessors are then all skipped.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
             IllegalTransitionError: The node is not pending, or the run is not running.
             LeaseLostError: The token is not the run's.
         """
-        return self._node(sql.SKIP_NODE, run_id, node_id, token)
+        return self._node(SKIP_NODE, run_id, node_id, token)
 
     def fail_node(
         self, run_id: int, node_id: str, error: str, retryable: bool = True, *, token: int | None = None
     ) -> NodeRunRead:
-        """Report that an attempt failed: the returned node run is ``pending`` where a retry is left, else ``failed``.
+        """Report a failed attempt: the returned node run is ``pending`` if a retry is left, else ``failed``.
 
-        A retry is due at ``available_at``: after ``min(retry_backoff_base * 2^n, retry_backoff_max)`` seconds, ``n``
-        being the retries made before. A node that was never started has no attempt to retry, and fails.
+        A retry is due at ``available_at``: after ``min(retry_backoff_base * 2^n, retry_backoff_max)`` seconds, where
+        ``n`` is the number of earlier retries. A node that was never started has no attempt to retry, and fails.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
-            IllegalTransitionError: The node is over, or the run is not running.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
+            IllegalTransitionError: The node is terminal, or the run is not running.
             LeaseLostError: The token is not the run's.
         """
-        text = valid_text(error, "error")
-        return self._node(sql.FAIL_NODE, run_id, node_id, token, error=text, retryable=flag(retryable, "retryable"))
+        text = check_text(error, "error")
+        return self._node(FAIL_NODE, run_id, node_id, token, error=text, retryable=check_flag(retryable, "retryable"))
 
     def advance(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), *, token: int | None = None
     ) -> list[NodeRunRead]:
-        """Record results, start what follows from them, and end the run when nothing is left: one call a step.
+        """Record results, start the nodes that became ready, and end the run when nothing is left, in one call.
 
-        A pending run that nobody claimed is started first. Without results every ready node is started, due retries
-        among them; so a run begins with ``advance(run_id)`` and goes on with the results of the nodes returned.
+        A pending run without a claim is started first. Without results every ready node is started, due retries
+        included; so a run begins with ``advance(run_id)`` and goes on with the results of the nodes returned.
         ``failed`` results are final: report an attempt that may be retried by ``fail_node``.
 
         Returns:
-            The nodes started, in execution order; an empty list when there are none.
+            The nodes started, in execution order; an empty list if there are none.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
-            IllegalTransitionError: A result is not legal, or the run is over. No result was recorded.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
+            IllegalTransitionError: A result is not legal, or the run is terminal. No result was recorded.
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        return read(self._session, NodeRunRead, sql.ADVANCE, run_id=run_id, results=_results(results), token=token)
+        text = _encode_results(results)
+        return self._read(NodeRunRead, ADVANCE, run_id=check_run_id(run_id), results=text, token=check_token(token))
 
     def record(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], *, token: int | None = None
     ) -> None:
-        """Record any number of results at once, all or none, for executors that report afterwards.
+        """Record any number of results, all or none, for executors that report afterwards.
 
-        A pending run that nobody claimed is started first. Nothing else is started or ended; ``finish`` ends the run.
+        A pending run without a claim is started first. No other node is started, and the run is not ended: ``finish``
+        ends it.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            NodeRunNotFoundError: It has no such node.
-            IllegalTransitionError: A result is not legal, or the run is over. No result was recorded.
+            RunNotFoundError: The run doesn't exist.
+            NodeRunNotFoundError: The run has no such node.
+            IllegalTransitionError: A result is not legal, or the run is terminal. No result was recorded.
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        self._call(sql.RECORD, run_id=run_id, results=_results(results), token=token)
+        text = _encode_results(results)
+        self._rows(RECORD, run_id=check_run_id(run_id), results=text, token=check_token(token))
 
     # --- leases and sweeps ---
 
     def claim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[RunRead]:
-        """Claim the oldest pending runs for a worker: they are running, and nobody else gets them.
+        """Claim the oldest pending runs for a worker: they become running, and no other worker gets them.
 
         Args:
-            worker_id: Who claims, at most 255 characters.
-            lease: How long the claim holds without ``heartbeat``; after that ``recover`` may give the run to another.
+            worker_id: Name of the worker, at most 255 characters.
+            lease: How long the claim lasts without ``heartbeat``; then ``recover`` may give the run to another worker.
             limit: Most runs to claim.
 
         Returns:
-            The runs claimed, oldest first; each one's ``claim_token`` goes into the worker's calls.
+            The claimed runs, oldest first; the worker's calls on a run need its ``claim_token``.
         """
-        name = valid_text(worker_id, "worker_id", 255)
-        return self._runs(sql.CLAIM, worker_id=name, lease=seconds(lease, "lease"), limit=positive(limit, "limit"))
+        return self._read(
+            RunRead,
+            CLAIM,
+            worker_id=check_text(worker_id, "worker_id", 255),
+            lease=check_duration(lease, "lease"),
+            limit=check_count(limit, "limit"),
+        )
 
     def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
-        """Extend the lease.
+        """Extend the lease of a claimed run.
 
         Returns:
             When the lease now ends, by the database's clock.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            LeaseLostError: The run is not the caller's any more; ``.status`` tells whether it was cancelled.
+            RunNotFoundError: The run doesn't exist.
+            LeaseLostError: The caller doesn't hold the run any more; ``.status`` says whether it was cancelled.
         """
-        ends: datetime = self._call(sql.HEARTBEAT, run_id=run_id, token=token, lease=seconds(lease, "lease"))[0][0]
-        return ends
+        seconds = check_duration(lease, "lease")
+        rows = self._rows(HEARTBEAT, run_id=check_run_id(run_id), token=check_token(token), lease=seconds)
+        lease_expires_at: datetime = rows[0][0]
+        return lease_expires_at
 
     def release(self, run_id: int, *, token: int) -> RunRead:
-        """Give a claimed run back: it and its running nodes are pending again, and no attempt is counted.
+        """Release a claimed run: the run and its running nodes become pending again, and no attempt is counted.
 
         Raises:
-            RunNotFoundError: There is no such run.
-            LeaseLostError: The run is not the caller's any more.
+            RunNotFoundError: The run doesn't exist.
+            LeaseLostError: The caller doesn't hold the run any more.
         """
-        return self._run(sql.RELEASE, run_id=run_id, token=token)
+        return self._run(RELEASE, run_id, token)
 
     def recover(self, limit: int = 100, max_claims: int = 10) -> list[RunRead]:
-        """Take back runs whose lease ran out: running nodes count as a failed attempt, and the run is pending again.
+        """Release runs whose lease expired: their running nodes count as failed attempts.
 
-        A run that was claimed ``max_claims`` times fails instead. Runs without a lease are never taken.
+        A run that was claimed ``max_claims`` times fails instead. Runs without a lease are never recovered.
         """
-        return self._runs(sql.RECOVER, limit=positive(limit, "limit"), max_claims=positive(max_claims, "max_claims"))
+        most, claims = check_count(limit, "limit"), check_count(max_claims, "max_claims")
+        return self._read(RunRead, RECOVER, limit=most, max_claims=claims)
 
     def expire(self, limit: int = 100) -> list[RunRead]:
-        """End running runs that are past their pipeline's ``timeout_seconds`` as ``timeout``."""
-        return self._runs(sql.EXPIRE, limit=positive(limit, "limit"))
+        """End running runs that are past the ``timeout_seconds`` of their pipeline with status ``timeout``."""
+        return self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
     def purge(self, older_than: timedelta, limit: int = 1000) -> int:
         """Delete at most ``limit`` runs that ended over ``older_than`` ago; commit and repeat until it returns 0."""
-        age = seconds(older_than, "older_than", zero=True)
-        return int(self._call(sql.PURGE, older_than=age, limit=positive(limit, "limit"))[0][0])
+        age = check_duration(older_than, "older_than", allow_zero=True)
+        return int(self._rows(PURGE, older_than=age, limit=check_count(limit, "limit"))[0][0])
 
     # --- reads ---
 
@@ -285,12 +344,12 @@ class RunRepository(Repository):
         """Read a run.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
         """
-        found = self._runs(sql.GET, run_id=run_id)
-        if not found:
+        runs = self._read(RunRead, GET, run_id=check_run_id(run_id))
+        if not runs:
             raise RunNotFoundError(run_id)
-        return found[0]
+        return runs[0]
 
     def search(
         self,
@@ -307,34 +366,34 @@ class RunRepository(Repository):
             after: ``next_cursor`` of the page before.
             limit: Most runs of a page.
         """
-        name = valid_status(RunStatus, status)
-        pipeline = None if pipeline_id is None else storable_id(pipeline_id, "pipeline_id")
-        return page(self._session, RunRead, sql.SEARCH, after, limit, pipeline=pipeline, status=name)
+        name = None if status is None else check_status(status, RunStatus)
+        pipeline = None if pipeline_id is None else check_id(pipeline_id, "pipeline_id")
+        return self._page(RunRead, SEARCH, after, limit, pipeline=pipeline, status=name)
 
     def nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read a run's nodes in execution order.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
         """
-        return self._nodes_of(sql.NODES, run_id)
+        return self._nodes(NODES, run_id)
 
     def ready_nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read the nodes of a running run that may start now, in execution order.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
         """
-        return self._nodes_of(sql.READY, run_id)
+        return self._nodes(READY, run_id)
 
     def definition(self, run_id: int) -> PipelineDefinition:
         """Read the graph that a run is bound to, as it was when the run was created.
 
         Raises:
-            RunNotFoundError: There is no such run.
+            RunNotFoundError: The run doesn't exist.
             InvalidPipelineError: The run is bound to no graph: it is older than versions, or its graph was broken.
         """
-        rows = self._call(sql.DEFINITION, run_id=run_id)
+        rows = self._rows(DEFINITION, run_id=check_run_id(run_id))
         if not rows:
             raise RunNotFoundError(run_id)
         version, nodes, edges = rows[0]
@@ -345,13 +404,13 @@ class RunRepository(Repository):
 
     def counts(self) -> dict[RunStatus, int]:
         """Count runs by status; a status without runs is 0."""
-        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in self._call(sql.COUNTS)}
+        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in self._rows(COUNTS)}
 
     def statistics(self, pipeline_id: int) -> RunStatistics:
-        """Read how the runs of a pipeline went."""
+        """Read how many runs of a pipeline have each status, and how long they took."""
         counts = dict.fromkeys(RunStatus, 0)
         quantiles: tuple[float, float] | None = None
-        for status, number, durations in self._call(sql.STATISTICS, pipeline=storable_id(pipeline_id, "pipeline_id")):
+        for status, number, durations in self._rows(STATISTICS, pipeline=check_id(pipeline_id, "pipeline_id")):
             counts[RunStatus(status)] = number
             quantiles = durations or quantiles
         ended = counts[RunStatus.COMPLETED] + counts[RunStatus.FAILED] + counts[RunStatus.TIMEOUT]
@@ -362,37 +421,36 @@ class RunRepository(Repository):
             duration_p95=timedelta(seconds=quantiles[1]) if quantiles else None,
         )
 
-    # --- the ways to the database ---
+    # --- statements on one run ---
 
-    def _call(self, statement: str, **parameters: Any) -> list[Any]:
-        return call(self._session, statement, parameters)
-
-    def _run(self, statement: str, **parameters: Any) -> RunRead:
-        return read(self._session, RunRead, statement, **parameters)[0]
-
-    def _runs(self, statement: str, **parameters: Any) -> list[RunRead]:
-        return read(self._session, RunRead, statement, **parameters)
+    def _run(self, statement: str, run_id: int, token: int | None, **parameters: Any) -> RunRead:
+        return self._read(RunRead, statement, run_id=check_run_id(run_id), token=check_token(token), **parameters)[0]
 
     def _node(self, statement: str, run_id: int, node_id: str, token: int | None, **parameters: Any) -> NodeRunRead:
-        parameters |= {"run_id": run_id, "node_id": valid_text(node_id, "node_id"), "token": token}
-        return read(self._session, NodeRunRead, statement, **parameters)[0]
+        parameters |= {"node_id": check_text(node_id, "node_id"), "token": check_token(token)}
+        return self._read(NodeRunRead, statement, run_id=check_run_id(run_id), **parameters)[0]
 
-    def _nodes_of(self, statement: str, run_id: int) -> list[NodeRunRead]:
-        nodes = read(self._session, NodeRunRead, statement, run_id=run_id)
+    def _nodes(self, statement: str, run_id: int) -> list[NodeRunRead]:
+        nodes = self._read(NodeRunRead, statement, run_id=check_run_id(run_id))
         if not nodes:
-            self.get(run_id)
+            self.get(run_id)  # raises if the run doesn't exist
         return nodes
 
 
 _RESULTS = TypeAdapter(list[NodeExecutionResult])
 
 
-def _results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) -> str:
+def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) -> str:
+    """Check results and write them as JSON.
+
+    Raises:
+        InvalidDataError: A result has the wrong shape, or can't be stored; the message gives its path.
+    """
     try:
         items = _RESULTS.validate_python(results)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = json_path("results", first["loc"])
-        raise InvalidDataError(f"{place}: {shorten(first['msg'], 200)}") from None
-    check_storable_json(_RESULTS.dump_python(items), "results")
+        path = json_path("results", first["loc"])
+        raise InvalidDataError(f"{path}: {shorten(first['msg'], 200)}") from None
+    check_json(_RESULTS.dump_python(items), "results")
     return _RESULTS.dump_json(items).decode()

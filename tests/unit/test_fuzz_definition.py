@@ -15,8 +15,9 @@ from uuid import UUID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gathering_pipeline.arguments import check_json
 from gathering_pipeline.errors import InvalidDataError, InvalidPipelineError, Issue
-from gathering_pipeline.hooks import check_storable_json, prepare_fields, prepare_graph
+from gathering_pipeline.hooks import prepare_fields, prepare_graph
 from gathering_pipeline.models import PipelineDefinition, PipelineEdge, PipelineNode
 from gathering_pipeline.validator import (
     INCOMPLETE_CODES,
@@ -197,7 +198,7 @@ def test_models_that_bypassed_validation(nodes: Any, edges: Any, limits: Limits)
 def test_json_is_storable_or_refused(value: Any) -> None:
     value = made(value)
     try:
-        check_storable_json(value, "trigger_data")
+        check_json(value, "trigger_data")
     except InvalidDataError as error:
         str(error).encode()
     else:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gathering_pipeline.errors import InvalidDataError, InvalidPipelineError
-from gathering_pipeline.hooks import check_list, check_storable_json, prepare_fields, prepare_graph
+from gathering_pipeline.errors import InvalidPipelineError
+from gathering_pipeline.hooks import check_list, prepare_fields, prepare_graph
 from gathering_pipeline.models import PipelineDefinition, PipelineEdge, PipelineNode
 from gathering_pipeline.validator import DEFAULT_LIMITS
 
@@ -200,18 +200,3 @@ class TestPrepareFields:
             prepare_fields({"edges": [{"id": "e", "from": "a"}]})
         with pytest.raises(InvalidPipelineError, match="Duplicate node id"):
             prepare_fields({"nodes": [TRIGGER, TRIGGER]})
-
-
-class TestStorableJson:
-    def test_good(self) -> None:
-        check_storable_json({"a": [1, None, "x"]}, "trigger_data")
-
-    def test_bad(self) -> None:
-        with pytest.raises(InvalidDataError, match=r"output.a\[1\] is nan.*output.b is not JSON but a bytes") as caught:
-            check_storable_json({"a": [1, math.nan], "b": b""}, "output")
-        assert isinstance(caught.value, ValueError)
-
-    def test_message_is_cut(self) -> None:
-        with pytest.raises(InvalidDataError) as caught:
-            check_storable_json([math.nan] * 10_000, "output")
-        assert len(str(caught.value)) <= 1_000
