@@ -14,6 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from click.testing import CliRunner, Result
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.engine import make_url
 
 from gathering_pipeline import migrations
@@ -253,7 +254,7 @@ def test_a_role_without_rights(database_url: str, admin: psycopg.Connection) -> 
     role = "gathering_cli_guest"
     admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
     try:
-        guest = psycopg.conninfo.conninfo_to_dict(database_url.replace("+psycopg", ""))
+        guest = conninfo_to_dict(database_url.replace("+psycopg", ""))
         host = f"?host={guest['host']}" if "/" in str(guest["host"]) else ""
         place = "" if host else f"{guest['host']}:{guest['port']}"
         url = f"postgresql://{role}:guest@{place}/{guest['dbname']}{host}"

@@ -4,7 +4,7 @@ What the plans inside the functions do is read from the server's own counts for 
 that ran and not one that EXPLAIN would have made of a similar text.
 """
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

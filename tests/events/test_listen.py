@@ -1,8 +1,5 @@
 """``Database.listen`` and ``alisten``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import asyncio
@@ -36,7 +33,12 @@ def test_listen(database: Database, session: Session) -> None:
             (run.id, EventType.PIPELINE_NODE_STARTED),
             (other.id, EventType.PIPELINE_RUN_STARTED),
         ]
-        threading.Timer(0.2, lambda: [runs.cancel(run.id), session.commit()]).start()
+
+        def cancel() -> None:
+            runs.cancel(run.id)
+            session.commit()
+
+        threading.Timer(0.2, cancel).start()
         assert next(everything).type is EventType.PIPELINE_RUN_CANCELLED
     with closing(database.listen(run.id, seen[0].cursor)) as tail:
         assert [next(tail).type for _ in range(2)] == [

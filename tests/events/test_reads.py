@@ -1,8 +1,5 @@
 """Events are read without a gap, in order, at little cost."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from datetime import timedelta
@@ -12,7 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import EventRepository, EventType, RunRepository
+from gathering_pipeline import EventRepository, EventType, PipelineEvent, RunRepository
 from gathering_pipeline.errors import InvalidCursorError, InvalidDataError
 from tests.support.databases import Connect
 from tests.support.events import forget, names, raw_run, read_all
@@ -34,7 +31,8 @@ def test_pages(session: Session) -> None:
     everything = events.read()
     assert names(everything.items) == ["run started", *(f"{name} completed" for name in "abcd"), "run completed"]
     assert events.last() == everything.next_cursor == everything.items[-1].cursor
-    paged, after = [], begin.next_cursor
+    paged: list[PipelineEvent] = []
+    after = begin.next_cursor
     while (page := events.read(after, limit=4)).items:
         paged += page.items
         after = page.next_cursor

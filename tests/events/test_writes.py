@@ -1,8 +1,5 @@
 """Each change of a status is an event, whatever made it."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import random
@@ -31,6 +28,7 @@ def test_each_transition_of_a_run_has_its_event(
     raw: psycopg.Connection, session: Session, old: RunStatus | None, new: RunStatus
 ) -> None:
     legal = new in (INITIAL_RUN_STATUSES if old is None else RUN_TRANSITIONS[old])
+    run_id = 0
     if old is not None:
         run_id = raw_run(raw, session)
         if old is not RunStatus.RUNNING:

@@ -1,8 +1,5 @@
 """A database that a module shares, emptied before each test, and a session of each kind."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import asyncio
 import json
 from collections.abc import Callable, Iterator

@@ -43,7 +43,7 @@ from gathering_pipeline import (
 from gathering_pipeline.repositories._call import translate
 from gathering_pipeline.validator import Limits
 from tests.support import databases, schema, servers
-from tests.support.graphs import AGENT, BACK, EDGE, GOOD, TRIGGER
+from tests.support.graphs import AGENT, BACK, EDGE, GOOD, TRIGGER, Graph
 from tests.support.orm_writes import INSERTS, UPDATES
 from tests.support.runs import LEASE
 from tests.support.write_paths import (
@@ -58,8 +58,6 @@ from tests.support.write_paths import (
     sqlstate,
 )
 
-Graph = list[dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Case:
@@ -69,8 +67,8 @@ class Case:
         what: Its name.
         row: Columns to be written; the others are those of a good pipeline.
         place: What the answer names; nothing if it is stored.
-        doors: What the database's own refusal names, ``""`` where it can't know the place; ``None``: what only Python can
-            hold, which is offered to no door but the hook's. By default as ``place``.
+        sql_place: What the refusal of the database names; ``""`` where it can't know the place, ``None`` where only Python
+            can hold the input, which is then tried on no path but the hook's. By default as ``place``.
         stored: The columns that come back otherwise than they were given.
         warning: Code of the finding that the validator has.
     """
@@ -78,7 +76,7 @@ class Case:
     what: str
     row: Row
     place: str | None = None
-    doors: str | None = "as place"
+    sql_place: str | None = "as place"
     stored: Row = field(default_factory=dict)
     warning: str | None = None
 
@@ -107,7 +105,7 @@ def with_node(*nodes: Any, **changes: Any) -> Row:
 
 
 def with_config(value: Any, key: str = "k") -> Row:
-    return with_node(config=AGENT["config"] | {key: value})
+    return with_node(config={**AGENT["config"], key: value})
 
 
 def with_edges(*edges: Any) -> Row:
@@ -136,7 +134,7 @@ def no_recursion() -> Iterator[None]:
         sys.setrecursionlimit(limit)
 
 
-def large(*pairs: tuple[int, int]) -> tuple[Graph, Graph]:
+def large(*pairs: tuple[int, int]) -> Graph:
     nodes = [{"id": f"n{at}", "type": "delay", "name": "N"} for at in range(100_000)]
     return nodes, [{"id": f"e{at}", "from": f"n{a}", "to": f"n{b}"} for at, (a, b) in enumerate(pairs)]
 
@@ -271,7 +269,7 @@ NO_JSON = {
     "a set": {1},
     "bytes": b"x",
 }
-NO_LISTS = {"null": None, "text": "[]", "an object": {}}
+NO_LISTS: dict[str, Any] = {"null": None, "text": "[]", "an object": {}}
 INFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 EMPTY_CONFIG = {"agent_id": None, "task": None, "cron": None, "condition": None, "seconds": None}
 
@@ -337,14 +335,14 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         Case(
             "instead of from and to",
             with_edges({"id": "e", "from_node": "t", "to_node": "a"}),
-            doors="edges[0].from",
+            sql_place="edges[0].from",
             stored={"edges": [EDGE]},
         ),
         Case("that contradict them", with_edges(EDGE | {"to_node": "t"}), "edges[0] has both to and to_node", None),
     ],
     "NUL and lone surrogates": [
         *(
-            Case(f"{name} {where}", row, place, doors="")
+            Case(f"{name} {where}", row, place, sql_place="")
             for name, bad in (("NUL", "a\0b"), ("a lone surrogate", "a\ud800b"))
             for where, row, place in (
                 ("in a name", with_node(name=bad), f"{AT}.name"),
@@ -500,8 +498,8 @@ def test_no_row_is_left_out() -> None:
             if isinstance(elsewhere, str):
                 path, _, name = elsewhere.partition("::")
                 assert f"\ndef {name}(" in (schema.ROOT / path).read_text(encoding="utf-8"), elsewhere
-    doors = {*INSERTING, *UPDATING, *(path.__name__ for path in (*INSERTS, *UPDATES))}
-    assert {"bulk_save_objects", "COPY", "MERGE", "ON CONFLICT", "psql", "Core", "insert_many", "by_where"} <= doors
+    sql_paths = {*INSERTING, *UPDATING, *(path.__name__ for path in (*INSERTS, *UPDATES))}
+    assert {"bulk_save_objects", "COPY", "MERGE", "ON CONFLICT", "psql", "Core", "insert_many", "by_where"} <= sql_paths
 
 
 @pytest.fixture(scope="module")
@@ -520,13 +518,13 @@ def stage(only_stage: Stage) -> Stage:
 
 
 @pytest.fixture(scope="module")
-def doors(only_stage: Stage) -> Iterator[dict[str, tuple[int, Write]]]:
-    """The doors that are the database's own to guard, and the id of what each of them writes."""
+def sql_paths(only_stage: Stage) -> Iterator[dict[str, tuple[int, Write]]]:
+    """The paths that only the database guards, and the id of the row that each of them writes."""
     with ExitStack() as opened:
         yield {
-            f"{name} of id {pipeline_id}": (pipeline_id, opened.enter_context(door(only_stage)))
+            f"{name} of id {pipeline_id}": (pipeline_id, opened.enter_context(path(only_stage)))
             for pipeline_id, some in ((2, INSERTING), (1, UPDATING))
-            for name, door in some.items()
+            for name, path in some.items()
             if name not in BY_HOOK
         }
 
@@ -565,11 +563,16 @@ def validated(row: Row) -> None:
 
 def by_python(stage: Stage, case: Case) -> dict[str, Callable[[Session], object]]:
     """The paths on which Python answers, before SQL is sent."""
-    whole = {"name": "p", "nodes": GOOD[0], "edges": GOOD[1]} | case.row
-    ways: dict[str, Callable[[Session], object]] = {
-        **{f"{write.__name__} (new)": lambda s, write=write: write(s, copied(whole)) for write in INSERTS},
-        **{f"{write.__name__} (change)": lambda s, write=write: write(s, 1, copied(case.row)) for write in UPDATES},
-    }
+    whole: Row = {"name": "p", "nodes": GOOD[0], "edges": GOOD[1]} | case.row
+
+    def insert(write: Callable[..., None]) -> Callable[[Session], object]:
+        return lambda session: write(session, copied(whole))
+
+    def change(write: Callable[..., None]) -> Callable[[Session], object]:
+        return lambda session: write(session, 1, copied(case.row))
+
+    ways = {f"{write.__name__} (new)": insert(write) for write in INSERTS}
+    ways |= {f"{write.__name__} (change)": change(write) for write in UPDATES}
     if case.row.keys() <= PipelineCreate.model_fields.keys():
         ways |= {
             "repository's create": lambda s: PipelineRepository(s).create(PipelineCreate(**copied(whole))),
@@ -592,12 +595,12 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input(
-    case: Case | Call, stage: Stage, doors: dict[str, tuple[int, Write]], subtests: pytest.Subtests
+    case: Case | Call, stage: Stage, sql_paths: dict[str, tuple[int, Write]], subtests: pytest.Subtests
 ) -> None:
     if isinstance(case, Call):
         case.show(stage)
         return
-    whole = {"name": "p", "nodes": GOOD[0], "edges": GOOD[1]} | case.row
+    whole: Row = {"name": "p", "nodes": GOOD[0], "edges": GOOD[1]} | case.row
     if {"nodes", "edges"} & case.row.keys():
         with subtests.test("the validator"):
             if case.place is None:
@@ -622,12 +625,12 @@ def test_bad_input(
                 assert case.place in str(refused.value)
                 assert len(str(refused.value)) < 2_000
                 assert contents(stage) == before
-    named = case.place if case.doors == "as place" else case.doors
+    named = case.place if case.sql_place == "as place" else case.sql_place
     if case.place is not None and named is None:
         return
-    for path, (pipeline_id, write) in doors.items():
+    for path, (pipeline_id, store) in sql_paths.items():
         with subtests.test(path):
-            error = refusal(write, [{"id": pipeline_id, **whole}])
+            error = refusal(store, [{"id": pipeline_id, **whole}])
             if named and path.startswith("bulk") and error is None and None in case.row.values():  # "left out" for it
                 assert None not in written(stage, case.row).values()
                 clear(stage)

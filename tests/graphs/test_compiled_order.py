@@ -1,8 +1,5 @@
 """The order that the database compiles is the order that Python computes."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import random
 from collections.abc import Iterator
 from itertools import pairwise

@@ -1,8 +1,5 @@
 """Incomplete graphs: stored as drafts, refused elsewhere."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import json
 from typing import Any
 

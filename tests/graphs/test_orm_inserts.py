@@ -1,8 +1,5 @@
 """The hook before an INSERT, by each way of SQLAlchemy."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import copy
 from typing import Any
 

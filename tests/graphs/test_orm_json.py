@@ -1,8 +1,5 @@
 """JSON of pipelines, runs and node runs: refused before it is sent, or returned as given."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import copy
 from datetime import UTC, datetime
 from decimal import Decimal

@@ -1,8 +1,5 @@
 """Rows with graphs that would be refused today: loaded, edited, repaired."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import copy
 import json
 from typing import Any

@@ -1,8 +1,5 @@
 """``Pipeline.definition``, edits in place, and statements that the hook leaves alone."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import asyncio
 import copy
 

@@ -1,8 +1,5 @@
 """The hook before an UPDATE, by each way of SQLAlchemy."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import json
 from typing import Any
 

@@ -1,6 +1,6 @@
 """GatheRing's own raw SQL goes on working at head, and beside our writers."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The transition matrix: every pair of statuses, on every way into the tables, against the table in ``lifecycle``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

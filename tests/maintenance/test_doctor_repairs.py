@@ -1,5 +1,8 @@
 """Repairs: locks, retries, failures."""
 
+# psycopg takes literal SQL; statements are put together here.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import sys
@@ -16,7 +19,7 @@ from gathering_pipeline.catalog import Finding
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import DatabaseUnavailableError
-from tests.support.databases import Connect
+from tests.support.databases import Connect, scalar
 from tests.support.doctor import NODE_RUNS, RUNS, catalog, found, outcomes, pipeline
 
 
@@ -27,7 +30,7 @@ def test_an_invalid_index_is_rebuilt_when_nothing_stands_against_it(
     clean = catalog(database_url)
     raw.execute("DROP INDEX circle.idx_pipeline_node_runs_run_node")
     twice = f"INSERT INTO {NODE_RUNS} (run_id, node_id, node_type) VALUES (1, 'a', 'trigger') RETURNING id"
-    (double,) = raw.execute(twice).fetchone() or ()
+    double = scalar(raw, twice)
     name = "idx_pipeline_node_runs_run_node"
     for index in (name, "idx_mine"):
         with pytest.raises(psycopg.errors.UniqueViolation):

@@ -1,5 +1,8 @@
 """Differences of the schema that the doctor finds and repairs."""
 
+# psycopg takes literal SQL; statements are put together here.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from datetime import timedelta
@@ -12,6 +15,7 @@ from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
 from gathering_pipeline.repositories.runs import RunRepository
 from tests import generated
+from tests.support.databases import scalar
 from tests.support.doctor import NODE_RUNS, catalog, found, outcomes, pipeline
 
 BROKEN = {
@@ -190,7 +194,7 @@ def test_rows_are_examined_as_far_as_the_schema_lets_them(
 
 def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
     (view,) = (item for item in reference() if item.kind == "view")
-    (text,) = raw.execute("SELECT pg_get_viewdef(%s::regclass)", (view.name,)).fetchone() or ()
+    text = scalar(raw, "SELECT pg_get_viewdef(%s::regclass)", (view.name,))
     raw.execute(f"CREATE OR REPLACE VIEW {view.name} AS {text.replace('p.run_id = n.run_id', 'p.run_id = p.run_id')}")
     assert found(database) == [("drift", str(view))]
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}

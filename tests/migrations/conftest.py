@@ -1,6 +1,6 @@
 """Databases of GatheRing, catalogs at each revision, and folders of revisions."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import shutil

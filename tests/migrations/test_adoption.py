@@ -1,6 +1,6 @@
 """Tables that GatheRing uses already: adopted, or refused with every difference; taken back."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import psycopg

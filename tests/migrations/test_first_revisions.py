@@ -1,8 +1,5 @@
 """Revisions 006 and 007 create what they always created."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
 
 from gathering_pipeline import migrations

@@ -1,8 +1,5 @@
 """A migration that is killed between two steps goes on."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from collections.abc import Callable
 from typing import Any
 

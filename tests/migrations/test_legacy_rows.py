@@ -1,6 +1,6 @@
 """Rows of a database that is upgraded: repaired, refused, or left alone."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import json

@@ -1,8 +1,5 @@
 """GatheRing's writers at each revision, and during an upgrade."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import json
 import threading
 import time

@@ -1,7 +1,7 @@
 """The Pydantic schemas, the ORM classes and the migrated tables say the same: fields, types, nullability, defaults."""
 
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
-# psycopg wants literal SQL; this file puts some of its own together.
 
 import re
 import types
@@ -121,7 +121,7 @@ def test_columns_are_the_ones_of_the_database(table: Any, raw: psycopg.Connectio
     names = {"TIMESTAMP WITH TIME ZONE": "timestamp with time zone", "FLOAT": "double precision"}
     for name, (kind, nullable, default) in stored.items():
         column = table.columns[name]
-        declared = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
+        declared: str = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
         declared = re.sub(r"^VARCHAR", "character varying", names.get(declared, declared)).lower()
         assert declared == kind, name
         assert column.nullable == nullable, name

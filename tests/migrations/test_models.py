@@ -1,8 +1,5 @@
 """The models declare what the revisions create."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool

@@ -1,8 +1,5 @@
 """The tests that come with pytest-alembic."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from collections.abc import Iterator
 from types import ModuleType
 

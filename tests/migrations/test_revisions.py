@@ -1,8 +1,5 @@
 """Each revision up, down and up again."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import subprocess
 import sys
 

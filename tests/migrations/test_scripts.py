@@ -1,8 +1,5 @@
 """``upgrade --sql`` and ``downgrade --sql``: scripts for a DBA."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import shutil
 import subprocess
 import sys

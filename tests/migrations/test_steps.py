@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -131,12 +132,13 @@ def test_every_command_refuses_a_revision_of_an_unreleased_version(
     connect(database_url).execute("UPDATE circle.alembic_version SET version_num = %s", [revision])
     advice = "an unreleased version of this package left the revision: recreate the database, or downgrade it to"
     sentence = f"at revision {revision}, this code needs {migrations.head()}: {advice} 008_integrity"
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: migrations.upgrade(database_url),
         lambda: migrations.downgrade(database_url, "008_integrity"),
         lambda: migrations.downgrade(database_url, "base"),
         database.check,
-    ):
+    ]
+    for call in calls:
         with pytest.raises(SchemaRevisionError, match=sentence):
             call()
     with database.engine.connect() as connection, pytest.raises(SchemaRevisionError, match=sentence):

@@ -52,7 +52,7 @@ def test_who_installs_the_wheel_has_the_command(
     environment = {"PATH": "/usr/bin:/bin", "DATABASE_URL": empty_database_url}
 
     def db(*words: str) -> str:
-        command = [python.with_name("gathering-pipeline"), "db", *words]
+        command = [str(python.with_name("gathering-pipeline")), "db", *words]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -1,8 +1,5 @@
 """A database that a module shares, emptied before each test."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from collections.abc import Iterator
 
 import pytest

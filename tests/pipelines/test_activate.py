@@ -1,8 +1,5 @@
 """``activate`` and ``pause``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import json
 import threading
 

@@ -1,8 +1,5 @@
 """Arguments of ``PipelineRepository`` that are refused."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from typing import Any
 
 import pytest

@@ -1,9 +1,7 @@
 """``PipelineRepository.create`` and ``get``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -114,12 +112,13 @@ def test_a_schema_that_was_made_without_validation_is_checked_all_the_same(
     each: Session, raw: psycopg.Connection
 ) -> None:
     made = PipelineRepository(each).create(new())
-    for field in (
+    fields: list[dict[str, Any]] = [
         {"name": ""},
         {"timeout_seconds": -1},
         {"nodes": None},
         {"retry_backoff_base": float("nan")},
-    ):
+    ]
+    for field in fields:
         whole = {**new().model_dump(), "nodes": NODES, "edges": EDGES, **field}
         with pytest.raises((InvalidPipelineError, IntegrityViolationError)):
             PipelineRepository(each).create(PipelineCreate.model_construct(**whole))

@@ -1,8 +1,5 @@
 """Pipelines that were recorded elsewhere, stored."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import json
 import random
 from pathlib import Path
@@ -16,6 +13,7 @@ from gathering_pipeline import (
     Pipeline,
     PipelineCreate,
     PipelineRepository,
+    PipelineStatus,
     RunRepository,
     get_execution_order,
 )
@@ -93,7 +91,7 @@ def test_real_workflows_compile_to_the_same_order(path: Path, each: Session, raw
     rng.shuffle(edges)
     assert compiled(raw, nodes, edges) == by_python(nodes, edges)
     made = PipelineRepository(each).create(
-        PipelineCreate(name=source["name"], nodes=nodes, edges=edges, status="active")
+        PipelineCreate(name=source["name"], nodes=nodes, edges=edges, status=PipelineStatus.ACTIVE)
     )
     run = RunRepository(each).create(made.id)
     order = get_execution_order(made.definition)

@@ -1,8 +1,5 @@
 """``PipelineRepository.update``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import psycopg
 import pytest
 from sqlalchemy.orm import Session
@@ -59,10 +56,12 @@ def test_update_of_a_draft(each: Session) -> None:
     changed = pipelines.update(made.id, PipelineUpdate(nodes=[UNFINISHED]), allow_incomplete=True)
     assert changed.version == 2
     with pytest.raises(InvalidPipelineError):
-        pipelines.update(made.id, PipelineUpdate(status="active"), allow_incomplete=True)
+        pipelines.update(made.id, PipelineUpdate(status=PipelineStatus.ACTIVE), allow_incomplete=True)
     with pytest.raises(InvalidPipelineError):
-        pipelines.update(made.id, PipelineUpdate(nodes=[UNFINISHED], edges=[], status="active"), allow_incomplete=True)
-    assert pipelines.update(made.id, PipelineUpdate(nodes=[AGENT], status="active")).status == "active"
+        pipelines.update(
+            made.id, PipelineUpdate(nodes=[UNFINISHED], edges=[], status=PipelineStatus.ACTIVE), allow_incomplete=True
+        )
+    assert pipelines.update(made.id, PipelineUpdate(nodes=[AGENT], status=PipelineStatus.ACTIVE)).status == "active"
 
 
 def test_an_active_pipeline_does_not_become_incomplete(each: Session) -> None:
@@ -73,7 +72,7 @@ def test_an_active_pipeline_does_not_become_incomplete(each: Session) -> None:
         with pytest.raises(InvalidPipelineError):
             pipelines.update(made.id, changes, allow_incomplete=True)
     assert pipelines.get(made.id) == made
-    both = PipelineUpdate(nodes=[], edges=[], status="paused")
+    both = PipelineUpdate(nodes=[], edges=[], status=PipelineStatus.PAUSED)
     assert pipelines.update(made.id, both, allow_incomplete=True).status == "paused"
 
 

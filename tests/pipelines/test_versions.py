@@ -1,8 +1,5 @@
 """Versions of a graph, and runs that keep theirs."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import threading
 
 import psycopg
@@ -12,6 +9,7 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import (
     Database,
     PipelineRepository,
+    PipelineStatus,
     PipelineUpdate,
     RunRepository,
     RunStatus,
@@ -54,7 +52,7 @@ def test_expected_version_guards_the_graph(each: Session) -> None:
     for changes in (
         PipelineUpdate(nodes=NODES, edges=EDGES),
         PipelineUpdate(name="q"),
-        PipelineUpdate(status="active"),
+        PipelineUpdate(status=PipelineStatus.ACTIVE),
     ):
         with pytest.raises(StaleVersionError) as refused:
             pipelines.update(made.id, changes, expected_version=1)

@@ -1,5 +1,6 @@
 """Copies of a database: dumps that are restored in another cluster, and a logical subscriber. Data and events are the same."""
 
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ The writers and readers are this file, run as programs. Every reader keeps what 
 own, and begins again after the last whole line. ``GATHERING_EVENTS`` transitions are made, 1,500 unless that is set.
 """
 
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Random graphs through every door: none that is illegal gets in, none that is legal is refused, all are sorted alike.
+"""Random graphs on every write path: no illegal one is stored, no legal one is refused, all are ordered alike.
 
-``GATHERING_GRAPHS`` graphs go through each door, 1,000 unless that is set. A failure says with which ``GATHERING_SEED``
+``GATHERING_GRAPHS`` graphs take each path, 1,000 unless that is set. A failure says with which ``GATHERING_SEED``
 the same graphs come again.
 """
 
@@ -35,7 +35,7 @@ Items = list[dict[str, Any]]
 
 @dataclass
 class Case:
-    """A graph as it is offered to a door."""
+    """A graph as it is written."""
 
     row: Row
     defects: list[str]
@@ -95,7 +95,7 @@ def nested(levels: int, rng: random.Random) -> Any:
 def some_json(rng: random.Random, levels: int) -> Any:
     """A value of at most so many levels."""
     number = rng.choice([0, -1, 2**63, 0.5, 5e-324, LARGEST_FLOAT, LARGEST, -(10**300)])
-    flat = [None, True, number, some_text(rng), "", [], {}]
+    flat: list[Any] = [None, True, number, some_text(rng), "", [], {}]
     return rng.choice([*flat, [number, {some_text(rng): flat}], nested(levels, rng) if rng.random() < 0.2 else {}])
 
 
@@ -103,13 +103,14 @@ def some_config(rng: random.Random, kind: str) -> dict[str, Any]:
     config: dict[str, Any] = {key: None for key in ("agent_id", "task", "cron", "seconds") if rng.random() < 0.2}
     config |= {some_text(rng): some_json(rng, DEEPEST - 3) for _ in range(rng.choice([0, 0, 1, 2]))}
     config |= {"type": rng.choice(["delay", None, 7])} if rng.random() < 0.1 else {}
-    own: dict[str, Any] = {
+    own: dict[str, dict[str, Any]] = {
         "agent": {"agent_id": rng.choice([7, 1.5, 0, "x", some_text(rng)]), "task": some_text(rng)},
         "condition": {"condition": rng.choice(["", " ", "true", some_text(rng)])},
         "action": rng.choice([{}, {"action": None}, {"action": " "}, {"action": some_text(rng)}]),
         "delay": rng.choice([{}, {"seconds": None}, {"seconds": 0}, {"seconds": -0.0}, {"seconds": 1e300}]),
-    }.get(kind, {"seconds": "not its own", "agent_id": [], "condition": 1} if rng.random() < 0.2 else {})
-    return config | own
+    }
+    others = {"seconds": "not its own", "agent_id": [], "condition": 1} if rng.random() < 0.2 else {}
+    return config | own.get(kind, others)
 
 
 def some_graph(rng: random.Random) -> tuple[Items, Items]:
@@ -121,7 +122,7 @@ def some_graph(rng: random.Random) -> tuple[Items, Items]:
     nodes: Items = []
     for name in ids:
         kind = rng.choice(["trigger", "agent", "condition", "action", "parallel", "delay"])
-        node = {"id": name, "type": kind, "name": rng.choice(["N", "", some_text(rng)])}
+        node: dict[str, Any] = {"id": name, "type": kind, "name": rng.choice(["N", "", some_text(rng)])}
         node["config"] = some_config(rng, kind)
         if not node["config"] and rng.random() < 0.5:
             del node["config"]
@@ -212,7 +213,8 @@ def too_deep(rng: random.Random, nodes: Items, edges: Items) -> None:
 
 
 def no_item(rng: random.Random, nodes: Items, edges: Items) -> None:
-    rng.choice([nodes, edges]).append(rng.choice([None, 1, "x", [], ["id"], True]))
+    wrong: list[Any] = [None, 1, "x", [], ["id"], True]
+    rng.choice([nodes, edges]).append(rng.choice(wrong))
 
 
 def anything_anywhere(rng: random.Random, nodes: Items, edges: Items) -> None:
@@ -224,8 +226,8 @@ def anything_anywhere(rng: random.Random, nodes: Items, edges: Items) -> None:
     )
 
 
-NO_TEXT = (None, 1, True, [], {}, ["x"])
-NO_OBJECT = (1, True, "x", [], [{}])
+NO_TEXT: tuple[Any, ...] = (None, 1, True, [], {}, ["x"])
+NO_OBJECT: tuple[Any, ...] = (1, True, "x", [], [{}])
 DEFECTS: dict[str, Defect] = {
     "an id that is no text": spoil_id(lambda rng, _: rng.choice([1, 1.5, True, None, [], {}])),
     "an empty id": spoil_id(lambda rng, _: rng.choice(["", *BLANKS, "\t \n"])),
@@ -283,7 +285,7 @@ def some_case(rng: random.Random, number: int) -> Case:
 
 @lru_cache(10)
 def batch(number: int) -> tuple[list[Case], list[Case]]:
-    """Legal and illegal graphs; the short form makes them once for all doors."""
+    """Legal and illegal graphs; the short form makes them once for all paths."""
     rng = random.Random(f"{SEED}-{number}")
     cases = [some_case(rng, at) for at in range(1, BATCH + 1)]
     return [case for case in cases if case.order is not None], [case for case in cases if case.order is None]
@@ -378,7 +380,7 @@ def by_validator(nodes: Any, edges: Any, *, active: bool) -> list[str] | None:
     return None if errors - (set() if active else INCOMPLETE_CODES) else get_execution_order(definition)
 
 
-# --- the doors -------------------------------------------------------------------------------------------------------
+# --- the write paths -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -400,14 +402,14 @@ STORED = """SELECT p.id, p.name, p.status, p.nodes::text, p.edges::text,
     FROM circle.pipelines p WHERE p.name <> 'there before'"""
 
 
-@pytest.mark.parametrize("door", INSERTING)
-def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(door: str, stage: Stage, connect: Any) -> None:
+@pytest.mark.parametrize("path", INSERTING)
+def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(path: str, stage: Stage, connect: Any) -> None:
     failures: list[str] = []
     counted: Counter[str] = Counter()
     look: psycopg.Connection = connect(stage.url)
     # JSONB can't be made of what is no text of PostgreSQL; a graph that SQLAlchemy takes for NULL has no default
-    wanted = ("InvalidPipelineError",) if door in BY_HOOK else ("InvalidPipelineError", "PL008", "22P", "23502")
-    with INSERTING[door](stage) as write:
+    wanted = ("InvalidPipelineError",) if path in BY_HOOK else ("InvalidPipelineError", "PL008", "22P", "23502")
+    with INSERTING[path](stage) as write:
         for number in range(-(-GRAPHS // BATCH)):
             legal, illegal = batch(number)
             failures += [
@@ -415,7 +417,7 @@ def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(door: str, stage: S
             ]
             counted.update(graphs=len(legal + illegal), legal=len(legal))
             look.execute("TRUNCATE circle.pipelines, circle.pipeline_version_nodes CASCADE")
-            if door in UPDATING:  # half of them
+            if path in UPDATING:  # half of them
                 look.execute(
                     "INSERT INTO circle.pipelines (id, name) SELECT generate_series(2, 100, 2), 'there before'"
                 )
@@ -438,9 +440,9 @@ def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(door: str, stage: S
                 found = json.loads(f"[{nodes}, {edges}]", parse_int=float)
                 if (name, status, found) != (case.row["name"], case.row["status"], written):
                     failures.append(f"not as it was given: {case!a}")
-                elif door != "a replica" and order != case.order:  # whose versions come from the primary
+                elif path != "a replica" and order != case.order:  # whose versions come from the primary
                     failures.append(f"sorted as {order}: {case!a}")
-    print(f"\n{door}: {dict(sorted(counted.items()))}, failures: {len(failures)} (GATHERING_SEED={SEED})")
+    print(f"\n{path}: {dict(sorted(counted.items()))}, failures: {len(failures)} (GATHERING_SEED={SEED})")
     assert counted["graphs"] * 0.2 < counted["legal"] < counted["graphs"] * 0.8
     assert not failures, f"GATHERING_SEED={SEED}: {len(failures)}, such as\n" + "\n".join(failures[:5])
 

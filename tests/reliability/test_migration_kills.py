@@ -5,6 +5,9 @@ behind has to lead to the same catalog as a migration that nobody disturbed. The
 revision, and with ``GATHERING_ROUNDS`` (``make reliability``) in every one, which takes a recovery each time.
 """
 
+# psycopg takes literal SQL; statements are put together here.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import logging

@@ -5,8 +5,8 @@ migration was held up. ``GATHERING_MIGRATION_RUNS`` sets how many runs are there
 5,000,000 and fails above 250 ms), with as many node runs. It prints a table.
 """
 
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
-# psycopg wants literal SQL; this file puts some of its own together.
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ class Load:
     def timed(self, raw: psycopg.Connection, *statements: str, **values: int | None) -> int | None:
         """One transaction; again if it was the victim of a deadlock. What its first statement returned."""
         begin = time.monotonic()
-        while True:
+        cursors: list[psycopg.Cursor] = []
+        while not cursors:
             try:
                 with raw.transaction():
                     cursors = [raw.execute(statement, values) for statement in statements]
-                break
             except psycopg.errors.DeadlockDetected as error:
                 self.deadlocks.append(str(error))
         end = time.monotonic()

@@ -4,8 +4,6 @@ The worker is this file, run as a program. Each call that returned it writes dow
 ``GATHERING_KILLS`` times every process of the server gets SIGKILL at once, twice unless that is set.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import os
@@ -156,7 +154,9 @@ def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
 
         lines = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         with connect(server.url) as raw:
-            runs = dict(raw.execute("SELECT id::text, idempotency_key FROM circle.pipeline_runs").fetchall())
+            runs: dict[str, str] = dict(
+                raw.execute("SELECT id::text, idempotency_key FROM circle.pipeline_runs").fetchall()
+            )
             ended = {
                 ("completed", *row)
                 for row in raw.execute(

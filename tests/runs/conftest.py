@@ -1,8 +1,5 @@
 """A database that a module shares, emptied before each test; each call is a transaction of its own."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator

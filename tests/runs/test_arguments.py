@@ -1,8 +1,5 @@
 """Arguments of ``RunRepository`` that are refused before anything is written."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -74,12 +71,13 @@ def test_an_id_or_token_that_is_no_number(runs: RunRepository, session: Session,
 def test_what_must_be_given_is_not_none(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "a")
     nothing: Any = None
-    for name, call in {
+    calls: dict[str, Callable[[], object]] = {
         "node_id": lambda: runs.start_node(run_id, nothing),
         "error": lambda: runs.fail(run_id, nothing),
         "retryable": lambda: runs.fail_node(run_id, "a", "broken", retryable=nothing),
         "worker_id": lambda: runs.claim(nothing, timedelta(seconds=1)),
-    }.items():
+    }
+    for name, call in calls.items():
         with pytest.raises(InvalidDataError, match=f"^{name} must be "):
             call()
     assert runs.get(run_id).status == "running"
@@ -193,6 +191,8 @@ def test_arguments_out_of_range(runs: RunRepository, session: Session, refuses: 
     run = claimed(runs, session, "a")
     token = run.claim_token
     result = {"node_id": "a", "status": "completed"}
+    ages: list[Any] = [timedelta(seconds=-1), timedelta.max, 0]
+    limits: list[Any] = [0, -1, True, 1.5, "1", None, 2**31, 10**30]
     calls: list[Callable[[], object]] = [
         *(lambda key=key: runs.create(pipeline, idempotency_key=key) for key in ("", "k" * 256)),
         *(lambda name=name: runs.claim(name, LEASE) for name in ("", "w" * 256)),
@@ -203,7 +203,7 @@ def test_arguments_out_of_range(runs: RunRepository, session: Session, refuses: 
         ),
         *(
             lambda limit=limit, call=call: call(limit)
-            for limit in (0, -1, True, 1.5, "1", None, 2**31, 10**30)
+            for limit in limits
             for call in (
                 lambda limit: runs.claim("w", LEASE, limit),
                 runs.recover,
@@ -213,7 +213,7 @@ def test_arguments_out_of_range(runs: RunRepository, session: Session, refuses: 
                 lambda limit: runs.search(limit=limit),
             )
         ),
-        *(lambda age=age: runs.purge(age) for age in (timedelta(seconds=-1), timedelta.max, 0)),
+        *(lambda age=age: runs.purge(age) for age in ages),
         lambda: runs.search(status="started"),  # type: ignore[arg-type]
         *(
             lambda wrong=wrong, call=call: call(run.id, [result | wrong], token=token)

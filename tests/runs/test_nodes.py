@@ -1,8 +1,5 @@
 """``start_node``, ``complete_node``, ``skip_node`` and ``fail_node``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import random

@@ -1,17 +1,16 @@
 """``search``, ``counts`` and ``statistics``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    RunRead,
     RunRepository,
     RunStatus,
 )
@@ -24,7 +23,7 @@ def test_pages_of_the_history(runs: RunRepository, session: Session) -> None:
     for run_id in ids[::3]:
         runs.start(run_id)
     every = [runs.get(run_id) for run_id in reversed(ids)]
-    for filters, expected in (
+    filtered: list[tuple[dict[str, Any], list[RunRead]]] = [
         ({}, every),
         ({"pipeline_id": one}, [run for run in every if run.pipeline_id == one]),
         ({"status": RunStatus.RUNNING}, [run for run in every if run.status == "running"]),
@@ -35,7 +34,8 @@ def test_pages_of_the_history(runs: RunRepository, session: Session) -> None:
         ({"status": RunStatus.TIMEOUT}, []),
         ({"pipeline_id": -1}, []),
         ({"pipeline_id": 2**63}, []),
-    ):
+    ]
+    for filters, expected in filtered:
         for limit in (1, 3, len(expected) or 1, 100):
             pages, cursor = [], None
             while True:

@@ -1,8 +1,5 @@
 """Workflows that were recorded elsewhere, replayed."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 import json

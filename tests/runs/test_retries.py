@@ -1,8 +1,5 @@
 """Failed attempts of a node, and when it is tried again."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from datetime import timedelta

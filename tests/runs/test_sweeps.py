@@ -1,8 +1,5 @@
 """``recover``, ``expire`` and ``purge``."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from __future__ import annotations
 
 from datetime import timedelta

@@ -1,6 +1,6 @@
 """Databases as GatheRing's API creates them, before any revision."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import json

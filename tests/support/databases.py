@@ -1,11 +1,11 @@
 """What a database holds; databases that older releases left; servers of their own."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,13 @@ from tests.support.servers import connect
 
 Connect = Callable[[str], psycopg.Connection]
 """The fixture ``connect``."""
+
+
+def scalar(raw: psycopg.Connection, statement: str, parameters: Sequence[object] = ()) -> Any:
+    """The first column of the first row."""
+    row = raw.execute(statement, parameters).fetchone()
+    assert row is not None
+    return row[0]
 
 
 def contents(raw: psycopg.Connection) -> list[tuple[Any, ...]]:

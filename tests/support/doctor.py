@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psycopg
 
 from gathering_pipeline.catalog import Finding, canonical
 from gathering_pipeline.database import Database
 from gathering_pipeline.doctor import doctor
+from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import PipelineCreate
 from gathering_pipeline.repositories.pipelines import PipelineRepository
 from gathering_pipeline.repositories.runs import RunRepository
@@ -24,7 +27,9 @@ RUNS, NODE_RUNS = "circle.pipeline_runs", "circle.pipeline_node_runs"
 def pipeline(database: Database, runs: int = 0) -> int:
     """An active pipeline with runs that are pending."""
     with database.session() as session:
-        made = PipelineRepository(session).create(PipelineCreate(name="p", status="active", nodes=NODES, edges=EDGES))
+        made = PipelineRepository(session).create(
+            PipelineCreate(name="p", status=PipelineStatus.ACTIVE, nodes=NODES, edges=EDGES)
+        )
         for _ in range(runs):
             RunRepository(session).create(made.id)
         return made.id
@@ -47,7 +52,7 @@ def catalog(url: str) -> list[str]:
     return [canonical(line) for line in schema.catalog(url)]
 
 
-def found(database: Database, **options: float) -> list[tuple[str, str]]:
+def found(database: Database, **options: Any) -> list[tuple[str, str]]:
     return [(finding.code, finding.object) for finding in doctor(database.engine, **options)]
 
 

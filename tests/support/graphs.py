@@ -10,12 +10,23 @@ Nodes = list[dict[str, Any]]
 Graph = tuple[Nodes, Nodes]
 """Nodes and edges, as JSON."""
 
-TRIGGER = {"id": "t", "type": "trigger", "name": "T", "config": {"cron": None}, "position": {"x": 50, "y": 100}}
-AGENT = {"id": "a", "type": "agent", "name": "A", "config": {"agent_id": 7, "task": "review", "extra": [1]}}
-UNFINISHED = {"id": "a", "type": "agent", "name": "A", "config": {}}
-DELAY = {"id": "d", "type": "delay", "name": "D"}
-EDGE = {"id": "e", "from": "t", "to": "a"}
-BACK = {"id": "back", "from": "a", "to": "t"}
+TRIGGER: dict[str, Any] = {
+    "id": "t",
+    "type": "trigger",
+    "name": "T",
+    "config": {"cron": None},
+    "position": {"x": 50, "y": 100},
+}
+AGENT: dict[str, Any] = {
+    "id": "a",
+    "type": "agent",
+    "name": "A",
+    "config": {"agent_id": 7, "task": "review", "extra": [1]},
+}
+UNFINISHED: dict[str, Any] = {"id": "a", "type": "agent", "name": "A", "config": {}}
+DELAY: dict[str, Any] = {"id": "d", "type": "delay", "name": "D"}
+EDGE: dict[str, Any] = {"id": "e", "from": "t", "to": "a"}
+BACK: dict[str, Any] = {"id": "back", "from": "a", "to": "t"}
 
 NODES: Nodes = [TRIGGER, AGENT]
 EDGES: Nodes = [EDGE]

@@ -1,8 +1,5 @@
 """The ways in which SQLAlchemy writes a pipeline."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Steps that tests of pipelines share."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import Any

@@ -1,8 +1,5 @@
 """The schema of a database as a list of facts; revisions and their scripts."""
 
-# Statements are put together from names that stand here, which pyright can't know.
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 import io
 import subprocess
 from pathlib import Path

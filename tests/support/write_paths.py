@@ -1,6 +1,6 @@
-"""The doors through which pipelines come in without our repositories, for tests that try all of them."""
+"""The paths on which pipelines are written without the repositories."""
 
-# Statements are put together from names that stand here, which pyright can't know.
+# psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from sqlalchemy import Engine, insert, update
-from sqlalchemy.dialects.postgresql import dialect
+from sqlalchemy import Dialect, Engine, insert, update
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import InvalidPipelineError, Pipeline
 from tests.support import servers
+
+DIALECT: Dialect = PGDialect()  # type: ignore[no-untyped-call]
 
 Row = dict[str, Any]
 """Columns of a pipeline; all rows of a call have the same ones, ``id`` among them."""
@@ -38,7 +40,7 @@ class Stage:
 Write = Callable[[list[Row]], None]
 """Stores these rows, all or none."""
 
-Door = Callable[[Stage], AbstractContextManager[Write]]
+WritePath = Callable[[Stage], AbstractContextManager[Write]]
 
 
 class RefusedByPsqlError(Exception):
@@ -46,10 +48,10 @@ class RefusedByPsqlError(Exception):
 
 
 def _incomplete(row: Row) -> bool:
-    return row.get("status", "draft") != "active"
+    return bool(row.get("status", "draft") != "active")
 
 
-def by_session(save: Callable[[Session, list[Pipeline]], None]) -> Door:
+def by_session(save: Callable[[Session, list[Pipeline]], None]) -> WritePath:
     """Objects, in one way or another."""
 
     @contextmanager
@@ -128,16 +130,17 @@ MERGE = """MERGE INTO circle.pipelines USING (VALUES ({cast})) EXCLUDED ({names}
     WHEN MATCHED THEN UPDATE SET {changes} WHEN NOT MATCHED THEN INSERT ({names}) VALUES ({theirs})"""
 
 
-def statement(sql: str, role: str = "origin") -> Door:
+def statement(sql: str, role: str = "origin") -> WritePath:
     """One statement a row."""
 
     @contextmanager
     def by_sql(stage: Stage) -> Iterator[Write]:
         def write(rows: list[Row]) -> None:
+            types = {key: Pipeline.__table__.c[key].type.compile(DIALECT) for key in rows[0]}
             parts = {
                 "names": ", ".join(rows[0]),
                 "values": ", ".join(f"%({key})s" for key in rows[0]),
-                "cast": ", ".join(f"%({key})s::{Pipeline.__table__.c[key].type.compile(dialect())}" for key in rows[0]),
+                "cast": ", ".join(f"%({key})s::{types[key]}" for key in rows[0]),
                 "theirs": ", ".join(f"EXCLUDED.{key}" for key in rows[0]),
                 "changes": ", ".join(f"{key} = EXCLUDED.{key}" for key in rows[0] if key != "id"),
             }
@@ -183,7 +186,7 @@ def by_psql(stage: Stage) -> Iterator[Write]:
         to.close()
 
 
-INSERTING: dict[str, Door] = {
+INSERTING: dict[str, WritePath] = {
     "session.add": by_session(Session.add_all),
     "bulk_save_objects": by_session(Session.bulk_save_objects),
     "insert(Pipeline)": by_insert,
@@ -196,7 +199,7 @@ INSERTING: dict[str, Door] = {
 }
 """What stores new pipelines; ``MERGE`` and ``ON CONFLICT`` update those that are there."""
 
-UPDATING: dict[str, Door] = {
+UPDATING: dict[str, WritePath] = {
     "MERGE": statement(MERGE),
     "ON CONFLICT": statement(UPSERT),
     "UPDATE": statement(UPDATE),
@@ -209,7 +212,7 @@ BY_HOOK = ("session.add", "insert(Pipeline)")
 
 
 def refusal(write: Write, rows: list[Row]) -> InvalidPipelineError | psycopg.Error | RefusedByPsqlError | None:
-    """How a door refuses these rows; none if it takes them."""
+    """The error with which a path refuses these rows; None if it stores them."""
     try:
         write(rows)
     except (InvalidPipelineError, psycopg.Error, RefusedByPsqlError) as error:

@@ -214,7 +214,8 @@ class TestConfig:
         assert "invalid_config" in codes(PipelineDefinition(nodes=[bypassed], edges=[]))
 
     def test_what_can_not_be_shown_in_a_message(self) -> None:
-        for what in (10**5000, nested(1500)):
+        wrong: list[Any] = [10**5000, nested(1500)]
+        for what in wrong:
             bypassed = PipelineNode.model_construct(id=what, type=what, name="A", config=what)
             assert {"invalid_id", "invalid_type"} <= {*codes(PipelineDefinition(nodes=[bypassed], edges=[]))}
 
