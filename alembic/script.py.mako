@@ -1,9 +1,9 @@
 """${message}
 
-The SQL is in ``sql/${up_revision}/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/${up_revision}/``.
 """
 
-from alembic import op
+from gathering_pipeline.migrator import run_steps
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -12,10 +12,10 @@ depends_on = ${repr(depends_on)}
 
 
 def upgrade() -> None:
-    """Bring the schema to this revision."""
-    op.run_steps(revision, "upgrade")
+    """Apply this revision."""
+    run_steps(revision, "upgrade")
 
 
 def downgrade() -> None:
-    """Take this revision away again."""
-    op.run_steps(revision, "downgrade")
+    """Revert this revision."""
+    run_steps(revision, "downgrade")

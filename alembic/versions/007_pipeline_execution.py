@@ -1,9 +1,9 @@
 """Execution settings, timeout, node runs.
 
-The SQL is in ``sql/007_pipeline_execution/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/007_pipeline_execution/``.
 """
 
-from alembic import op
+from gathering_pipeline.migrator import run_steps
 
 revision = "007_pipeline_execution"
 down_revision = "006_pipelines"
@@ -12,10 +12,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Bring the schema to this revision."""
-    op.run_steps(revision, "upgrade")
+    """Apply this revision."""
+    run_steps(revision, "upgrade")
 
 
 def downgrade() -> None:
-    """Take this revision away again."""
-    op.run_steps(revision, "downgrade")
+    """Revert this revision."""
+    run_steps(revision, "downgrade")

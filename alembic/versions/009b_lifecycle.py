@@ -1,9 +1,9 @@
 """Versions, leases, and the lifecycle as functions.
 
-The SQL is in ``sql/009b_lifecycle/``; ``run_steps`` (env.py) runs its steps, each in a transaction of its own.
+The SQL is in ``sql/009b_lifecycle/``.
 """
 
-from alembic import op
+from gathering_pipeline.migrator import run_steps
 
 revision = "009b_lifecycle"
 down_revision = "008_integrity"
@@ -12,10 +12,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Bring the schema to this revision."""
-    op.run_steps(revision, "upgrade")
+    """Apply this revision."""
+    run_steps(revision, "upgrade")
 
 
 def downgrade() -> None:
-    """Take this revision away again."""
-    op.run_steps(revision, "downgrade")
+    """Revert this revision."""
+    run_steps(revision, "downgrade")

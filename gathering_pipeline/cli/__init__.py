@@ -1,4 +1,4 @@
-"""The command line, ``gathering-pipeline``; it comes with the extra ``cli``."""
+"""The command line, ``gathering-pipeline``; part of the extra ``cli``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators run: ``gathering-pipeline db ...``."""
+"""The commands for operators: ``gathering-pipeline db ...``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from alembic.util import CommandError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
-from gathering_pipeline import embedded, migrations
-from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor as examine
+from gathering_pipeline import connections, embedded, migrations, urls
 from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
-from gathering_pipeline.preflight import MODES, Preflight
-from gathering_pipeline.preflight import preflight as look_ahead
-from gathering_pipeline.settings import DatabaseSettings
+from gathering_pipeline.maintenance.doctor import doctor as run_doctor
+from gathering_pipeline.maintenance.preflight import MODES, Preflight
+from gathering_pipeline.maintenance.preflight import preflight as run_preflight
 
-VARIABLES = ("GATHERING_MIGRATION_URL", "GATHERING_DATABASE_URL", "DATABASE_URL")
-NEEDS_YOU = 3
-"""Exit code of a report that somebody has to act on."""
+ACTION_NEEDED = 3
+"""Exit code of a report that an operator has to act on."""
 
 
-class _Sentences(click.Group):
-    """Says what went wrong in one sentence, and leaves with 1."""
+class _Group(click.Group):
+    """Prints an error as one sentence and exits with 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -42,15 +40,15 @@ class _Sentences(click.Group):
             reason = getattr(diagnostic, "message_primary", None) or str(error.orig).strip()
             state = getattr(error.orig, "sqlstate", None)
             raise click.ClickException(
-                f"PostgreSQL says: {shorten(reason)}" + (f" (SQLSTATE {state})" if state else "")
+                f"PostgreSQL reports: {shorten(reason)}" + (f" (SQLSTATE {state})" if state else "")
             ) from error
 
 
 url_option = click.option(
     "--url",
     metavar="URL",
-    help="postgresql://USER:PASSWORD@HOST:PORT/DATABASE; by default what GATHERING_MIGRATION_URL, "
-    "GATHERING_DATABASE_URL or DATABASE_URL says, else the embedded server.",
+    help="postgresql://USER:PASSWORD@HOST:PORT/DATABASE; by default the value of GATHERING_MIGRATION_URL, "
+    "GATHERING_DATABASE_URL or DATABASE_URL, else the embedded server.",
 )
 x_option = click.option(
     "-x",
@@ -58,34 +56,32 @@ x_option = click.option(
     metavar="NAME=VALUE",
     multiple=True,
     callback=lambda _context, _option, given: dict(item.partition("=")[::2] for item in given),
-    help="lock_timeout, patience or yield, as docs/operations.md explains them; may be repeated.",
+    help="lock_timeout, patience or yield, see docs/operations.md; may be repeated.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @contextmanager
-def _database(url: str | None) -> Iterator[Database]:
+def _database(url: str | None) -> Iterator[Engine]:
+    """Open the database of a command, and print on stderr which one it is."""
     if url == "":
         raise ConfigurationError("--url is set but empty: leave it out, or write a URL")
-    settings, url = DatabaseSettings.for_migrations(url)
-    folder = None
-    if url is None and settings.database_url is None:
-        server = embedded.start(settings.data_dir)
-        url, folder = server.url, server.data_dir
-    with Database(url, settings=settings) as database:
-        if folder is not None:
-            told = f"the embedded server in {folder}, because none of {', '.join(VARIABLES)} is set"
-        else:  # as the server has it, whatever libpq added to the URL
-            with database.engine.connect() as connection:
+    location = urls.locate(url, for_migrations=True)
+    with connections.temporary_engine(location.resolve(warn=False), location.settings) as engine:
+        if location.url is None:
+            folder = embedded.data_folder(location.settings.data_dir)
+            label = f"the embedded server in {folder}, because none of {', '.join(urls.VARIABLES)} is set"
+        else:  # as the server reports it, because libpq may complete the URL
+            with engine.connect() as connection:
                 info = connection.connection.driver_connection.info  # type: ignore[union-attr]
-            told = f"{info.dbname} at {info.host}:{info.port}, user {info.user}"
-        click.echo(f"database: {told}", err=True)
-        yield database
+            label = f"{info.dbname} at {info.host}:{info.port}, user {info.user}"
+        click.echo(f"database: {label}", err=True)
+        yield engine
 
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """Show on stderr which revision runs, and for what it waits."""
+    """Log on stderr which revision runs, and what it waits for."""
     handler = logging.StreamHandler()
     handler.addFilter(lambda record: not record.getMessage().startswith(("Context impl", "Will assume")))
     loggers = [logging.getLogger(name) for name in ("alembic.runtime.migration", "alembic.gathering_pipeline")]
@@ -103,19 +99,19 @@ def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-@click.group(cls=_Sentences, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="gathering-pipeline")
 def cli() -> None:
     """The data layer of GatheRing's pipelines.
 
-    Exit codes: 0 done; 1 it failed, and one sentence on stderr says why; 2 the command was not understood; 3 doctor or
-    preflight found something that needs you.
+    Exit codes: 0 success; 1 failure, with one sentence on stderr; 2 invalid command line; 3 doctor or preflight found
+    something that an operator has to act on.
     """
 
 
 @cli.group()
 def db() -> None:
-    """Bring the schema of a database, and look after it."""
+    """Migrate and maintain the schema of a database."""
 
 
 @db.command()
@@ -123,14 +119,14 @@ def db() -> None:
 @x_option
 @url_option
 def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
-    """Bring the schema to REVISION, by default the newest.
+    """Upgrade the schema to REVISION, by default the newest.
 
-    May run beside live writers: each step is short, waits a moment for its locks, lets others pass and tries again.
-    A migration that was broken off is simply started again. Only one runs at a time. Run preflight before.
+    Runs concurrently with live writers: each step is short, waits for its locks for a moment, and is retried after a
+    pause. Start an interrupted migration again; it continues. Only one runs at a time. Run preflight first.
     """
-    with _progress(), _database(url) as database:
-        migrations.upgrade(database.engine, revision, options)
-        _tell_revision(database)
+    with _progress(), _database(url) as engine:
+        migrations.upgrade(engine, revision, options)
+        _print_revision(engine)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision
@@ -139,21 +135,21 @@ def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
 @x_option
 @url_option
 def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None) -> None:
-    """Take the schema back to REVISION; "base" is below the first, -1 the one before.
+    """Downgrade the schema to REVISION; "base" is below the first, -1 the previous one.
 
-    Deletes what the later revisions added, with the data in it. Tables that were there before revision 006 stay.
+    Deletes the objects of the later revisions with their data. Tables that existed before revision 006 are kept.
     """
     if revision.startswith("-") and not revision[1:].isdecimal():
         raise click.NoSuchOption(revision)
-    with _progress(), _database(url) as database:
-        if not yes:  # the answer depends on which database was named
-            click.confirm("What the later revisions added is deleted, with the data in it. Go on?", abort=True)
-        migrations.downgrade(database.engine, revision, options)
-        _tell_revision(database)
+    with _progress(), _database(url) as engine:
+        if not yes:  # after the name of the database is printed
+            click.confirm("This deletes the objects of the later revisions with their data. Continue?", abort=True)
+        migrations.downgrade(engine, revision, options)
+        _print_revision(engine)
 
 
-def _tell_revision(database: Database) -> None:
-    with database.engine.connect() as connection:
+def _print_revision(engine: Engine) -> None:
+    with engine.connect() as connection:
         click.echo(f"the schema is at revision {migrations.current(connection) or 'none'}")
 
 
@@ -162,11 +158,11 @@ def _tell_revision(database: Database) -> None:
 @url_option
 def current(as_json: bool, url: str | None) -> None:
     """Print the schema's revision."""
-    with _database(url) as database:
+    with _database(url) as engine:
         if not as_json:
-            _tell_revision(database)
+            _print_revision(engine)
             return
-        with database.engine.connect() as connection:
+        with engine.connect() as connection:
             _print_json({"revision": migrations.current(connection), "head": migrations.head()})
 
 
@@ -175,89 +171,91 @@ def current(as_json: bool, url: str | None) -> None:
 def check(url: str | None) -> None:
     """Fail unless the schema is at the revision of this version.
 
-    A quick question for the start of a service; doctor examines the schema itself.
+    A quick check for the start of a service; doctor examines the schema itself.
     """
-    with _database(url) as database:
-        database.check()
-        _tell_revision(database)
+    with _database(url) as engine:
+        with engine.connect() as connection:
+            migrations.check(connection)
+        _print_revision(engine)
 
 
 @db.command()
 @click.argument("revision", default="head")
-@click.option("--down", is_flag=True, help="Write a downgrade; REVISION has to be FROM:TO, as in head:base.")
+@click.option("--down", is_flag=True, help="Print a downgrade; REVISION must be FROM:TO, as in head:base.")
 def sql(revision: str, down: bool) -> None:
     """Print the SQL of an upgrade to REVISION, for a DBA: psql -v ON_ERROR_STOP=1 -f FILE.
 
-    REVISION may be FROM:TO, where the schema is at FROM already. Needs no database.
+    REVISION may be FROM:TO if the schema is at FROM. Needs no database.
     """
     click.echo(migrations.script(revision, down=down), nl=False)
 
 
 @db.command()
-@click.option("--repair", is_flag=True, help="Mend what can be mended; docs/cli.md says what waits.")
+@click.option("--repair", is_flag=True, help="Repair what can be repaired; docs/cli.md lists the locks.")
 @json_option
 @url_option
 def doctor(repair: bool, as_json: bool, url: str | None) -> None:
-    """Report what is wrong with the schema and the rows.
+    """Report problems of the schema and the rows.
 
     Compares every column, constraint, index, trigger and function with a clean build, recounts the pipelines'
-    counters, and looks for runs that are over with live nodes, leases that ran out, graphs that are broken or were
-    never compiled, triggers of others, transactions that hold the events back, and ids that run short.
+    counters, and looks for terminal runs with live nodes, expired leases, graphs that are broken or were never
+    compiled, foreign triggers, transactions that hold back the events, and ids that run out.
 
-    Reads every run and node run once. Run it as the owner of the tables; with pg_monitor it sees the sessions of
-    others, too.
+    Reads every run and node run once. Run it as the owner of the tables; pg_monitor lets it see the sessions of other
+    roles.
     """
-    with _progress(), _database(url) as database:
-        findings = examine(database.engine, repair=repair)
+    with _progress(), _database(url) as engine:
+        findings = run_doctor(engine, repair=repair)
     if as_json:
         _print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
-            done = finding.outcome == "repaired"
-            click.secho("repaired" if done else finding.severity, fg="green" if done else "red", bold=True, nl=False)
+            repaired = finding.outcome == "repaired"
+            label, color = ("repaired", "green") if repaired else (finding.severity, "red")
+            click.secho(label, fg=color, bold=True, nl=False)
             click.echo(f" {finding.code}: {finding.object}: {finding.message}")
-            if not done:
+            if not repaired:
                 click.echo(f"    {finding.outcome or finding.advice}")
         if not findings:
-            click.echo("nothing found: the database is as it should be")
+            click.echo("no problems found")
     if any(finding.outcome != "repaired" for finding in findings):
-        click.get_current_context().exit(NEEDS_YOU)
+        click.get_current_context().exit(ACTION_NEEDED)
 
 
 @db.command()
 @json_option
 @url_option
 def preflight(as_json: bool, url: str | None) -> None:
-    """Tell what an upgrade would lock, and who is in its way now.
+    """Show the locks an upgrade takes and the sessions blocking it.
 
-    Lists the locks that each pending step takes at most on tables that are there, with the rows as their statistics
-    estimate them. From SHARE on a lock makes writers wait, while the step runs. Locks nothing itself.
+    Lists the strongest lock that each pending step takes on existing tables, with their estimated rows. SHARE and
+    stronger locks block writers while the step runs. The command itself takes no lock.
     """
-    with _database(url) as database, database.engine.connect() as connection:
-        plan = look_ahead(connection)
+    with _database(url) as engine, engine.connect() as connection:
+        plan = run_preflight(connection)
     if as_json:
         _print_json(asdict(plan))
     else:
-        _show(plan)
+        _print_preflight(plan)
     if plan.blockers:
-        click.get_current_context().exit(NEEDS_YOU)
+        click.get_current_context().exit(ACTION_NEEDED)
 
 
-def _show(plan: Preflight) -> None:
+def _print_preflight(plan: Preflight) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # a file has no width to fit into
+        console = Console(width=160)  # a file has no width
     click.echo(f"the schema is at revision {plan.revision or 'none'}; {len(plan.steps)} steps to {plan.target}")
-    table = Table("Revision", "Step", "Table", "Lock", "Rows, about", "Size")
+    table = Table("Revision", "Step", "Table", "Lock", "Rows (estimate)", "Size")
     for step in plan.steps:
         for lock in step.locks:
             rows = "unknown" if lock.rows is None else f"{lock.rows:,}"
             mode = Text(lock.mode, style="bold" if MODES.index(lock.mode) >= MODES.index("SHARE") else "")
-            table.add_row(step.revision, Text(step.what), lock.table, mode, rows, f"{lock.bytes / 2**20:,.1f} MiB")
+            table.add_row(step.revision, Text(step.title), lock.table, mode, rows, f"{lock.bytes / 2**20:,.1f} MiB")
     if table.row_count:
         console.print(table)
     elif plan.steps:
-        click.echo("none of them locks a table that is there")
+        click.echo("none of them locks an existing table")
     for blocker in plan.blockers:
-        age = "" if blocker.seconds is None else f", its transaction {blocker.seconds:,.0f} s old"
-        click.echo(f"in the way: {blocker.who}{age}: {blocker.why}")
+        age = "" if blocker.seconds is None else f", its transaction is {blocker.seconds:,.0f} s old"
+        click.echo(f"blocked by {blocker.label}{age}: {blocker.reason}")

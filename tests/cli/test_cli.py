@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy.engine import make_url
 
-from gathering_pipeline import migrations
+from gathering_pipeline import migrations, migrator
 from gathering_pipeline.cli.commands import cli
 from tests import generated
 from tests.support.schema import catalog, run_psql
@@ -55,7 +55,7 @@ def test_an_upgrade_from_the_first_look_to_the_last(empty_database_url: str, con
     assert looked.returncode == 3
     assert f"the schema is at revision 007_pipeline_execution; {len(pending())} steps to {head}" in looked.stdout
     assert [line for line in looked.stdout.splitlines() if "1,234" in line and "ACCESS EXCLUSIVE" in line]
-    assert f"in the way: session {raw.info.backend_pid}" in looked.stdout
+    assert f"blocked by session {raw.info.backend_pid}" in looked.stdout
     assert program("db", "preflight", **where).returncode == 0
 
     done = program("db", "upgrade", **where)
@@ -63,7 +63,7 @@ def test_an_upgrade_from_the_first_look_to_the_last(empty_database_url: str, con
     assert "Running upgrade 007_pipeline_execution -> 008_integrity" in done.stderr
     assert program("db", "check", **where).returncode == 0
     healthy = program("db", "doctor", **where)
-    assert (healthy.returncode, healthy.stdout) == (0, "nothing found: the database is as it should be\n")
+    assert (healthy.returncode, healthy.stdout) == (0, "no problems found\n")
 
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
     sick = program("db", "doctor", **where)
@@ -82,14 +82,16 @@ def described(url: str) -> str:
         return f"{raw.info.dbname} at {raw.info.host}:{raw.info.port}, user {raw.info.user}"
 
 
-def pending() -> list[migrations.Step]:
-    return [step for revision in migrations.revisions()[2:] for step in migrations.steps(revision)]
+def pending() -> list[migrator.Step]:
+    return [step for revision in migrations.revisions()[2:] for step in migrator.steps(revision)]
 
 
 def test_a_downgrade_asks_first(database_url: str) -> None:
     refused = run("downgrade", "009b_lifecycle", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
-    assert refused.output.startswith(f"database: {described(database_url)}\nWhat the later revisions added"), "where"
+    assert refused.output.startswith(
+        f"database: {described(database_url)}\nThis deletes the objects of the later revisions"
+    ), "where"
     assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
     done = run("downgrade", "009b_lifecycle", "--url", database_url, "--yes")
     assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009b_lifecycle\n")
@@ -116,7 +118,7 @@ def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
         raw.execute("SELECT FROM circle.pipeline_runs")
         options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
         waited = run("downgrade", "009b_lifecycle", "--yes", *options)
-    assert (waited.exit_code, "tried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
+    assert (waited.exit_code, "retried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
     assert run("downgrade", "009b_lifecycle", "--yes", *options).exit_code == 0
 
 
@@ -208,7 +210,7 @@ def test_a_schema_without_its_revision_says_how_it_is_put_back(
     insert = f"INSERT INTO circle.alembic_version VALUES ('{put_back}')"
     for command, code in ("doctor", 3), ("upgrade", 1), ("preflight", 3):
         told = run(command, "--url", database_url)
-        assert (told.exit_code, told.output.count(f"its revision is gone: put it back by {insert}\n")) == (code, 1)
+        assert (told.exit_code, told.output.count(f"its revision is missing: restore it by {insert}\n")) == (code, 1)
     raw.execute(insert.encode())
     assert run("upgrade", "--url", database_url).exit_code == 0
     assert run("doctor", "--url", database_url).exit_code == 0
@@ -262,7 +264,7 @@ def test_a_role_without_rights(database_url: str, admin: psycopg.Connection) -> 
             done = program("db", command, "--url", url)
             assert done.returncode == 1
             assert "Traceback" not in done.stderr
-            assert "Error: PostgreSQL says: permission denied" in done.stderr
+            assert "Error: PostgreSQL reports: permission denied" in done.stderr
             assert "(SQLSTATE 42501)" in done.stderr
     finally:
         admin.execute(f"DROP ROLE {role}")
@@ -287,7 +289,7 @@ def test_without_the_extra_one_sentence_names_it(missing: str) -> None:
 def test_the_package_does_without_the_extra() -> None:
     code = (
         "import sys, gathering_pipeline as g; [getattr(g, name) for name in g.__all__];"
-        "print(sorted({'click', 'rich', 'gathering_pipeline.doctor'} & set(sys.modules)))"
+        "print(sorted({'click', 'rich', 'gathering_pipeline.maintenance'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
@@ -314,7 +316,7 @@ def test_the_page_lists_every_command_with_its_help() -> None:
 
 
 def test_the_page_lists_every_finding() -> None:
-    source = "".join((ROOT / "gathering_pipeline" / name).read_text() for name in ("catalog.py", "doctor.py"))
+    source = "".join(path.read_text() for path in (ROOT / "gathering_pipeline" / "maintenance").glob("*.py"))
     page = generated.PAGE.read_text(encoding="utf-8")
     table = page.split("## What doctor finds")[1].split(generated.HEADING)[0]
     documented = {

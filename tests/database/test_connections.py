@@ -119,7 +119,7 @@ def test_another_encoding(server: Server, admin: psycopg.Connection) -> None:
 
 
 def test_an_old_server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gathering_pipeline.database.OLDEST_SERVER", 99)
+    monkeypatch.setattr("gathering_pipeline.connections.OLDEST_SERVER", 99)
     for attempt in _both(database_url):
         with pytest.raises(ConfigurationError, match=r"^the server is PostgreSQL \d+: 99 or later is needed"):
             attempt()

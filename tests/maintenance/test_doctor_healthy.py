@@ -10,8 +10,8 @@ from datetime import timedelta
 import psycopg
 
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import ConflictError
+from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.repositories.runs import RunRepository
 from tests.support.doctor import RUNS, found, pipeline
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,11 +13,12 @@ import psycopg
 import pytest
 from sqlalchemy.engine import Connection, make_url
 
-from gathering_pipeline import migrations
-from gathering_pipeline.catalog import Finding
+from gathering_pipeline import migrator
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import DatabaseUnavailableError
+from gathering_pipeline.maintenance import repairs
+from gathering_pipeline.maintenance.doctor import doctor
+from gathering_pipeline.maintenance.findings import Finding
 from tests.support.databases import Connect, scalar
 from tests.support.doctor import NODE_RUNS, RUNS, catalog, found, outcomes, pipeline
 
@@ -80,11 +80,11 @@ def test_a_repair_that_rows_stand_against(database: Database, raw: psycopg.Conne
     raw.execute("UPDATE circle.pipelines SET max_retries_per_node = -1")
     (left,) = doctor(database.engine, repair=True)
     assert left.outcome is not None
-    said, _, query = left.outcome.partition("; mend the rows first: ")
+    said, _, query = left.outcome.partition("; correct these rows first: ")
     assert said.endswith("violated by some row (SQLSTATE 23514)")
     assert raw.execute(query.replace("*", "max_retries_per_node").encode()).fetchall() == [(-1,)]
     (left,) = doctor(database.engine)
-    assert left.advice == f"a repair validates it once no row breaks it: mend those first that do, {query}"
+    assert left.advice == f"the repair validates it once no row violates it: correct these first, {query}"
     with pytest.raises(psycopg.errors.CheckViolation):  # but new rows are held to it again
         raw.execute("INSERT INTO circle.pipelines (name, max_retries_per_node) VALUES ('p', -1)")
     raw.execute("UPDATE circle.pipelines SET max_retries_per_node = 1")
@@ -100,7 +100,7 @@ def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
     broken = catalog(database_url)
     (left,) = doctor(database.engine, repair=True)
     assert left.outcome is not None
-    said, _, query = left.outcome.partition("; mend the rows first: ")
+    said, _, query = left.outcome.partition("; correct these rows first: ")
     assert said.endswith("violated by some row (SQLSTATE 23514)")
     assert query == "SELECT * FROM circle.pipelines WHERE NOT (retry_backoff_max IS NOT NULL)"
     assert catalog(database_url) == broken
@@ -141,13 +141,13 @@ def test_what_others_mend_meanwhile_is_repaired(
     database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
-    mend = sys.modules[doctor.__module__]._mend
+    run = repairs.run
 
     def too_late(connection: Connection, finding: Finding) -> str | None:
         raw.execute(finding.repair[1].encode())
-        return mend(connection, replace(finding, repair=finding.repair[1:]))  # type: ignore[no-any-return]
+        return run(connection, replace(finding, repair=finding.repair[1:]))
 
-    monkeypatch.setattr(f"{doctor.__module__}._mend", too_late)
+    monkeypatch.setattr(repairs, "run", too_late)
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
 
 
@@ -211,13 +211,13 @@ def test_a_build_gives_way_to_who_waits_behind_it(
 
 
 def test_one_repairs_at_a_time(database: Database, raw: psycopg.Connection) -> None:
-    raw.execute("SELECT pg_advisory_lock(%s)", (migrations.MIGRATOR,))
+    raw.execute("SELECT pg_advisory_lock(%s)", (migrator.MIGRATION_LOCK,))
     assert doctor(database.engine) == []
-    with pytest.raises(DatabaseUnavailableError, match="a migrator or another doctor is at work"):
+    with pytest.raises(DatabaseUnavailableError, match="a migrator or another doctor is running"):
         doctor(database.engine, repair=True)
-    raw.execute("SELECT pg_advisory_unlock(%s)", (migrations.MIGRATOR,))
+    raw.execute("SELECT pg_advisory_unlock(%s)", (migrator.MIGRATION_LOCK,))
     assert doctor(database.engine, repair=True) == []
-    assert raw.execute("SELECT pg_try_advisory_lock(%s)", (migrations.MIGRATOR,)).fetchone() == (True,)
+    assert raw.execute("SELECT pg_try_advisory_lock(%s)", (migrator.MIGRATION_LOCK,)).fetchone() == (True,)
 
 
 def test_a_repair_waits_for_its_lock_and_lets_others_pass(

@@ -8,7 +8,8 @@ from sqlalchemy.engine import Connection
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
+from gathering_pipeline.maintenance.doctor import doctor
+from tests.support.databases import ADVISORY_LOCKS
 from tests.support.doctor import catalog, found
 
 
@@ -30,7 +31,7 @@ def test_the_revision_is_read_under_the_lock(
     locked, current = [], migrations.current
 
     def read(connection: Connection) -> str | None:
-        locked.append(raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone())
+        locked.append(raw.execute(ADVISORY_LOCKS).fetchone())
         return current(connection)
 
     monkeypatch.setattr(migrations, "current", read)

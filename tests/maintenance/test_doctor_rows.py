@@ -12,7 +12,7 @@ from datetime import timedelta
 import psycopg
 
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
+from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.repositories.runs import RunRepository
 from tests.support.databases import Connect, scalar
 from tests.support.doctor import NODE_RUNS, NODES, RUNS, age, found, outcomes, pipeline

@@ -10,9 +10,9 @@ from datetime import timedelta
 import psycopg
 import pytest
 
-from gathering_pipeline.catalog import canonical, reference, same
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
+from gathering_pipeline.maintenance.catalog import canonical, expected, same
+from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.repositories.runs import RunRepository
 from tests import generated
 from tests.support.databases import scalar
@@ -193,7 +193,7 @@ def test_rows_are_examined_as_far_as_the_schema_lets_them(
 
 
 def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
-    (view,) = (item for item in reference() if item.kind == "view")
+    (view,) = (item for item in expected() if item.kind == "view")
     text = scalar(raw, "SELECT pg_get_viewdef(%s::regclass)", (view.name,))
     raw.execute(f"CREATE OR REPLACE VIEW {view.name} AS {text.replace('p.run_id = n.run_id', 'p.run_id = p.run_id')}")
     assert found(database) == [("drift", str(view))]
@@ -229,21 +229,28 @@ def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
     assert found(database) == expected
     left = doctor(database.engine, repair=True)
     assert [(finding.severity, finding.outcome) for finding in left] == [("warning", None)] * 6
-    words = ["length(", "of ours may get it instead", "UNIQUE", ": mine", "DO INSTEAD NOTHING", "public.meddle()"]
+    words = [
+        "length(",
+        "may reach it, or fail because both match",
+        "UNIQUE",
+        ": mine",
+        "DO INSTEAD NOTHING",
+        "public.meddle()",
+    ]
     assert [word in finding.message for word, finding in zip(words, left, strict=True)] == [True] * 6
 
 
 def test_after_a_dump_and_restore_nothing_differs(database: Database, raw: psycopg.Connection) -> None:
     """A dump prints definitions as here, and a restore reads them: casts move into lists."""
     raw.execute("SET search_path = pg_catalog")
-    for item, definition in reference().items():
+    for item, definition in expected().items():
         table = f"circle.{item.table}"
         if item.kind == "constraint" and definition.startswith("CHECK"):
             raw.execute(f"ALTER TABLE {table} DROP CONSTRAINT {item.name}, ADD CONSTRAINT {item.name} {definition}")
         elif item.kind == "index":
             raw.execute(f"DROP INDEX {item.name}; {definition}")
         elif item.kind == "trigger":
-            mode = reference()[item._replace(kind="firing")].replace("A", "ALWAYS").replace("O", "")
+            mode = expected()[item._replace(kind="firing")].replace("A", "ALWAYS").replace("O", "")
             raw.execute(f"DROP TRIGGER {item.name} ON {table}; {definition}")
             raw.execute(f"ALTER TABLE {table} ENABLE {mode} TRIGGER {item.name}")
         elif item.kind == "view":

@@ -11,7 +11,7 @@ from gathering_pipeline.errors import (
     DatabaseUnavailableError,
     SchemaRevisionError,
 )
-from tests.support.databases import Connect
+from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import ROOT, wait_until
 
 COUNT_STEPS = """
@@ -43,7 +43,7 @@ def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -
     assert steps[:9] == [0] * 9
     assert steps[9] > 50
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]
-    assert raw.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+    assert raw.execute(ADVISORY_LOCKS).fetchone() == (0,)
 
 
 def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
@@ -59,5 +59,5 @@ def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Co
     other.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])
     config = migrations.config(empty_database_url)
     config.attributes["patience"] = 0.3
-    with pytest.raises(DatabaseUnavailableError, match="another migrator has been at work"):
+    with pytest.raises(DatabaseUnavailableError, match="another migrator has been running"):
         command.upgrade(config, "head")

@@ -12,13 +12,13 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from gathering_pipeline import migrations
+from gathering_pipeline import migrations, migrator
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import (
     ConfigurationError,
 )
-from tests.support.databases import Connect
+from gathering_pipeline.maintenance.doctor import doctor
+from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
 
 
@@ -34,7 +34,7 @@ def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_u
         migrations.check(connection)
         assert connection.get_isolation_level() == "READ COMMITTED"
         assert connection.scalar(text("SHOW lock_timeout")) == "0"
-        assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+        assert connection.scalar(text(ADVISORY_LOCKS)) == 0
 
 
 def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: str) -> None:
@@ -121,6 +121,6 @@ def test_a_table_of_a_hosts_own_is_no_migrated_schema(empty_database_url: str, c
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipeline_events (id int)")
     with Database(empty_database_url) as database, database.engine.connect() as connection:
-        assert migrations.lost(connection) is None
+        assert migrator.missing_revision_hint(connection) is None
         raw.execute("CREATE TABLE circle.pipelines (id int)")
-        assert migrations.lost(connection) is None
+        assert migrator.missing_revision_hint(connection) is None

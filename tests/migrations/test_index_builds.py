@@ -84,8 +84,8 @@ def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, c
         migrator.join(30)
         (failure,) = failures
         assert str(failure) == (
-            "the migration was tried for 0 s, but others waited behind the step: "
-            "stop what sends CREATE INDEX or VACUUM, or go first with yield=no"
+            "the migration was retried for 0 s, but other sessions waited for the step: "
+            "stop those that send CREATE INDEX or VACUUM, or set yield=no"
         )
         # the INVALID index is dropped under an exclusive lock, which the reader doesn't share
     config.attributes["yield"] = "no"

@@ -11,13 +11,13 @@ from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import migrations
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
 from gathering_pipeline.errors import (
     WITHDRAWN_REVISIONS,
     DatabaseUnavailableError,
     SchemaRevisionError,
 )
-from gathering_pipeline.preflight import preflight
+from gathering_pipeline.maintenance.doctor import doctor
+from gathering_pipeline.maintenance.preflight import preflight
 from tests.support.databases import Connect
 from tests.support.revisions import wait_until, write_revision
 
@@ -95,7 +95,7 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
-        told = "tried for 0 s, but a lock was not free within 50ms: see by gathering-pipeline db preflight, or in pg_"
+        told = "retried for 0 s, but a lock was not free within 50ms: 'gathering-pipeline db preflight' or pg_stat_"
         with pytest.raises(DatabaseUnavailableError, match=told):
             command.upgrade(config, "head")
 
@@ -121,7 +121,7 @@ def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connec
         end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'gathering_pipeline'"
         wait_until(lambda: raw.execute(f"{end} AND datname = current_database()").fetchone() is not None)
         migrator.join(30)
-    assert broken == ["the connection broke during the migration: start it again, it goes on where it was"]
+    assert broken == ["the connection broke during the migration: start it again, it continues where it was"]
 
 
 @pytest.mark.parametrize("revision", sorted(WITHDRAWN_REVISIONS))

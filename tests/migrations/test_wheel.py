@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from gathering_pipeline import Database, migrations
-assert Path(migrations.scripts()).is_relative_to(sys.prefix), migrations.scripts()
+from gathering_pipeline import Database, migrations, migrator
+assert Path(migrator.scripts()).is_relative_to(sys.prefix), migrator.scripts()
 with Database(sys.argv[1]) as database:
     database.upgrade()
     database.check()
@@ -60,7 +60,7 @@ def test_who_installs_the_wheel_has_the_command(
     at_head = f"the schema is at revision {migrations.head()}\n"
     assert db("current") == "the schema is at revision none\n"
     assert [db("upgrade"), db("check"), db("current")] == [at_head] * 3
-    assert db("doctor") == "nothing found: the database is as it should be\n"
+    assert db("doctor") == "no problems found\n"
     assert "0 steps to" in db("preflight")
     assert db("sql") == migrations.script()
     assert catalog(empty_database_url) == catalog(database_url)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from gathering_pipeline import embedded, migrations
+from gathering_pipeline import embedded, migrations, migrator
 from tests.support import servers
 from tests.support.adoption import GATHERING, INDEXES, ROWS
 from tests.support.schema import catalog, revisions
@@ -105,7 +105,7 @@ def die_in_every_step(url: str, start: str, target: str, direction: str, steps: 
 
 def killed(url: str, start: str, target: str, direction: str, data_dir: str) -> None:
     revision = target if direction == "upgrade" else start
-    steps = len(migrations.steps(revision, direction))
+    steps = len(migrator.steps(revision, direction))
     assert steps > 0
     code = "import sys; from tests.reliability.test_migration_kills import die_in_every_step as program; "
     code += "program(*sys.argv[1:5], int(sys.argv[5]), sys.argv[6])"

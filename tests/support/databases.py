@@ -16,6 +16,11 @@ from tests.support.servers import connect
 Connect = Callable[[str], psycopg.Connection]
 """The fixture ``connect``."""
 
+ADVISORY_LOCKS = """
+SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+WHERE l.locktype = 'advisory' AND d.datname = current_database()"""
+"""Counts the advisory locks of this database; other databases of the server may have some, too."""
+
 
 def scalar(raw: psycopg.Connection, statement: str, parameters: Sequence[object] = ()) -> Any:
     """The first column of the first row."""

@@ -6,10 +6,11 @@ from typing import Any
 
 import psycopg
 
-from gathering_pipeline.catalog import Finding, canonical
 from gathering_pipeline.database import Database
-from gathering_pipeline.doctor import doctor
 from gathering_pipeline.lifecycle import PipelineStatus
+from gathering_pipeline.maintenance.catalog import canonical
+from gathering_pipeline.maintenance.doctor import doctor
+from gathering_pipeline.maintenance.findings import Finding
 from gathering_pipeline.models import PipelineCreate
 from gathering_pipeline.repositories.pipelines import PipelineRepository
 from gathering_pipeline.repositories.runs import RunRepository

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[2]
 
 
 REVISION = """
-from alembic import op
+from gathering_pipeline.migrator import run_steps
 revision = "{name}"
 down_revision = {down!r}
 branch_labels = depends_on = None
-def upgrade(): op.run_steps(revision, "upgrade")
-def downgrade(): op.run_steps(revision, "downgrade")
+def upgrade(): run_steps(revision, "upgrade")
+def downgrade(): run_steps(revision, "downgrade")
 """
 
 
@@ -50,7 +50,7 @@ WAITS = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query L
 
 
 def wait_until(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.02)

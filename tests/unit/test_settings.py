@@ -5,8 +5,10 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy.engine import URL, make_url
 
+from gathering_pipeline.connections import connect_arguments
 from gathering_pipeline.errors import ConfigurationError
-from gathering_pipeline.settings import DatabaseSettings, parse_url
+from gathering_pipeline.settings import DatabaseSettings
+from gathering_pipeline.urls import locate, parse_url
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"])
@@ -80,11 +82,11 @@ def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | U
 
 
 def test_the_url_comes_from_our_variable_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert DatabaseSettings.load().url() is None
+    assert locate().url is None
     monkeypatch.setenv("DATABASE_URL", "postgresql://h/theirs")
-    assert str(DatabaseSettings.load().url()) == "postgresql+psycopg://h/theirs"
+    assert str(locate().url) == "postgresql+psycopg://h/theirs"
     monkeypatch.setenv("GATHERING_DATABASE_URL", "postgresql://h/ours")
-    assert str(DatabaseSettings.load().url()) == "postgresql+psycopg://h/ours"
+    assert str(locate().url) == "postgresql+psycopg://h/ours"
 
 
 @pytest.mark.parametrize("variable", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
@@ -110,7 +112,7 @@ def test_other_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -
 def test_an_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "postgresql://h/environment")
     settings = DatabaseSettings(database_url=SecretStr("postgresql://h/argument"))
-    assert str(settings.url()) == "postgresql+psycopg://h/argument"
+    assert str(locate(settings=settings).url) == "postgresql+psycopg://h/argument"
 
 
 def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +131,14 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
     assert settings.data_dir == Path("/data")
     assert settings.pool_size == 3
     assert settings.answer_timeout is None
-    arguments = settings.connect_arguments(parse_url("postgresql://h/d"))
+    arguments = connect_arguments(parse_url("postgresql://h/d"), settings)
     assert arguments["connect_timeout"] == 2
     assert arguments["options"] == "-c statement_timeout=1500"
     assert arguments["prepare_threshold"] is None
 
 
 def test_what_the_url_says_is_left_to_it() -> None:
-    arguments = DatabaseSettings().connect_arguments(parse_url("postgresql://h/d?connect_timeout=3&keepalives=0"))
+    arguments = connect_arguments(parse_url("postgresql://h/d?connect_timeout=3&keepalives=0"), DatabaseSettings())
     assert "connect_timeout" not in arguments
     assert "keepalives" not in arguments
     assert arguments["tcp_user_timeout"] == 10_000
@@ -152,13 +154,13 @@ def test_what_the_url_says_is_left_to_it() -> None:
 )
 def test_options_of_the_url_come_after_ours(query: str, options: str) -> None:
     settings = DatabaseSettings(statement_timeout=timedelta(seconds=2))
-    assert settings.connect_arguments(parse_url(f"postgresql://h/d{query}"))["options"] == options
+    assert connect_arguments(parse_url(f"postgresql://h/d{query}"), settings)["options"] == options
 
 
 def test_those_of_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGOPTIONS", "-c work_mem=1MB")
     settings = DatabaseSettings(statement_timeout=timedelta(seconds=2))
-    arguments = settings.connect_arguments(parse_url("postgresql://h/d"))
+    arguments = connect_arguments(parse_url("postgresql://h/d"), settings)
     assert arguments["options"] == "-c statement_timeout=2000 -c work_mem=1MB"
 
 

@@ -1,0 +1,294 @@
+"""Engines and psycopg connections: how a server is reached, checked, probed and watched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+from sqlalchemy import create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from gathering_pipeline.errors import (
+    CommitIndeterminateError,
+    ConfigurationError,
+    DatabaseError,
+    DatabaseUnavailableError,
+    TransactionAbortedError,
+    shorten,
+)
+from gathering_pipeline.settings import DatabaseSettings
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+    from psycopg.errors import Diagnostic
+    from sqlalchemy.engine import URL, Connection, Engine
+
+RV = TypeVar("RV")
+
+OLDEST_SERVER = 15
+PROBE_SECONDS = 3
+"""Longest wait for the answer of a server that is probed."""
+
+
+# Engines
+
+
+def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
+    """Make an engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
+    engine = create_engine(url, **_engine_arguments(url, settings))
+    event.listen(engine, "do_connect", _connect)
+    return engine
+
+
+@contextmanager
+def temporary_engine(url: URL, settings: DatabaseSettings) -> Iterator[Engine]:
+    """Make an engine for a block, and close its connections at the end."""
+    engine = open_engine(url, settings)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
+    """Make an async engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
+    arguments = _engine_arguments(url, settings)
+    arguments["connect_args"]["async_creator_fn"] = _connect_async
+    return create_async_engine(url, **arguments)
+
+
+def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
+    limit = settings.answer_timeout
+    return {
+        "pool_size": settings.pool_size,
+        "max_overflow": settings.max_overflow,
+        "pool_timeout": settings.pool_timeout.total_seconds(),
+        "use_native_hstore": False,  # saves a query on the first connection
+        "connect_args": connect_arguments(url, settings) | {"answer_timeout": limit and limit.total_seconds()},
+    }
+
+
+def connect_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
+    """Return keyword arguments for psycopg: the settings, except those that the URL sets; its ``options`` come last."""
+    arguments: dict[str, Any] = {
+        "connect_timeout": int(settings.connect_timeout.total_seconds()),
+        "tcp_user_timeout": int(settings.tcp_user_timeout.total_seconds() * 1000),
+        "keepalives": 1,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "client_encoding": "utf8",
+        "fallback_application_name": "gathering_pipeline",
+    }
+    options: dict[str, str] = {}
+    if settings.statement_timeout is not None:
+        milliseconds = int(settings.statement_timeout.total_seconds() * 1000)
+        # of two values for one parameter the server uses the later one
+        own = url.normalized_query.get("options") or (os.environ.get("PGOPTIONS", ""),)
+        options = {"options": " ".join((f"-c statement_timeout={milliseconds}", *own)).strip()}
+    arguments = {name: value for name, value in arguments.items() if name not in url.query}
+    return arguments | options | {"prepare_threshold": settings.prepare_threshold}
+
+
+# Connections that detect a silent server and a commit that was not confirmed
+
+
+@dataclass(slots=True)
+class _Watchdog:
+    """State of a connection that its notice handler and its waits share."""
+
+    answer_timeout: float | None = None
+    unconfirmed: bool = False
+
+    def notice(self, diagnostic: Diagnostic) -> None:
+        # If the wait for the synchronous standby is cancelled, the server reports success with this warning. Its text
+        # may be translated; the name of the server's function is not.
+        if diagnostic.source_function == "SyncRepWaitForLSN":
+            self.unconfirmed = True
+
+    def wait(self, pgconn: pq.abc.PGconn, steps: PQGen[RV]) -> PQGen[RV]:
+        """Forward the steps of a wait; psycopg resumes it at least ten times a second, even if nothing arrived."""
+        self.unconfirmed = False  # a warning from an interrupted wait does not belong to this one
+        try:
+            wanted = next(steps)
+            since, probe = monotonic(), None
+            while True:
+                ready = yield wanted
+                if ready:
+                    since, probe = monotonic(), None
+                elif self.answer_timeout is not None and monotonic() - since > self.answer_timeout:
+                    if probe is None:
+                        probe = _Probe(pgconn)
+                    elif probe.alive is True:
+                        since, probe = monotonic(), None
+                    elif probe.alive is False:
+                        pgconn.finish()
+                        raise psycopg.OperationalError(
+                            "the server gives no sign of life: it hangs, or the network is cut"
+                        )
+                wanted = steps.send(ready)
+        except StopIteration as stop:
+            self.raise_if_unconfirmed()
+            result: RV = stop.value
+            return result
+        except psycopg.Error as error:
+            self.raise_if_unconfirmed(error)
+            raise
+
+    def raise_if_unconfirmed(self, cause: Exception | None = None) -> None:
+        if self.unconfirmed:
+            self.unconfirmed = False
+            raise CommitIndeterminateError(
+                "the transaction was committed on this server, but its standby did not confirm it: a failover may lose"
+                " it"
+            ) from cause
+
+
+class _Probe:
+    """Pings the server of a connection in a thread; a ping needs no credentials."""
+
+    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+        self.alive: bool | None = None
+        host = (pgconn.hostaddr or pgconn.host).decode()
+        where = make_conninfo(host=host, port=pgconn.port.decode(), connect_timeout=PROBE_SECONDS)
+        threading.Thread(target=self._ping, args=(where.encode(),), daemon=True).start()
+
+    def _ping(self, where: bytes) -> None:
+        self.alive = pq.PGconn.ping(where) in (pq.Ping.OK, pq.Ping.REJECT)
+
+
+class _Connection(psycopg.Connection[Any]):
+    watchdog = _Watchdog()
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        return super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
+
+    def commit(self) -> None:
+        with _no_silent_rollback(self.pgconn):
+            super().commit()
+
+
+class _AsyncConnection(psycopg.AsyncConnection[Any]):
+    watchdog = _Watchdog()
+
+    async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109 - psycopg's signature
+        return await super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
+
+    async def commit(self) -> None:
+        with _no_silent_rollback(self.pgconn):
+            await super().commit()
+
+
+@contextmanager
+def _no_silent_rollback(pgconn: pq.abc.PGconn) -> Iterator[None]:
+    """Raise if the transaction has failed: the server answers its COMMIT with a ROLLBACK and no error."""
+    aborted = pgconn.transaction_status == pq.TransactionStatus.INERROR
+    yield
+    if aborted:
+        raise TransactionAbortedError
+
+
+# Connecting
+
+
+def _connect(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> _Connection:
+    rest = dict(arguments)
+    watchdog = _Watchdog(rest.pop("answer_timeout"))
+    try:
+        connection = _Connection.connect(**rest)
+    except psycopg.Error as error:
+        raise _connect_error(error, rest) from error
+    return _checked(connection, watchdog)
+
+
+async def _connect_async(*_args: object, **arguments: Any) -> _AsyncConnection:
+    watchdog = _Watchdog(arguments.pop("answer_timeout"))
+    try:
+        connection = await _AsyncConnection.connect(**arguments)
+    except psycopg.Error as error:
+        raise await asyncio.to_thread(_connect_error, error, arguments) from error
+    return _checked(connection, watchdog)
+
+
+C = TypeVar("C", _Connection, _AsyncConnection)
+
+
+def _checked(connection: C, watchdog: _Watchdog) -> C:
+    """Refuse a server that is too old or a database in another encoding, and attach the watchdog."""
+    version, encoding = connection.info.server_version, connection.info.parameter_status("server_encoding")
+    problem = None
+    if version < OLDEST_SERVER * 10_000:
+        problem = f"the server is PostgreSQL {version // 10_000}: {OLDEST_SERVER} or later is needed"
+    elif encoding != "UTF8":
+        problem = f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'"
+    if problem is not None:
+        connection.pgconn.finish()
+        raise ConfigurationError(problem)
+    connection.watchdog = watchdog
+    connection.add_notice_handler(watchdog.notice)
+    return connection
+
+
+def _connect_error(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
+    """Return the error that says in one sentence why there is no connection.
+
+    libpq doesn't expose the SQLSTATE of a refused connection. Whether a server is there is known without its text: it
+    asked for a password, or it answers a ping.
+    """
+    if not isinstance(error, psycopg.OperationalError):
+        return ConfigurationError(f"the database URL can't be used: {shorten(str(error).strip(), 200)}")
+    host, port = arguments.get("host", "the local socket"), arguments.get("port", 5432)
+    where = f"any of {host}" if ":" in str(port) or "," in str(host) else f"the PostgreSQL server at {host}:{port}"
+    answered = error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password)
+    if not answered and not isinstance(error, psycopg.errors.ConnectionTimeout):
+        address = {name: arguments[name] for name in ("host", "port", "hostaddr") if name in arguments}
+        ping = pq.PGconn.ping(make_conninfo(**address, connect_timeout=PROBE_SECONDS).encode())
+        if ping == pq.Ping.REJECT:
+            return DatabaseUnavailableError(f"{where} takes no connections now: it starts or stops, try again")
+        answered = ping == pq.Ping.OK
+    if not answered:
+        return DatabaseUnavailableError(f"no answer from {where}: start it, or correct the URL's host and port")
+    reason = shorten(str(error).strip().splitlines()[-1].rpartition("FATAL:")[2].strip(), 200)
+    # a temporary condition; only the text identifies it
+    if "too many" in reason or "connection slots" in reason:
+        return DatabaseUnavailableError(
+            f"{where} has no free connection ({reason}): try again, or make the pools smaller"
+        )
+    return ConfigurationError(
+        f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
+    )
+
+
+def open_second_connection(connection: Connection) -> psycopg.Connection[Any]:
+    """Open another connection to the same database, in autocommit and outside of the pool.
+
+    It is a sync connection even if ``connection`` belongs to an async engine, so that a thread can use it.
+
+    Raises:
+        DatabaseUnavailableError: The server takes no second connection.
+    """
+    try:
+        if connection.dialect.is_async:
+            info = connection.connection.driver_connection.info  # type: ignore[union-attr]
+            address = {"host": info.host, "hostaddr": info.hostaddr, "port": info.port, "password": info.password}
+            return psycopg.connect(**info.get_parameters() | address, autocommit=True)
+        pooled = connection.engine.pool.recreate().connect()  # connects as the caller's engine does
+        second = pooled.driver_connection
+        pooled.detach()
+        assert isinstance(second, psycopg.Connection)
+        second.autocommit = True
+    except psycopg.OperationalError as error:
+        reason = shorten(str(error).strip(), 200)
+        raise DatabaseUnavailableError(
+            f"cannot open the second connection that monitors waiting sessions: {reason}"
+        ) from error
+    return second

@@ -1,0 +1,1 @@
+"""Maintenance of a database: ``doctor`` examines and repairs it, ``preflight`` looks ahead at an upgrade."""
