@@ -77,7 +77,7 @@ format: setup ## Put the sources into their form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-generated: setup ## Write alembic/catalog.json and the help texts in docs/cli.md anew
+generated: setup ## Write alembic/catalog.json, alembic/locks.json and the help texts in docs/cli.md anew
 	$(BIN)/python -m tests.generated
 
 build: setup ## The wheel and the source archive, in dist/

@@ -1,10 +1,8 @@
 """Wires Alembic to ``gathering_pipeline.migrator``.
 
 The database is ``config.attributes["connection"]`` (an engine, or a connection outside of a transaction), else
-``config.attributes["url"]``, else the one that ``gathering_pipeline.urls.locate`` finds in the environment.
-
-The options of ``gathering_pipeline.migrator.Options`` are read from ``-x NAME=VALUE``, else from
-``config.attributes[NAME]``.
+``config.attributes["url"]``, else the one that ``gathering_pipeline.urls.locate`` finds in the environment. The options
+of ``gathering_pipeline.migrator.Options`` are read from ``-x NAME=VALUE``, else from ``config.attributes[NAME]``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from sqlalchemy import MetaData
 
 from gathering_pipeline import migrator
 from gathering_pipeline.errors import PipelineError
-from gathering_pipeline.migrator import Migrator
 
 config = context.config
 
@@ -33,22 +30,18 @@ def target_revision() -> str | None:
         return None
 
 
-def models() -> MetaData:
-    """The models, which are loaded only if the schema is compared with them."""
-    from gathering_pipeline.orm import metadata
-
-    return metadata
-
-
-def run_migrations(run: Migrator, **where: Any) -> None:
+def run_migrations(run: migrator.Migrator, **where: Any) -> None:
     """Run the revisions, or the comparison of ``alembic check``, on a connection or into a script."""
-    metadata = models() if run.target is None else None
+    metadata: MetaData | None = None
+    if run.target is None:  # only a comparison loads the models
+        from gathering_pipeline import orm
+
+        metadata = orm.metadata
 
     def include_name(name: str | None, kind: str, parents: Any) -> bool:
-        # schema circle also holds tables of the host
         if kind == "schema":
             return name == migrator.SCHEMA
-        if kind == "table":
+        if kind == "table":  # the schema also holds tables of the host
             return metadata is not None and parents["schema_qualified_table_name"] in metadata.tables
         return True
 
@@ -60,7 +53,7 @@ def run_migrations(run: Migrator, **where: Any) -> None:
         include_name=include_name,
         compare_type=True,
         compare_server_default=True,
-        # the models have no comments; revision 006 marks the tables that it creates by one
+        # without comments: the models have none, and revision 006 marks the tables that it creates by one
         autogenerate_plugins=[
             "alembic.autogenerate.*",
             "~alembic.autogenerate.comments",
@@ -73,21 +66,15 @@ def run_migrations(run: Migrator, **where: Any) -> None:
         context.run_migrations()
 
 
-def write_script(run: Migrator) -> None:
-    """Write the SQL of a migration instead of running it."""
-    sql = io.StringIO()
-    postgresql: dict[str, Any] = {"dialect_name": "postgresql", "dialect_opts": {"paramstyle": "named"}}
-    run_migrations(run, literal_binds=True, output_buffer=sql, **postgresql)
-    (config.output_buffer or sys.stdout).write(run.script(sql.getvalue()))
-
-
 def main() -> None:
-    """Run the command."""
+    """Run the command, or write its SQL."""
     options = migrator.read_options(context.get_x_argument(as_dictionary=True), config.attributes)
-    run = Migrator(options, context.script, target_revision())
+    run = migrator.Migrator(options, context.script, target_revision())
     with run.translated_errors():
         if context.is_offline_mode():
-            write_script(run)
+            sql, named = io.StringIO(), {"paramstyle": "named"}
+            run_migrations(run, dialect_name="postgresql", dialect_opts=named, literal_binds=True, output_buffer=sql)
+            (config.output_buffer or sys.stdout).write(run.script(sql.getvalue()))
             return
         with migrator.open_connection(config.attributes.get("connection"), config.attributes.get("url")) as connection:
             run.run(connection, lambda: run_migrations(run, connection=connection))

@@ -3,90 +3,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy.engine import URL, make_url
 
 from gathering_pipeline.connections import connect_arguments
 from gathering_pipeline.errors import ConfigurationError
 from gathering_pipeline.settings import DatabaseSettings
-from gathering_pipeline.urls import locate, parse_url
-
-
-@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"])
-def test_urls_of_postgresql_get_our_driver(scheme: str) -> None:
-    url = parse_url(f"{scheme}://user:p%40ss@host:5433/name?sslmode=require")
-    assert url.render_as_string(hide_password=False) == (
-        "postgresql+psycopg://user:p%40ss@host:5433/name?sslmode=require"
-    )
-
-
-@pytest.mark.parametrize(
-    ("hosts", "expected"),
-    [
-        ("h1:5432,h2:5433/d?target_session_attrs=any", ("h1,h2", "5432,5433")),
-        ("/d?host=h1:5432&host=h2:5433&target_session_attrs=any", ("h1,h2", "5432,5433")),
-        ("/d?host=h1,h2&port=5432,5433&target_session_attrs=any", ("h1,h2", "5432,5433")),
-        ("h1,h2:5433/d?target_session_attrs=any", ("h1,h2", ",5433")),  # as libpq has it: the first one's is 5432
-        ("[::1]:1,%2Ftmp/d?target_session_attrs=any", ("::1,/tmp", "1,")),
-    ],
-)
-def test_several_hosts_in_all_spellings(hosts: str, expected: tuple[str, str]) -> None:
-    url = parse_url(f"postgresql://u:p,ss@{hosts}")
-    arguments = url.get_dialect()().create_connect_args(url)[1]
-    assert (arguments["host"], arguments["port"]) == expected
-    assert (arguments["user"], arguments["password"], arguments["dbname"]) == ("u", "p,ss", "d")
-    assert arguments["target_session_attrs"] == "any"
-
-
-def test_a_url_object_is_taken_and_what_is_none_refused() -> None:
-    url = parse_url("postgresql://u:p@h/d")
-    assert parse_url(url) == url
-    with pytest.raises(ConfigurationError, match="can't be read"):
-        parse_url(Path("/d"))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("text", ["postgresql://u:p%40@h/a%40b", "postgresql://u@x:p%40@h/a%40b?application_name=a@b"])
-def test_an_at_sign_in_other_places(text: str) -> None:
-    url = parse_url(text)
-    assert (url.password, url.host, url.database) == ("p@", "h", "a@b")
-    assert parse_url(url) == url
-
-
-def test_a_comma_elsewhere_is_none_between_hosts() -> None:
-    url = parse_url("postgresql://u:p,ss@h/d?options=-c%20search_path=a,b")
-    assert (url.host, url.password, url.query["options"]) == ("h", "p,ss", "-c search_path=a,b")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("mysql://u:hunter2@h/d", r"mysql:// is not PostgreSQL: write a URL that begins with postgresql://"),
-        ("sqlite://", r"sqlite:// is not PostgreSQL"),
-        ("postgresql+psycopg2://u:hunter2@h/d", r"the driver of postgresql\+psycopg2:// is not supported"),
-        ("u:hunter2@h/d", r"the database URL can't be read"),
-        ("postgresql://u:hunter2@h:port/d", r"the database URL can't be read"),
-        ("postgresql://u:hunter2@h:1,h2:port/d", r"the database URL can't be read"),
-        ("postgresql://u:hunter2@/d?host=h1,h2,h3&port=1,2", r"the database URL can't be read"),
-        ("", r"the database URL can't be read"),
-        ("postgresql://u:pa@hunter2@h:1/d", r"the database URL can't be read: .* percent-encoded \(@ is %40\)"),
-        ("postgresql://u:pa@hunter2@h:1,h2:2/d", r"the database URL can't be read: .* percent-encoded"),
-        (make_url("postgresql://u:pa@hunter2@h:1/d"), r"the database URL can't be read: .* percent-encoded"),
-        ("postgresql://u:pa@hun/ter2@h/d", r"the database URL can't be read: .* percent-encoded"),
-        ("postgresql://u:pa@hun?ter2@h/d", r"the database URL can't be read: .* percent-encoded"),
-    ],
-)
-def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | URL, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message) as caught:
-        parse_url(text)
-    assert "hunter2" not in str(caught.value)
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
-
-
-def test_the_url_comes_from_our_variable_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate().url is None
-    monkeypatch.setenv("DATABASE_URL", "postgresql://h/theirs")
-    assert str(locate().url) == "postgresql+psycopg://h/theirs"
-    monkeypatch.setenv("GATHERING_DATABASE_URL", "postgresql://h/ours")
-    assert str(locate().url) == "postgresql+psycopg://h/ours"
+from gathering_pipeline.urls import parse_url
 
 
 @pytest.mark.parametrize("variable", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
@@ -106,13 +27,6 @@ def test_other_empty_variables_count_as_unset(monkeypatch: pytest.MonkeyPatch) -
     for name in ("MIGRATION_URL", "DATA_DIR", "POOL_SIZE", "ANSWER_TIMEOUT"):
         monkeypatch.setenv(f"GATHERING_{name}", "")
     assert DatabaseSettings.load() == DatabaseSettings.model_construct()
-
-
-@pytest.mark.parametrize("variable", ["DATABASE_URL", "GATHERING_DATABASE_URL"])
-def test_an_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "postgresql://h/environment")
-    settings = DatabaseSettings(database_url=SecretStr("postgresql://h/argument"))
-    assert str(locate(settings=settings).url) == "postgresql+psycopg://h/argument"
 
 
 def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
