@@ -120,7 +120,7 @@ class Database:
         return listening.alisten(self.async_engine, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:
-        """Bring the schema to a revision; see ``migrations.upgrade`` for the errors."""
+        """Upgrade the schema to a revision; see ``migrations.upgrade`` for the errors."""
         location = urls.locate(self._explicit_url, self.settings, for_migrations=True)
         if location == self._location:
             migrations.upgrade(self.engine, revision)
@@ -129,7 +129,7 @@ class Database:
             migrations.upgrade(engine, revision)
 
     def check(self) -> None:
-        """Make sure that the schema is at the revision of this code.
+        """Check that the schema is at the revision of this code.
 
         Raises:
             SchemaRevisionError: It is at another one; the message names the command to run.
