@@ -1,6 +1,6 @@
-"""The data layer for pipelines on PostgreSQL: validated graphs, runs that can't go wrong, and every event named.
+"""The data layer for pipelines on PostgreSQL: validated graphs, runs and their lifecycle, lifecycle events.
 
-Names are loaded at their first use, so that a service that only validates never loads SQLAlchemy.
+A name is loaded at its first use: a service that only validates never loads SQLAlchemy.
 """
 
 from __future__ import annotations

@@ -84,6 +84,14 @@ def test_every_method_takes_the_same(sync: type[Any], asynchronous: type[Any]) -
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=lambda of: of.__name__)
+def test_tokens_and_idempotency_keys_are_keyword_only(sync: type[Any], asynchronous: type[Any]) -> None:
+    for method in (*public(sync).values(), *public(asynchronous).values()):
+        for parameter in inspect.signature(method).parameters.values():
+            if parameter.name in {"token", "idempotency_key"}:
+                assert parameter.kind is parameter.KEYWORD_ONLY, method.__qualname__
+
+
+@pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=lambda of: of.__name__)
 def test_every_method_calls_its_own_twin(sync: type[Any], asynchronous: type[Any], database: Database) -> None:
     """With no arguments at all each complains as the sync one does, by its own name."""
 
