@@ -1,4 +1,8 @@
-"""A real PostgreSQL for the tests: one server and one migrated template a session, one clone of it a test."""
+"""A real PostgreSQL for the tests: a server and a migrated template for each worker, a clone of it for each test.
+
+Workers share no server: events are readable once no older transaction is open in any database of the server, and some
+tests create roles, use up the connections or change the configuration.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,9 @@ for _name in (
 
 from tests.support import databases, servers  # noqa: E402 - see above
 
+MOST_WORKERS = 8
+"""Each has a server with the memory that it takes."""
+
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
@@ -27,12 +34,20 @@ if TYPE_CHECKING:
     from gathering_pipeline.embedded import EmbeddedServer
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a worker a core; one alone on a server that was given, where they would meet one another's roles."""
+    return 0 if servers.kind() == "url" else min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("numprocesses", 0):
+        # Coverage of this process has begun (see the Makefile); the programs that tests start are not measured.
+        os.environ.pop("COVERAGE_PROCESS_START", None)
+
+
 def pytest_report_header() -> str:
-    what = servers.kind()
-    where = {"url": "GATHERING_TEST_URL", "container": f"container {servers.image()}", "embedded": "embedded server"}[
-        what
-    ]
-    return f"PostgreSQL: {where}"
+    names = {"url": "GATHERING_TEST_URL", "container": f"container {servers.image()}", "embedded": "embedded server"}
+    return f"PostgreSQL: {names[servers.kind()]}, one for each worker"
 
 
 @pytest.fixture(scope="session")
