@@ -24,28 +24,21 @@ from sqlalchemy import create_engine, func, null, select, text
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
-    IllegalTransitionError,
     InvalidPipelineError,
-    LeaseLostError,
-    NodeRunNotFoundError,
     Pipeline,
     PipelineCreate,
     PipelineError,
-    PipelineInactiveError,
-    PipelineNotFoundError,
     PipelineRepository,
     PipelineUpdate,
-    RunRepository,
     find_issues,
     get_execution_order,
     parse_pipeline_definition,
 )
 from gathering_pipeline.repositories._call import translate
 from gathering_pipeline.validator import Limits
-from tests.support import databases, schema, servers
+from tests.support import schema, servers
 from tests.support.graphs import AGENT, BACK, EDGE, GOOD, TRIGGER, Graph
 from tests.support.orm_writes import INSERTS, UPDATES
-from tests.support.runs import LEASE
 from tests.support.write_paths import (
     BY_HOOK,
     INSERTING,
@@ -196,60 +189,6 @@ def nested_too_deep_to_be_written_by_python(stage: Stage) -> None:
     with pytest.raises(psycopg.Error, match="nested deeper than 64") as refused:
         stage.raw.execute("INSERT INTO circle.pipelines (name, nodes) VALUES ('deep', %s)", [deep])
     assert isinstance(translate(refused.value), InvalidPipelineError)
-
-
-def an_append_in_place(stage: Stage) -> None:
-    with Session(stage.engine) as session, session.begin():
-        pipeline = session.get_one(Pipeline, 1)
-        pipeline.nodes.append(NODE)
-    assert contents(stage)[0]["nodes"] == [*GOOD[0], NODE]
-    with Session(stage.engine) as session:
-        pipeline = session.get_one(Pipeline, 1)
-        pipeline.edges.append(BACK)
-        with pytest.raises(InvalidPipelineError, match="cycle: t -> a -> t"):
-            session.flush()
-
-
-def a_run_that_can_not_be(stage: Stage) -> None:
-    with Session(stage.engine) as session, pytest.raises(PipelineNotFoundError, match="pipeline 99 does not exist"):
-        RunRepository(session).create(99)
-    with Session(stage.engine) as session, pytest.raises(PipelineInactiveError, match="pipeline 1 is draft"):
-        RunRepository(session).create(1)
-    with stage.raw.transaction():  # as an older release left it
-        stage.raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER USER")
-        stage.raw.execute(
-            "INSERT INTO circle.pipelines (id, name, status, nodes, edges) VALUES (2, 'broken', 'active', %s, %s)",
-            [json.dumps(GOOD[0]), json.dumps([EDGE, BACK])],
-        )
-        stage.raw.execute("ALTER TABLE circle.pipelines ENABLE TRIGGER USER")
-        stage.raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_accept")
-        stage.raw.execute("ALTER TABLE circle.pipelines ENABLE ALWAYS TRIGGER pipelines_before")
-    with Session(stage.engine) as session, pytest.raises(InvalidPipelineError, match="cycle"):
-        RunRepository(session).create(2)
-    assert stage.raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
-
-
-def results_that_do_not_fit(stage: Stage) -> None:
-    stage.raw.execute("UPDATE circle.pipelines SET status = 'active'")
-    with Session(stage.engine) as session, session.begin():
-        runs = RunRepository(session)
-        runs.create(1)
-        (run,) = runs.claim("worker", LEASE)
-    tables = databases.contents(stage.raw)
-    good, ghost = {"node_id": "t", "status": "completed"}, {"node_id": "ghost", "status": "completed"}
-    calls: list[tuple[type[PipelineError], str, Callable[[RunRepository], object]]] = [
-        (NodeRunNotFoundError, "'ghost'", lambda runs: runs.record(run.id, [good, ghost], token=run.claim_token)),
-        (NodeRunNotFoundError, "'ghost'", lambda runs: runs.advance(run.id, [good, ghost], token=run.claim_token)),
-        (NodeRunNotFoundError, "'ghost'", lambda runs: runs.complete_node(run.id, "ghost", token=run.claim_token)),
-        (IllegalTransitionError, "live", lambda runs: runs.complete(run.id, token=run.claim_token)),
-        (IllegalTransitionError, "running", lambda runs: runs.start(run.id, token=run.claim_token)),
-        (LeaseLostError, "token", lambda runs: runs.record(run.id, [good], token=run.claim_token - 1)),
-        (LeaseLostError, "token", lambda runs: runs.advance(run.id, [good])),
-    ]
-    for error, named, call in calls:
-        with Session(stage.engine) as session, session.begin(), pytest.raises(error, match=named):
-            call(RunRepository(session))
-        assert databases.contents(stage.raw) == tables
 
 
 def one_key_twice_in_an_object(stage: Stage) -> None:
@@ -443,16 +382,18 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         Case("no delay", of_kind("delay", {"seconds": 0}), warning="orphan"),
     ],
     "edits in place": [
-        Call(an_append_in_place),
         "tests/graphs/test_orm_objects.py::test_edits_in_place_are_seen_and_checked",
     ],
     "every path": ["tests/graphs/test_orm_updates.py::test_half_a_graph_that_does_not_fit_the_other_half_is_refused"],
     "runs that can't be": [
-        Call(a_run_that_can_not_be),
+        "tests/runs/test_create.py::test_a_run_of_a_pipeline_that_is_not_active",
+        "tests/runs/test_create.py::test_a_run_of_a_broken_graph",
         "tests/runs/test_create.py::test_a_run_of_a_pipeline_that_is_not_there",
     ],
     "results and transitions that don't fit": [
-        Call(results_that_do_not_fit),
+        "tests/runs/test_record.py::test_results_are_recorded_all_or_none",
+        "tests/runs/test_leases.py::test_every_write_on_a_claimed_run_needs_the_current_token",
+        "tests/lifecycle/test_transition_matrix.py::test_run_transitions_through_the_repository",
         "tests/runs/test_arguments.py::test_what_is_not_there",
     ],
     "servers that can't be used": [

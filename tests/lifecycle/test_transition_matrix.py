@@ -376,7 +376,7 @@ def test_nodes_move_only_while_their_run_is_running(
 def run_calls(runs: RunRepository, run_id: int) -> dict[RunStatus, Callable[[], object]]:
     return {
         RunStatus.PENDING: lambda: runs.release(run_id, token=runs.get(run_id).claim_token),
-        RunStatus.RUNNING: lambda: runs.start(run_id),
+        RunStatus.RUNNING: lambda: runs.start(run_id, token=runs.get(run_id).claim_token),
         RunStatus.COMPLETED: lambda: runs.complete(run_id, token=runs.get(run_id).claim_token),
         RunStatus.FAILED: lambda: runs.fail(run_id, "x", token=runs.get(run_id).claim_token),
         RunStatus.CANCELLED: lambda: runs.cancel(run_id),
@@ -404,12 +404,18 @@ def test_run_transitions_through_the_repository(database: Database, raw: psycopg
             assert before.status == old
             try:
                 run_calls(runs, run_id)[new]()
-            except (IllegalTransitionError, LeaseLostError):  # release: who has nothing gives nothing back
-                assert new != RunStatus.TIMEOUT
+            except IllegalTransitionError as error:
+                assert new not in (RunStatus.PENDING, RunStatus.TIMEOUT)
+                assert (error.entity, error.id, error.current, error.requested) == ("run", run_id, old, new)  # noqa: PT017
+                after = runs.get(run_id)
+                assert after == before
+            except LeaseLostError:  # no lease, nothing to release
+                assert new == RunStatus.PENDING
                 after = runs.get(run_id)
                 assert after == before
             else:
                 after = runs.get(run_id)
+                assert not (after.status.is_terminal and after.lease_expires_at)
             if (after.status == new, after != before) != (legal or old == new, legal):
                 wrong[old, new] = after.status
             if not after.status.is_terminal:

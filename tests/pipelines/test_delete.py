@@ -34,6 +34,7 @@ def test_deleting_a_pipeline_with_live_runs(
     pipeline, other = store(each), store(each)
     run = runs.create(pipeline)
     runs.start(runs.create(pipeline).id)
+    runs.cancel(runs.create(pipeline).id)  # not live
     kept = runs.create(other)
     with refuses(PipelineInUseError) as caught:
         pipelines.delete(pipeline)
@@ -66,21 +67,6 @@ def test_delete_takes_everything_along(each: Session, raw: psycopg.Connection) -
         assert count(raw, table) == left, table
     with pytest.raises(PipelineNotFoundError):
         pipelines.get(made.id)
-
-
-def test_delete_of_a_pipeline_in_use_needs_force(each: Session) -> None:
-    pipelines, runs = PipelineRepository(each), RunRepository(each)
-    made = pipelines.create(new(status="active"))
-    live = [runs.create(made.id).id, runs.start(runs.create(made.id).id).id]
-    runs.cancel(runs.create(made.id).id)
-    with pytest.raises(PipelineInUseError) as refused:
-        pipelines.delete(made.id)
-    assert (refused.value.pipeline_id, refused.value.live_runs) == (made.id, 2)
-    assert [runs.get(run).status for run in live] == ["pending", "running"]
-    pipelines.delete(made.id, force=True)
-    for run in live:
-        with pytest.raises(RunNotFoundError):
-            runs.complete_node(run, "t")
 
 
 def test_delete_beside_those_who_create_runs(database: Database, raw: psycopg.Connection) -> None:

@@ -98,7 +98,9 @@ def test_runs_under_way_keep_the_graph_that_they_began_with(each: Session) -> No
     assert [node.node_id for node in runs.nodes(old.id)] == ["t", "a"]
     assert [node.node_id for node in runs.nodes(fresh.id)] == ["t", "d"]
     assert [node.id for node in runs.definition(old.id).nodes] == ["t", "a"]
-    assert [node.id for node in runs.definition(fresh.id).nodes] == ["d", "t"]
+    definition = runs.definition(fresh.id)
+    assert [node.id for node in definition.nodes] == ["d", "t"]
+    assert [(edge.from_node, edge.to_node) for edge in definition.edges] == [("t", "d")]
     steps = []
     started = runs.advance(old.id)
     while started:

@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import (
     PipelineRepository,
     PipelineStatus,
-    PipelineUpdate,
     RunRepository,
     RunStatus,
 )
@@ -21,11 +20,10 @@ from gathering_pipeline.errors import (
     InvalidPipelineError,
     PipelineInactiveError,
     PipelineNotFoundError,
-    RunNotFoundError,
 )
 from tests.support.databases import unguarded
 from tests.support.graphs import graph
-from tests.support.runs import clock, counters, statuses, store
+from tests.support.runs import clock, counters, store
 
 
 def test_a_new_run_is_pending_with_all_the_nodes_of_its_version(
@@ -134,19 +132,3 @@ def test_the_same_key_again_returns_the_first_run(
     assert len(runs.nodes(first.id)) == 4
     longest = "k" * 255
     assert runs.create(other, idempotency_key=longest).idempotency_key == longest
-
-
-def test_a_run_keeps_the_graph_that_it_began_with(runs: RunRepository, session: Session) -> None:
-    pipeline = store(session, "a>b")
-    old = runs.create(pipeline)
-    nodes, edges = graph("a>b b>c")
-    edited = PipelineRepository(session).update(pipeline, PipelineUpdate(nodes=nodes, edges=edges))
-    new = runs.create(pipeline)
-    assert (edited.version, old.pipeline_version, new.pipeline_version) == (2, 1, 2)
-    assert list(statuses(runs, old.id)) == ["a", "b"]
-    assert list(statuses(runs, new.id)) == ["a", "b", "c"]
-    assert list(runs.definition(old.id).node_map) == ["a", "b"]
-    definition = runs.definition(new.id)
-    assert [(edge.from_node, edge.to_node) for edge in definition.edges] == [("a", "b"), ("b", "c")]
-    with pytest.raises(RunNotFoundError):
-        runs.definition(10**6)

@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
     RunRepository,
-    RunStatus,
 )
 from gathering_pipeline.errors import (
     IllegalTransitionError,
@@ -138,13 +137,3 @@ def test_a_token_that_no_bigint_holds_is_a_wrong_one(runs: RunRepository, sessio
     for token in (2**63, -(10**30)):
         found = {name: raised(call, runs, run.id, token) for name, call in WRITES.items()}
         assert found == dict.fromkeys(WRITES, "LeaseLostError")
-
-
-def test_cancel_and_sweeps_need_no_token(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
-    assert runs.cancel(claimed(runs, session).id).status == RunStatus.CANCELLED
-    late = claimed(runs, session, timeout_seconds=1)
-    raw.execute(
-        "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '2 s' WHERE id = %s", [late.id]
-    )
-    assert [(run.id, run.status) for run in runs.expire()] == [(late.id, "timeout")]
-    assert runs.get(late.id).lease_expires_at is None

@@ -57,29 +57,6 @@ def test_nodes_move_only_while_their_run_is_running(
     assert runs.ready_nodes(run_id) == []
 
 
-def test_illegal_node_transitions(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
-    run_id = started(runs, session, "a b")
-    runs.start_node(run_id, "a")
-    with refuses(IllegalTransitionError) as caught:
-        runs.start_node(run_id, "a")
-    assert (caught.value.current, caught.value.requested) == ("running", "running")
-    with refuses(IllegalTransitionError) as caught:
-        runs.skip_node(run_id, "a")
-    assert (caught.value.current, caught.value.requested) == ("running", "skipped")
-    runs.complete_node(run_id, "b", {"kept": 1})  # pending: reported afterwards
-    for call in (
-        lambda: runs.start_node(run_id, "b"),
-        lambda: runs.complete_node(run_id, "b", {"kept": 2}),
-        lambda: runs.skip_node(run_id, "b"),
-        lambda: runs.fail_node(run_id, "b", "late"),
-        lambda: runs.record(run_id, [done("b")]),
-        lambda: runs.advance(run_id, [done("b", "failed")]),
-    ):
-        with refuses(IllegalTransitionError) as caught:
-            call()
-        assert (caught.value.entity, caught.value.id, caught.value.current) == ("node run", f"{run_id}/b", "completed")
-
-
 def test_skipping_goes_on_transitively(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "t>l t>r l>l2 l2>join r>join l>x x>y y>join2 l2>join2")
     runs.record(run_id, [done("t")])

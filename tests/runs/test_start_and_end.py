@@ -120,13 +120,6 @@ def test_fail_and_cancel_take_live_nodes_along(runs: RunRepository, session: Ses
     assert runs.cancel(runs.create(store(session)).id).error_message is None
 
 
-def test_start_needs_a_pending_run(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
-    run_id = started(runs, session)
-    with refuses(IllegalTransitionError) as caught:
-        runs.start(run_id)
-    assert (caught.value.current, caught.value.requested) == ("running", "running")
-
-
 def test_complete_needs_every_node_over_and_none_failed(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
