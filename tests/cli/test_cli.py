@@ -42,7 +42,7 @@ def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 # --- the whole way, as an operator goes it ---------------------------------------------------------------------------
 
 
-def test_an_upgrade_from_the_first_look_to_the_last(empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_session_from_preflight_to_doctor_succeeds(empty_database_url: str, connect: Connect) -> None:
     where, head = {"DATABASE_URL": empty_database_url}, migrations.head()
     assert program("db", "current", **where).stdout == "the schema is at revision none\n"
     assert program("db", "upgrade", "007_pipeline_execution", **where).returncode == 0
@@ -86,7 +86,7 @@ def pending() -> list[migrator.Step]:
     return [step for revision in migrations.revisions()[2:] for step in migrator.steps(revision)]
 
 
-def test_a_downgrade_asks_first(database_url: str) -> None:
+def test_downgrade_asks_for_confirmation(database_url: str) -> None:
     refused = run("downgrade", "009b_lifecycle", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
     assert refused.output.startswith(
@@ -101,7 +101,7 @@ def test_a_downgrade_asks_first(database_url: str) -> None:
     assert migrations.head() in checked.stderr
 
 
-def test_a_downgrade_by_one(database_url: str) -> None:
+def test_downgrade_by_one_succeeds(database_url: str) -> None:
     done = run("downgrade", "-1", "--yes", "--url", database_url)
     assert done.stdout == f"the schema is at revision {migrations.revisions()[-2]}\n"
     for words in (["--yse", "base"], ["--ulr=postgresql://x/y"], ["-y"]):
@@ -109,7 +109,7 @@ def test_a_downgrade_by_one(database_url: str) -> None:
         assert (misspelt.exit_code, "database: " in misspelt.stderr) == (2, False)
 
 
-def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
+def test_upgrade_options_reach_the_migrator(database_url: str, connect: Connect) -> None:
     unknown = run("upgrade", "-x", "pattience=5", "--url", database_url)
     assert unknown.exit_code == 1
     assert "no option 'pattience': there are lock_timeout, patience, yield" in unknown.output
@@ -122,7 +122,7 @@ def test_options_of_a_migration(database_url: str, connect: Connect) -> None:
     assert run("downgrade", "009b_lifecycle", "--yes", *options).exit_code == 0
 
 
-def test_the_script_is_the_migration(empty_database_url: str, database_url: str) -> None:
+def test_sql_prints_the_migration_script(empty_database_url: str, database_url: str) -> None:
     written = program("db", "sql", DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")  # needs none
     assert (written.returncode, written.stderr) == (0, "")
     run_psql(empty_database_url, written.stdout)
@@ -135,7 +135,7 @@ def test_the_script_is_the_migration(empty_database_url: str, database_url: str)
     assert catalog(empty_database_url) == ["schema | circle | "]
 
 
-def test_json_for_programs(database_url: str, connect: Connect) -> None:
+def test_json_option_prints_json(database_url: str, connect: Connect) -> None:
     raw, url = connect(database_url), ("--json", "--url", database_url)
     assert json.loads(run("current", *url).stdout) == {"revision": migrations.head(), "head": migrations.head()}
     assert json.loads(run("doctor", *url).stdout) == []
@@ -149,14 +149,14 @@ def test_json_for_programs(database_url: str, connect: Connect) -> None:
     assert json.loads(run("doctor", "--repair", *url).stdout)[0]["outcome"] == "repaired"
 
 
-def test_the_migration_url_goes_before_the_others(database_url: str) -> None:
+def test_migration_url_overrides_other_variables(database_url: str) -> None:
     unused = "postgresql://nobody@127.0.0.1:1/none"
     names = {"GATHERING_MIGRATION_URL": database_url, "GATHERING_DATABASE_URL": unused, "DATABASE_URL": unused}
     assert program("db", "check", **names).returncode == 0
     assert program("db", "check", "--url", unused, **names).returncode == 1
 
 
-def test_each_command_says_first_which_database_it_is(database_url: str) -> None:
+def test_each_command_prints_its_database_first(database_url: str) -> None:
     password = make_url(database_url).password
     for words in (
         ["upgrade"],
@@ -173,7 +173,7 @@ def test_each_command_says_first_which_database_it_is(database_url: str) -> None
         assert "database:" not in done.stdout
 
 
-def test_the_embedded_server_is_never_used_unseen(tmp_path: Path) -> None:
+def test_command_without_url_names_embedded_server(tmp_path: Path) -> None:
     """As where DATABASE_URL is misspelt."""
     folder = tmp_path / "data"
     done = program("db", "current", DATABSE_URL="postgresql://app@db/app", GATHERING_DATA_DIR=str(folder))
@@ -185,7 +185,7 @@ def test_the_embedded_server_is_never_used_unseen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
-def test_an_empty_variable_is_refused_where_it_would_be_used(name: str, database_url: str) -> None:
+def test_command_with_empty_variable_exits_with_error(name: str, database_url: str) -> None:
     """As ``Database()`` does."""
     assert f"{name} can't be used: it is empty" in one_sentence(program("db", "upgrade", **{name: ""}))
     for used in ({"GATHERING_MIGRATION_URL": database_url}, {"GATHERING_DATABASE_URL": database_url}):
@@ -194,14 +194,14 @@ def test_an_empty_variable_is_refused_where_it_would_be_used(name: str, database
     assert "--url is set but empty" in one_sentence(program("db", "check", "--url", "", DATABASE_URL=database_url))
 
 
-def test_an_empty_migration_url_is_one_that_is_not_set(database_url: str) -> None:
+def test_command_with_empty_migration_url_ignores_it(database_url: str) -> None:
     assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("revision", "put_back"), [("010b_graph_guard", "009b_lifecycle"), (migrations.head(), "011b_events")]
 )
-def test_a_schema_without_its_revision_says_how_it_is_put_back(
+def test_command_without_revision_row_prints_the_statement(
     database_url: str, connect: Connect, revision: str, put_back: str
 ) -> None:
     raw, clean = connect(database_url), catalog(database_url)
@@ -229,13 +229,13 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("command", ["upgrade", "current", "check", "doctor", "preflight"])
-def test_a_server_that_is_not_there(command: str) -> None:
+def test_command_without_server_prints_one_sentence(command: str) -> None:
     done = program("db", command, "--url", "postgresql://me:secret@127.0.0.1:1/none")
     assert "no answer from the PostgreSQL server at 127.0.0.1:1" in one_sentence(done)
     assert "secret" not in done.stderr
 
 
-def test_what_else_goes_wrong(database_url: str, empty_database_url: str, connect: Connect) -> None:
+def test_command_errors_print_one_sentence(database_url: str, empty_database_url: str, connect: Connect) -> None:
     assert "is not PostgreSQL" in one_sentence(program("db", "check", "--url", "sqlite:///x"))
     assert "GATHERING_POOL_SIZE" in one_sentence(program("db", "check", GATHERING_POOL_SIZE="none at all"))
     mistyped = f"identified by '099_future': there are base, {', '.join(migrations.revisions())} and head"
@@ -252,7 +252,7 @@ def test_what_else_goes_wrong(database_url: str, empty_database_url: str, connec
     assert "pipelines.name: type is integer, character varying(255) expected" in refused.stderr
 
 
-def test_a_role_without_rights(database_url: str, admin: psycopg.Connection) -> None:
+def test_command_by_role_without_rights_prints_one_sentence(database_url: str, admin: psycopg.Connection) -> None:
     role = "gathering_cli_guest"
     admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'guest'")
     try:
@@ -270,7 +270,7 @@ def test_a_role_without_rights(database_url: str, admin: psycopg.Connection) -> 
         admin.execute(f"DROP ROLE {role}")
 
 
-def test_a_command_that_is_not_understood() -> None:
+def test_unknown_command_exits_with_usage() -> None:
     assert program("db", "upgrad").returncode == 2
     assert program("db", "downgrade").returncode == 2
 
@@ -279,14 +279,14 @@ def test_a_command_that_is_not_understood() -> None:
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])
-def test_without_the_extra_one_sentence_names_it(missing: str) -> None:
+def test_command_without_extra_names_it(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from gathering_pipeline.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert "pip install 'gathering-pipeline[cli]'" in one_sentence(done)
     assert f"needs {missing}" in done.stderr
 
 
-def test_the_package_does_without_the_extra() -> None:
+def test_package_without_extra_imports() -> None:
     code = (
         "import sys, gathering_pipeline as g; [getattr(g, name) for name in g.__all__];"
         "print(sorted({'click', 'rich', 'gathering_pipeline.maintenance'} & set(sys.modules)))"
@@ -295,7 +295,7 @@ def test_the_package_does_without_the_extra() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_program_is_installed_under_its_name() -> None:
+def test_program_is_installed_as_entry_point() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"gathering-pipeline": "gathering_pipeline.cli:main"}
     shown = program("--version")
@@ -306,7 +306,7 @@ def test_the_program_is_installed_under_its_name() -> None:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_lists_every_command_with_its_help() -> None:
+def test_page_lists_every_command_with_help() -> None:
     """Where this fails: ``make generated``."""
     page = generated.PAGE.read_text(encoding="utf-8")
     assert page.split(generated.HEADING)[1] == generated.help_texts()
@@ -315,7 +315,7 @@ def test_the_page_lists_every_command_with_its_help() -> None:
     }
 
 
-def test_the_page_lists_every_finding() -> None:
+def test_page_lists_every_finding() -> None:
     source = "".join(path.read_text() for path in (ROOT / "gathering_pipeline" / "maintenance").glob("*.py"))
     page = generated.PAGE.read_text(encoding="utf-8")
     table = page.split("## What doctor finds")[1].split(generated.HEADING)[0]

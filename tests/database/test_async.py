@@ -69,7 +69,7 @@ def run(database: Database, work: Callable[[], Coroutine[Any, Any, None]]) -> No
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=lambda of: of.__name__)
-def test_every_method_is_there(sync: type[Any], asynchronous: type[Any]) -> None:
+def test_async_repository_has_every_method(sync: type[Any], asynchronous: type[Any]) -> None:
     assert list(public(asynchronous)) == list(public(sync))
     for name, method in public(asynchronous).items():
         assert method.__name__ == name
@@ -77,7 +77,7 @@ def test_every_method_is_there(sync: type[Any], asynchronous: type[Any]) -> None
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=lambda of: of.__name__)
-def test_every_method_takes_the_same(sync: type[Any], asynchronous: type[Any]) -> None:
+def test_async_method_has_the_same_signature(sync: type[Any], asynchronous: type[Any]) -> None:
     for name, method in public(sync).items():
         twin = public(asynchronous)[name]
         assert inspect.signature(twin).parameters == inspect.signature(method).parameters, name
@@ -92,7 +92,7 @@ def test_tokens_and_idempotency_keys_are_keyword_only(sync: type[Any], asynchron
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS, ids=lambda of: of.__name__)
-def test_every_method_calls_its_own_twin(sync: type[Any], asynchronous: type[Any], database: Database) -> None:
+def test_async_method_calls_its_sync_method(sync: type[Any], asynchronous: type[Any], database: Database) -> None:
     """With no arguments at all each complains as the sync one does, by its own name."""
 
     async def work() -> None:
@@ -115,7 +115,7 @@ def test_every_method_calls_its_own_twin(sync: type[Any], asynchronous: type[Any
 # --- end to end ------------------------------------------------------------------------------------------------------
 
 
-def test_pipelines(database: Database) -> None:
+def test_async_pipeline_calls_answer_like_sync(database: Database) -> None:
     async def work() -> None:
         async with database.async_session() as session:
             pipelines = AsyncPipelineRepository(session)
@@ -144,7 +144,7 @@ def test_pipelines(database: Database) -> None:
     run(database, work)
 
 
-def test_a_run_step_by_step(database: Database) -> None:
+def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
     async def work() -> None:
         async with database.async_session(autocommit=True) as session:
             pipelines, runs = AsyncPipelineRepository(session), AsyncRunRepository(session)
@@ -192,7 +192,7 @@ def test_a_run_step_by_step(database: Database) -> None:
     run(database, work)
 
 
-def test_workers_side_by_side_in_one_loop(database: Database) -> None:
+def test_async_workers_in_one_loop_share_the_runs(database: Database) -> None:
     """Each with a session of its own; each node is started by one of them."""
 
     async def work() -> None:
@@ -223,7 +223,7 @@ def test_workers_side_by_side_in_one_loop(database: Database) -> None:
     run(database, work)
 
 
-def test_nothing_is_committed_when_the_block_fails(database: Database, raw: psycopg.Connection) -> None:
+def test_async_block_that_fails_commits_nothing(database: Database, raw: psycopg.Connection) -> None:
     async def work() -> None:
         with pytest.raises(ZeroDivisionError):
             async with database.async_session() as session:
@@ -234,7 +234,7 @@ def test_nothing_is_committed_when_the_block_fails(database: Database, raw: psyc
     assert raw.execute("SELECT count(*) FROM circle.pipelines").fetchone() == (0,)
 
 
-def test_with_a_sessionmaker_of_the_users_own(database_url: str, raw: psycopg.Connection) -> None:
+def test_async_repository_on_own_sessionmaker_works(database_url: str, raw: psycopg.Connection) -> None:
     async def go() -> None:
         engine = create_async_engine(database_url, poolclass=NullPool)
         async with async_sessionmaker(engine).begin() as session:

@@ -41,7 +41,7 @@ ACALLS: dict[str, Callable[[AsyncSession, int], Coroutine[Any, Any, object]]] = 
 
 
 @pytest.mark.parametrize("how", CALLS)
-def test_in_autocommit_a_break_leaves_the_call_open(
+def test_autocommit_write_with_broken_connection_raises_commit_indeterminate(
     database: Database, blocker: Callable[[], Blocker], how: str
 ) -> None:
     async def work() -> None:
@@ -85,7 +85,7 @@ READS: list[Callable[[Session], object]] = [
 
 
 @pytest.mark.parametrize("number", range(len(READS)))
-def test_in_autocommit_a_read_that_breaks_off_leaves_nothing_open(
+def test_autocommit_read_with_broken_connection_raises_unavailable(
     database: Database, raw: psycopg.Connection, number: int
 ) -> None:
     with database.session(autocommit=True) as session:
@@ -98,7 +98,7 @@ def test_in_autocommit_a_read_that_breaks_off_leaves_nothing_open(
 
 
 @pytest.mark.parametrize("how", CALLS)
-def test_in_a_transaction_a_break_loses_it_for_certain(
+def test_transaction_with_broken_connection_is_lost(
     database: Database, raw: psycopg.Connection, blocker: Callable[[], Blocker], how: str
 ) -> None:
     run_id = new_run(database)
@@ -115,7 +115,7 @@ def test_in_a_transaction_a_break_loses_it_for_certain(
     assert raw.execute("SELECT status FROM circle.pipeline_runs").fetchall() == [("pending",)]
 
 
-def test_a_break_in_the_last_flush_is_none_of_the_commit(database: Database, raw: psycopg.Connection) -> None:
+def test_flush_with_broken_connection_is_not_commit_indeterminate(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(OperationalError) as caught, database.session() as session:
         pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
         session.add(Pipeline(name="lost", nodes=NODES, edges=[]))
@@ -125,9 +125,7 @@ def test_a_break_in_the_last_flush_is_none_of_the_commit(database: Database, raw
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_a_break_is_told_once_whatever_the_size_of_the_pool(
-    database: Database, raw: psycopg.Connection, autocommit: bool
-) -> None:
+def test_broken_pool_connections_raise_once(database: Database, raw: psycopg.Connection, autocommit: bool) -> None:
     with ExitStack() as stack:
         for _ in range(5):
             stack.enter_context(database.session(autocommit=True)).execute(text("SELECT 1"))
@@ -142,7 +140,7 @@ def test_a_break_is_told_once_whatever_the_size_of_the_pool(
             RunRepository(session).counts()
 
 
-def test_an_exhausted_pool(database_url: str) -> None:
+def test_session_from_exhausted_pool_raises_unavailable(database_url: str) -> None:
     settings = DatabaseSettings(pool_size=1, max_overflow=0, pool_timeout=timedelta(seconds=0.1))
     with Database(database_url, settings=settings) as database, database.session() as first:
         first.execute(text("SELECT 1"))

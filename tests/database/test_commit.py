@@ -67,9 +67,7 @@ def _messages_of(trace: Path) -> list[str]:
 COUNT = text("SELECT count(*) FROM circle.pipelines")
 
 
-def test_a_session_commits_when_its_block_ends_well_and_rolls_back_otherwise(
-    database: Database, raw: psycopg.Connection
-) -> None:
+def test_session_block_commits_on_success_and_rolls_back_on_error(database: Database, raw: psycopg.Connection) -> None:
     with database.session() as session:
         session.execute(INSERT, {"name": "kept"})
     with pytest.raises(ZeroDivisionError), database.session() as session:
@@ -78,7 +76,9 @@ def test_a_session_commits_when_its_block_ends_well_and_rolls_back_otherwise(
     assert raw.execute("SELECT name FROM circle.pipelines").fetchall() == [("kept",)]
 
 
-def test_so_does_an_async_one(database: Database, raw: psycopg.Connection) -> None:
+def test_async_session_block_commits_on_success_and_rolls_back_on_error(
+    database: Database, raw: psycopg.Connection
+) -> None:
     async def use() -> None:
         async with database:
             async with database.async_session() as session:
@@ -95,9 +95,7 @@ def test_so_does_an_async_one(database: Database, raw: psycopg.Connection) -> No
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_autocommit_sends_one_message_a_call_and_nothing_else(
-    database_url: str, tmp_path: Path, prepared: bool
-) -> None:
+def test_autocommit_call_sends_one_message(database_url: str, tmp_path: Path, prepared: bool) -> None:
     settings = DatabaseSettings(pool_size=1, prepare_threshold=0 if prepared else None)
     with Database(database_url, settings=settings) as database:
         with database.session(autocommit=True) as session:
@@ -116,7 +114,7 @@ def test_autocommit_sends_one_message_a_call_and_nothing_else(
         assert _messages_of(tmp_path / "trace") == (call if prepared else ["Parse", *call]) * 4
 
 
-def test_what_autocommit_did_stays_done(database: Database, raw: psycopg.Connection) -> None:
+def test_autocommit_calls_stay_committed_after_error(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(ZeroDivisionError), database.session(autocommit=True) as session:
         session.execute(INSERT, {"name": "kept"})
         raise ZeroDivisionError
@@ -126,26 +124,26 @@ def test_what_autocommit_did_stays_done(database: Database, raw: psycopg.Connect
         session.rollback()
 
 
-def test_an_error_at_commit_is_the_databases_own(database: Database, raw: psycopg.Connection) -> None:
+def test_commit_refused_by_database_raises_its_error(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("CREATE TABLE late (id int UNIQUE DEFERRABLE INITIALLY DEFERRED); INSERT INTO late VALUES (1)")
     with pytest.raises(Exception, match="late_id_key") as caught, database.session() as session:
         session.execute(text("INSERT INTO late VALUES (1)"))
     assert caught.type.__name__ == "IntegrityError"
 
 
-def test_a_connection_that_breaks_at_the_commit_leaves_it_open(database: Database, raw: psycopg.Connection) -> None:
+def test_commit_with_broken_connection_raises_commit_indeterminate(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(CommitIndeterminateError, match="the connection broke during the commit"):
         with database.session() as session:
             pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
             raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
 
 
-def test_errors_of_statements_pass_as_they_are(database: Database) -> None:
+def test_statement_error_passes_unchanged(database: Database) -> None:
     with pytest.raises(ProgrammingError), database.session() as session:
         session.execute(text("SELECT 1 FROM nothing"))
 
 
-def test_a_commit_that_no_standby_confirmed_is_no_success(own_server: embedded.EmbeddedServer) -> None:
+def test_commit_unconfirmed_by_standby_raises_commit_indeterminate(own_server: embedded.EmbeddedServer) -> None:
     async def insert(database: Database, *, autocommit: bool) -> None:
         async with database.async_session(autocommit=autocommit) as session:
             await session.execute(text("INSERT INTO t VALUES (1)"))

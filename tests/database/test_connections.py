@@ -31,9 +31,7 @@ QUICK = DatabaseSettings(connect_timeout=timedelta(seconds=2), answer_timeout=ti
 
 
 @pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
-def test_a_url_that_is_given_goes_before_an_empty_variable(
-    name: str, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explicit_url_overrides_empty_variable(name: str, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "")
     with Database(database_url) as database:
         database.check()
@@ -41,7 +39,7 @@ def test_a_url_that_is_given_goes_before_an_empty_variable(
         Database()
 
 
-def test_no_password_in_any_view_of_it(database_url: str) -> None:
+def test_database_repr_hides_password(database_url: str) -> None:
     url = make_url(database_url).set(username="u", password="hunter2", host="h")
     database = Database(url.render_as_string(hide_password=False))
     assert "hunter2" not in f"{database!r} {database.url} {database.settings!r} {database.engine!r}"
@@ -62,7 +60,7 @@ def _both(url: str, settings: DatabaseSettings = QUICK) -> Iterator[Callable[[],
     yield lambda: asyncio.run(asynchronous())
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_connect_without_server_raises_unavailable() -> None:
     for attempt in _both("postgresql://localhost:1/name"):
         with pytest.raises(
             DatabaseUnavailableError, match="^no answer from the PostgreSQL server at localhost:1: start it"
@@ -70,19 +68,19 @@ def test_a_server_that_is_not_there() -> None:
             attempt()
 
 
-def test_an_option_that_is_none() -> None:
+def test_connect_with_unknown_option_raises_configuration() -> None:
     for attempt in _both("postgresql://localhost:1/name?nonsense=1"):
         with pytest.raises(ConfigurationError, match='^the database URL can\'t be used: .*"nonsense"$'):
             attempt()
 
 
-def test_a_database_that_is_not_there(server: Server) -> None:
+def test_connect_to_missing_database_raises_configuration(server: Server) -> None:
     for attempt in _both(server.database_url("nowhere")):
         with pytest.raises(ConfigurationError, match=r'refuses the connection \(database "nowhere" does not exist\)'):
             attempt()
 
 
-def test_a_wrong_password(server: Server) -> None:
+def test_connect_with_wrong_password_raises_configuration(server: Server) -> None:
     url = make_url(server.url)
     if url.password is None:
         pytest.skip("this server asks for no password")
@@ -92,7 +90,7 @@ def test_a_wrong_password(server: Server) -> None:
         assert "hunter2" not in str(caught.value)
 
 
-def test_too_many_connections_pass_by_themselves(server: Server, admin: psycopg.Connection) -> None:
+def test_connect_beyond_connection_limit_raises_unavailable(server: Server, admin: psycopg.Connection) -> None:
     name = server.create()
     admin.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0'.encode())
     admin.execute("DROP ROLE IF EXISTS gathering_test_plain")
@@ -107,7 +105,7 @@ def test_too_many_connections_pass_by_themselves(server: Server, admin: psycopg.
         admin.execute("DROP ROLE gathering_test_plain")
 
 
-def test_another_encoding(server: Server, admin: psycopg.Connection) -> None:
+def test_connect_to_other_encoding_raises_configuration(server: Server, admin: psycopg.Connection) -> None:
     name = f"gathering_test_{os.getpid()}_latin"
     admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'".encode())
     try:
@@ -118,14 +116,14 @@ def test_another_encoding(server: Server, admin: psycopg.Connection) -> None:
         server.drop(name)
 
 
-def test_an_old_server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_to_old_server_raises_configuration(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gathering_pipeline.connections.OLDEST_SERVER", 99)
     for attempt in _both(database_url):
         with pytest.raises(ConfigurationError, match=r"^the server is PostgreSQL \d+: 99 or later is needed"):
             attempt()
 
 
-def test_a_broken_connection_is_replaced(database: Database, raw: psycopg.Connection) -> None:
+def test_session_after_broken_connection_gets_a_new_one(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(OperationalError), database.session() as session:
         pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
         raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
@@ -134,7 +132,7 @@ def test_a_broken_connection_is_replaced(database: Database, raw: psycopg.Connec
         assert session.execute(text("SELECT count(*) FROM circle.pipelines")).scalar_one() == 0
 
 
-def test_a_slow_statement_goes_on_while_the_server_answers(database_url: str) -> None:
+def test_slow_statement_outlasts_answer_timeout(database_url: str) -> None:
     with Database(database_url, settings=QUICK) as database, database.session() as session:
         assert session.execute(text("SELECT 'done' FROM pg_sleep(3)")).scalar_one() == "done"
 
@@ -153,7 +151,7 @@ def _frozen(server: embedded.EmbeddedServer) -> Iterator[None]:
             process.send_signal(signal.SIGCONT)
 
 
-def test_a_server_that_hangs_is_noticed(own_server: embedded.EmbeddedServer) -> None:
+def test_statement_on_hanging_server_raises_unavailable(own_server: embedded.EmbeddedServer) -> None:
     async def use(database: Database) -> None:
         async with database.async_session() as session:
             await session.execute(text("SELECT 1"))
@@ -186,7 +184,7 @@ def test_a_server_that_hangs_is_noticed(own_server: embedded.EmbeddedServer) -> 
             assert session.execute(text("SELECT 4")).scalar_one() == 4
 
 
-def test_settings_of_a_database(database_url: str) -> None:
+def test_settings_reach_the_session(database_url: str) -> None:
     settings = DatabaseSettings(
         database_url=SecretStr(database_url), pool_size=1, statement_timeout=timedelta(seconds=1)
     )
@@ -196,7 +194,7 @@ def test_settings_of_a_database(database_url: str) -> None:
         assert session.execute(text("SHOW client_encoding")).scalar_one() == "UTF8"
 
 
-def test_options_of_the_url_are_merged_with_the_settings(database_url: str) -> None:
+def test_url_options_are_merged_with_settings(database_url: str) -> None:
     url = make_url(database_url).update_query_dict({"options": "-c work_mem=1MB"}).render_as_string(hide_password=False)
     settings = DatabaseSettings(statement_timeout=timedelta(seconds=1))
     with Database(url, settings=settings) as database, database.session() as session:
@@ -205,7 +203,7 @@ def test_options_of_the_url_are_merged_with_the_settings(database_url: str) -> N
 
 
 @pytest.mark.parametrize("libpqs", [True, False])
-def test_of_several_hosts_one_that_serves_is_taken(database_url: str, libpqs: bool) -> None:
+def test_url_with_several_hosts_takes_one_that_serves(database_url: str, libpqs: bool) -> None:
     url = make_url(database_url)
     host, port = str(url.query.get("host", url.host)), url.query.get("port", url.port or 5432)
     user = "postgres" if url.password is None else f"postgres:{url.password}"
@@ -218,7 +216,7 @@ def test_of_several_hosts_one_that_serves_is_taken(database_url: str, libpqs: bo
         attempt()
 
 
-def test_async_connections_can_be_disposed_from_anywhere(database: Database) -> None:
+def test_async_connections_are_disposed_from_other_loop(database: Database) -> None:
     async def use() -> None:
         async with database.async_session() as session:
             await session.execute(text("SELECT 1"))

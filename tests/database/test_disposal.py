@@ -10,7 +10,7 @@ from gathering_pipeline import (
 )
 
 
-def test_an_error_while_disposing_is_not_lost(database: Database) -> None:
+def test_dispose_error_is_raised(database: Database) -> None:
     async def use() -> None:
         async with database.async_session() as session:
             await session.execute(text("SELECT 1"))

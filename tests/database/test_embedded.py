@@ -24,7 +24,7 @@ sys.stdin.read()
 """
 
 
-def test_it_starts_says_so_and_keeps_its_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_start_logs_and_keeps_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "new" / "data"
     caplog.set_level(logging.INFO)
     with Database(settings=DatabaseSettings(data_dir=folder)) as db:
@@ -44,7 +44,7 @@ def test_it_starts_says_so_and_keeps_its_data(tmp_path: Path, caplog: pytest.Log
     again.stop()
 
 
-def test_several_processes_that_start_it_at_once_share_it(tmp_path: Path) -> None:
+def test_start_from_several_processes_shares_the_server(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     command = [sys.executable, "-c", CLIENT, str(folder)]
     # Another runtime folder in each, as between a login session and a cron job
@@ -74,32 +74,32 @@ def test_several_processes_that_start_it_at_once_share_it(tmp_path: Path) -> Non
     assert not (folder / "postmaster.pid").exists()
 
 
-def test_without_the_extra_the_error_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_without_extra_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "installed", lambda: False)
     for attempt in (Database, embedded.start):
         with pytest.raises(ConfigurationError, match="set GATHERING_DATABASE_URL or DATABASE_URL to .* or install"):
             attempt()
 
 
-def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+def test_start_in_unusable_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="data folder .* can't be used"):
         embedded.start(tmp_path / "file" / "data")
 
 
 @pytest.mark.parametrize("name", ["with blank", "a;b", "$(touch x)", "it's"])
-def test_a_folder_whose_name_a_shell_would_read(tmp_path: Path, name: str) -> None:
+def test_start_in_folder_with_shell_characters_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match="set GATHERING_DATA_DIR to a path of letters"):
         embedded.start(tmp_path / name)
 
 
-def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_start_in_foreign_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "PG_VERSION").write_text("9\n")
     with pytest.raises(DatabaseUnavailableError, match=f"embedded PostgreSQL in {tmp_path} doesn't start: "):
         embedded.start(tmp_path)
 
 
-def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_is_in_user_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert embedded.default_data_dir() == tmp_path / "gathering-pipeline" / "postgresql"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "Application Support"))

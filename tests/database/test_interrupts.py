@@ -18,7 +18,7 @@ from tests.support.sessions import Blocker, driver_connection, new_run, run_asyn
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_an_interrupted_connection_is_not_used_again(
+def test_interrupted_connection_is_not_reused(
     database: Database, blocker: Callable[[], Blocker], autocommit: bool
 ) -> None:
     run_id = new_run(database)
@@ -38,7 +38,9 @@ def test_an_interrupted_connection_is_not_used_again(
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
-def test_nor_is_a_cancelled_one(database: Database, blocker: Callable[[], Blocker], autocommit: bool) -> None:
+def test_cancelled_connection_is_not_reused(
+    database: Database, blocker: Callable[[], Blocker], autocommit: bool
+) -> None:
     async def work() -> None:
         async with database.async_session(autocommit=autocommit) as session:
             driver = await session.run_sync(driver_connection)
@@ -61,7 +63,7 @@ def test_nor_is_a_cancelled_one(database: Database, blocker: Callable[[], Blocke
     run_async(database, work)
 
 
-def test_a_transaction_that_was_interrupted_is_not_committed(
+def test_interrupted_transaction_is_not_committed(
     database: Database, raw: psycopg.Connection, blocker: Callable[[], Blocker]
 ) -> None:
     run_id = new_run(database)

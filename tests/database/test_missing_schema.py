@@ -27,7 +27,7 @@ COMMANDS = r"'alembic upgrade head', 'gathering-pipeline db upgrade' or Database
 
 @pytest.mark.parametrize("autocommit", [False, True])
 @pytest.mark.parametrize("revision", [None, "007_pipeline_execution", "010b_graph_guard"])
-def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
+def test_call_without_schema_object_names_the_commands(
     empty_database_url: str, revision: str | None, autocommit: bool
 ) -> None:
     calls: list[Callable[[Session], object]] = [lambda session: EventRepository(session).read()]
@@ -59,7 +59,7 @@ def test_a_call_that_misses_something_of_the_schema_says_what_to_run(
         run_async(database, work)
 
 
-def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(database: Database) -> None:
+def test_missing_table_of_the_caller_passes_unchanged(database: Database) -> None:
     class Theirs(DeclarativeBase):
         pass
 
@@ -86,7 +86,7 @@ def test_a_table_of_the_callers_own_that_is_not_there_is_none_of_the_schema(data
         ("PERFORM p.mine FROM circle.pipelines p", "column p.mine"),
     ],
 )
-def test_nor_is_what_their_own_trigger_misses(
+def test_missing_object_in_trigger_of_the_caller_passes_unchanged(
     database: Database, raw: psycopg.Connection, body: str, told: str
 ) -> None:
     with database.session() as session:
@@ -114,7 +114,7 @@ def test_nor_is_what_their_own_trigger_misses(
         ("pipeline_runs DROP id", lambda session: RunRepository(session).get(1)),
     ],
 )
-def test_a_column_of_ours_that_is_not_there_is_of_the_schema(
+def test_missing_column_of_the_schema_names_the_commands(
     database: Database, raw: psycopg.Connection, column: str, call: Callable[[Session], object]
 ) -> None:
     new_run(database)

@@ -254,7 +254,7 @@ ON_ONE_RUN: dict[str, tuple[str, Move]] = {
 
 
 @pytest.mark.parametrize("name", ON_ONE_RUN)
-def test_a_call_on_one_run_reads_that_run(history: Session, name: str) -> None:
+def test_call_on_one_run_reads_few_rows(history: Session, name: str) -> None:
     status, call = ON_ONE_RUN[name]
     run_id, token = some(history, status)
     reads, _ = reads_of(history, lambda runs: call(runs, run_id, token))
@@ -264,7 +264,7 @@ def test_a_call_on_one_run_reads_that_run(history: Session, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_ONE_RUN)
-def test_and_so_it_does_when_the_statistics_are_stale(stale: Session, name: str) -> None:
+def test_call_on_one_run_with_stale_statistics_reads_few_rows(stale: Session, name: str) -> None:
     status, call = ON_ONE_RUN[name]
     run_id, token = some(stale, status)
     reads, _ = reads_of(stale, lambda runs: call(runs, run_id, token))
@@ -273,7 +273,7 @@ def test_and_so_it_does_when_the_statistics_are_stale(stale: Session, name: str)
     assert max(reads.rows, reads.entries) <= FEW
 
 
-def test_creating_a_run(history: Session) -> None:
+def test_create_reads_few_rows(history: Session) -> None:
     pipeline = history.execute(text("SELECT min(id) FROM circle.pipelines")).scalar_one()
     for key in (None, "k"):
         reads, run = reads_of(history, lambda runs, key=key: runs.create(pipeline, {"x": 1}, idempotency_key=key))  # type: ignore[misc]
@@ -285,7 +285,7 @@ def test_creating_a_run(history: Session) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 20])
-def test_claiming(history: Session, stale: Session, limit: int) -> None:
+def test_claim_reads_few_rows(history: Session, stale: Session, limit: int) -> None:
     for session in (history, stale):
         reads_of(session, lambda runs: runs.claim("me", LEASE, limit))  # marks what other tests rolled back as dead
         reads, claimed = reads_of(session, lambda runs: runs.claim("me", LEASE, limit))
@@ -295,7 +295,7 @@ def test_claiming(history: Session, stale: Session, limit: int) -> None:
         assert max(reads.rows, reads.entries) <= 5 * limit + FEW
 
 
-def test_sweeps_read_what_runs(history: Session) -> None:
+def test_sweep_reads_running_runs_only(history: Session) -> None:
     running = RUNS // 100 * 2 + 100
     for sweep in (lambda runs: runs.recover(), lambda runs: runs.expire()):
         reads, taken = reads_of(history, sweep)
@@ -319,7 +319,7 @@ def test_sweeps_read_what_runs(history: Session) -> None:
     assert max(reads.rows, reads.entries) <= 2 * running
 
 
-def test_purging_reads_what_it_deletes(history: Session) -> None:
+def test_purge_reads_what_it_deletes(history: Session) -> None:
     reads, deleted = reads_of(history, lambda runs: runs.purge(timedelta(0), limit=50))
     assert deleted == 50
     assert reads.table_scans == 0
@@ -350,7 +350,7 @@ def extreme(session: Session, which: str) -> int:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_of_the_history_reads_its_runs(history: Session, name: str) -> None:
+def test_search_page_reads_its_runs(history: Session, name: str) -> None:
     filters = PAGES[name](history)
     # reading a small pipeline as a whole and sorting it is as good as reading its history by index
     most = RUNS // PIPELINES + FEW if "pipeline_id" in filters else FEW
@@ -366,7 +366,7 @@ def test_a_page_of_the_history_reads_its_runs(history: Session, name: str) -> No
         assert reads.entries <= most + 10 * FEW
 
 
-def test_statistics_read_the_runs_of_their_pipeline(history: Session) -> None:
+def test_statistics_read_runs_of_their_pipeline(history: Session) -> None:
     pipeline = history.execute(text("SELECT min(id) FROM circle.pipelines")).scalar_one()
     reads, statistics = reads_of(history, lambda runs: runs.statistics(pipeline))
     assert sum(statistics.runs.values()) == RUNS // PIPELINES
@@ -374,7 +374,7 @@ def test_statistics_read_the_runs_of_their_pipeline(history: Session) -> None:
     assert max(reads.rows, reads.entries) <= RUNS // PIPELINES + FEW
 
 
-def test_counting_reads_each_run_once(history: Session) -> None:
+def test_counts_read_each_run_once(history: Session) -> None:
     """By an index or not: the planner takes what has fewer pages, and every run is to be counted."""
     reads, counts = reads_of(history, lambda runs: runs.counts())
     assert sum(counts.values()) == RUNS
@@ -390,7 +390,7 @@ def buffers(raw: psycopg.Connection, statement: str) -> int:
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
 
-def test_a_claim_among_100_000_running_runs_touches_as_many_pages_as_among_none(
+def test_claim_among_many_running_runs_touches_no_more_pages(
     stale_database: str, database_url: str, connect: Callable[[str], psycopg.Connection]
 ) -> None:
     claim = "SELECT * FROM circle.claim_runs('me', interval '5 min', 1)"
@@ -407,7 +407,7 @@ def test_a_claim_among_100_000_running_runs_touches_as_many_pages_as_among_none(
     assert buffers(many, claim) <= 3 * buffers(none, claim)
 
 
-def test_heartbeats_are_hot(database: Database, raw: psycopg.Connection) -> None:
+def test_heartbeat_updates_are_hot(database: Database, raw: psycopg.Connection) -> None:
     nodes, edges = graph("a>b b>c")
     raw.execute(
         "INSERT INTO circle.pipelines (name, status, nodes, edges) VALUES ('p', 'active', %s, %s)",

@@ -22,7 +22,7 @@ from gathering_pipeline import (
 from tests.support.sessions import KEPT, names, run_async
 
 
-def test_a_block_that_swallows_a_refusal_is_no_success(database: Database, raw: psycopg.Connection) -> None:
+def test_session_block_after_swallowed_refusal_raises_aborted(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(TransactionAbortedError, match=r"begin_nested\(\).*autocommit=True"):
         with database.session() as session:
             PipelineRepository(session).create(KEPT)
@@ -34,7 +34,9 @@ def test_a_block_that_swallows_a_refusal_is_no_success(database: Database, raw: 
     assert names(raw) == ["kept"]
 
 
-def test_so_is_an_async_one(database: Database, raw: psycopg.Connection) -> None:
+def test_async_session_block_after_swallowed_refusal_raises_aborted(
+    database: Database, raw: psycopg.Connection
+) -> None:
     async def work() -> None:
         with pytest.raises(TransactionAbortedError):
             async with database.async_session() as session:
@@ -49,7 +51,7 @@ def test_so_is_an_async_one(database: Database, raw: psycopg.Connection) -> None
     assert names(raw) == ["kept"]
 
 
-def test_so_is_a_commit_of_the_callers_own(database: Database, raw: psycopg.Connection) -> None:
+def test_commit_after_swallowed_refusal_raises_aborted(database: Database, raw: psycopg.Connection) -> None:
     with database.session() as session:
         PipelineRepository(session).create(KEPT)
         with suppress(RunNotFoundError):
@@ -61,7 +63,7 @@ def test_so_is_a_commit_of_the_callers_own(database: Database, raw: psycopg.Conn
     assert names(raw) == ["second"]
 
 
-def test_the_next_call_after_a_refusal_says_so_too(database: Database) -> None:
+def test_call_after_refusal_raises_aborted(database: Database) -> None:
     with pytest.raises(TransactionAbortedError) as caught, database.session() as session:
         with suppress(RunNotFoundError):
             RunRepository(session).start(1)
@@ -69,7 +71,7 @@ def test_the_next_call_after_a_refusal_says_so_too(database: Database) -> None:
     assert not is_transient(caught.value)
 
 
-def test_a_refused_flush_ends_the_transaction_too(database: Database, raw: psycopg.Connection) -> None:
+def test_flush_refused_ends_the_transaction(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(TransactionAbortedError), database.session() as session:
         PipelineRepository(session).create(KEPT)
         session.add(PipelineRun(pipeline_id=0))
@@ -81,7 +83,7 @@ def test_a_refused_flush_ends_the_transaction_too(database: Database, raw: psyco
     assert names(raw) == []
 
 
-def test_what_the_caller_rolled_back_is_over(database: Database, raw: psycopg.Connection) -> None:
+def test_call_after_rollback_succeeds(database: Database, raw: psycopg.Connection) -> None:
     with database.session() as session:
         with suppress(RunNotFoundError):
             RunRepository(session).start(1)
@@ -94,12 +96,12 @@ def test_what_the_caller_rolled_back_is_over(database: Database, raw: psycopg.Co
     assert names(raw) == ["kept"]
 
 
-def test_a_session_that_did_nothing_needs_no_server() -> None:
+def test_unused_session_needs_no_server() -> None:
     with Database("postgresql://localhost:1/name") as database, database.session() as session:
         assert session.in_transaction() is False
 
 
-def test_in_autocommit_a_refusal_ends_nothing(database: Database, raw: psycopg.Connection) -> None:
+def test_autocommit_call_after_refusal_succeeds(database: Database, raw: psycopg.Connection) -> None:
     async def work() -> None:
         async with database.async_session(autocommit=True) as session:
             with suppress(RunNotFoundError):
@@ -118,7 +120,7 @@ def test_in_autocommit_a_refusal_ends_nothing(database: Database, raw: psycopg.C
     assert names(raw) == ["kept", "kept"]
 
 
-def test_a_savepoint_keeps_the_rest(database: Database, raw: psycopg.Connection) -> None:
+def test_refusal_in_savepoint_keeps_the_transaction(database: Database, raw: psycopg.Connection) -> None:
     def refused(session: Session) -> None:
         with pytest.raises(RunNotFoundError), session.begin_nested():
             PipelineRepository(session).create(KEPT.model_copy(update={"name": "lost"}))
@@ -141,9 +143,7 @@ def test_a_savepoint_keeps_the_rest(database: Database, raw: psycopg.Connection)
     assert names(raw) == ["kept"] * 4
 
 
-def test_a_savepoint_whose_own_block_swallows_the_refusal_is_no_success(
-    database: Database, raw: psycopg.Connection
-) -> None:
+def test_savepoint_block_after_swallowed_refusal_raises_aborted(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(TransactionAbortedError), database.session() as session:
         PipelineRepository(session).create(KEPT)
         with pytest.raises(InternalError, match="aborted"), session.begin_nested():

@@ -22,7 +22,7 @@ from gathering_pipeline import (
 from tests.support.sessions import KEPT, names, run_async
 
 
-def test_what_is_no_session_is_refused_at_once_with_where_to_get_one(database: Database) -> None:
+def test_repository_of_non_session_raises_with_advice(database: Database) -> None:
     wrong: list[Any] = [database, database.session(), AsyncSession(), None]
     for kind in (PipelineRepository, RunRepository, EventRepository):
         for value in wrong:
@@ -36,7 +36,7 @@ def test_what_is_no_session_is_refused_at_once_with_where_to_get_one(database: D
                 akind(value)  # type: ignore[arg-type]
 
 
-def test_so_are_dicts_where_a_schema_is_needed(session: Session) -> None:
+def test_call_with_dict_for_schema_raises_with_advice(session: Session) -> None:
     values: Any = {"name": "x"}
     with pytest.raises(InvalidDataError, match=r"data must be of type PipelineCreate, not dict: PipelineCreate\("):
         PipelineRepository(session).create(values)
@@ -47,13 +47,13 @@ def test_so_are_dicts_where_a_schema_is_needed(session: Session) -> None:
     assert not session.in_transaction()  # no SQL was sent
 
 
-def test_a_scoped_session_is_a_session(database: Database) -> None:
+def test_repository_of_scoped_session_works(database: Database) -> None:
     scoped = scoped_session(sessionmaker(database.engine))
     assert RunRepository(scoped).counts()  # type: ignore[arg-type]
     scoped.remove()
 
 
-def test_so_is_an_async_one_in_whichever_task_it_is_used(database: Database, raw: psycopg.Connection) -> None:
+def test_async_repository_of_scoped_session_works_in_each_task(database: Database, raw: psycopg.Connection) -> None:
     async def create(pipelines: AsyncPipelineRepository, scoped: async_scoped_session[AsyncSession]) -> None:
         await pipelines.create(KEPT)
         await scoped.commit()
@@ -69,13 +69,13 @@ def test_so_is_an_async_one_in_whichever_task_it_is_used(database: Database, raw
     assert len(names(raw)) == 4
 
 
-def test_a_call_that_is_not_awaited_is_named(database: Database) -> None:
+def test_async_call_not_awaited_is_named_in_warning(database: Database) -> None:
     call = AsyncRunRepository(AsyncSession()).get(1)
     assert "RunRepository.get" in repr(call)
     call.close()
 
 
-def test_a_repository_ends_with_its_session(database: Database) -> None:
+def test_repository_is_collected_with_its_session(database: Database) -> None:
     """A closed session would begin a transaction that nobody commits."""
     with database.session() as session:
         runs = RunRepository(session)

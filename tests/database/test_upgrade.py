@@ -14,7 +14,9 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.settings import DatabaseSettings
 
 
-def test_upgrade_and_check(empty_database_url: str, connect: Callable[[str], psycopg.Connection]) -> None:
+def test_upgrade_empty_database_passes_check(
+    empty_database_url: str, connect: Callable[[str], psycopg.Connection]
+) -> None:
     with Database(empty_database_url) as database:
         with pytest.raises(
             SchemaRevisionError, match=r"at revision none, this code needs \w+: run 'alembic upgrade head'"
@@ -30,9 +32,7 @@ def test_upgrade_and_check(empty_database_url: str, connect: Callable[[str], psy
         database.check()
 
 
-def test_the_upgrade_by_the_direct_url_has_the_settings_of_the_database(
-    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_upgrade_by_direct_url_uses_settings(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unused = SecretStr("postgresql://nobody@127.0.0.1:1/pooler")
     settings = DatabaseSettings(database_url=unused, migration_url=SecretStr(empty_database_url))
     monkeypatch.setenv("DATABASE_URL", "")
@@ -43,7 +43,7 @@ def test_the_upgrade_by_the_direct_url_has_the_settings_of_the_database(
         database.check()
 
 
-def test_upgrade_takes_the_direct_url(
+def test_upgrade_uses_direct_url(
     empty_database_url: str, connect: Callable[[str], psycopg.Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GATHERING_MIGRATION_URL", empty_database_url)

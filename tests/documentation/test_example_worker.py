@@ -18,7 +18,7 @@ def worker(url: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_once_fails_in_a_sentence_where_there_is_no_server() -> None:
+def test_worker_once_without_server_prints_one_sentence() -> None:
     process = worker(NOWHERE, "--once")
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -26,7 +26,7 @@ def test_once_fails_in_a_sentence_where_there_is_no_server() -> None:
     assert said.count("\n") == 1
 
 
-def test_and_where_there_is_no_schema(empty_database_url: str) -> None:
+def test_worker_once_without_schema_prints_one_sentence(empty_database_url: str) -> None:
     process = worker(empty_database_url)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -34,12 +34,12 @@ def test_and_where_there_is_no_schema(empty_database_url: str) -> None:
     assert said.count("\n") == 1
 
 
-def test_once_ends_well_where_nothing_is_to_do(database: Database) -> None:
+def test_worker_once_without_runs_exits_successfully(database: Database) -> None:
     process = worker(database.engine.url.render_as_string(hide_password=False), "--once")
     assert (process.communicate(timeout=30)[1], process.returncode) == ("", 0)
 
 
-def test_a_worker_waits_longer_and_longer_for_a_server_that_is_away() -> None:
+def test_worker_without_server_retries_with_backoff() -> None:
     process = worker(NOWHERE)
     assert process.stderr is not None
     first = process.stderr.readline()

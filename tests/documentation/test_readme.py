@@ -27,7 +27,7 @@ def blocks() -> str:
     return "\n".join(lines)
 
 
-def test_python_blocks_run(empty_database_url: str, tmp_path: Path) -> None:
+def test_readme_python_runs_and_prints_what_it_says(empty_database_url: str, tmp_path: Path) -> None:
     program = tmp_path / "README.py"
     program.write_text(blocks() + "\ndatabase.dispose()\n", encoding="utf-8")
     environment = {"GATHERING_DATABASE_URL": empty_database_url, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
@@ -39,7 +39,7 @@ def test_python_blocks_run(empty_database_url: str, tmp_path: Path) -> None:
     assert [line for line in promised if line not in done.stdout] == []
 
 
-def test_the_history_is_kept_short_as_operations_md_says(database_url: str, raw: psycopg.Connection) -> None:
+def test_operations_page_purge_deletes_history(database_url: str, raw: psycopg.Connection) -> None:
     raw.execute(
         """INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id":"a","type":"trigger","name":"A"}]');
         SELECT circle.create_run(1, '{}', NULL) FROM generate_series(1, 2);
@@ -54,7 +54,7 @@ def test_the_history_is_kept_short_as_operations_md_says(database_url: str, raw:
     assert raw.execute("SELECT count(*) FROM circle.pipeline_events").fetchone() == (0,)
 
 
-def test_python_blocks_pass_the_strict_checker(tmp_path: Path) -> None:
+def test_readme_python_passes_mypy_strict(tmp_path: Path) -> None:
     program = tmp_path / "readme.py"
     program.write_text(blocks(), encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", str(program)]
@@ -62,12 +62,12 @@ def test_python_blocks_pass_the_strict_checker(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_two_commands_come_first() -> None:
+def test_readme_begins_with_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.index("make demo") < text.index("make test") < text.index("\n## ")
 
 
-def test_the_names_are_public() -> None:
+def test_readme_names_are_public() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = set(re.findall(r"\b([A-Z]\w*Error|Async\w+Repository|\w+Repository)\b", text))
     builtin = {"ValueError", "LookupError"}

@@ -19,7 +19,7 @@ from tests.support.events import raw_run
 from tests.support.runs import store
 
 
-def test_listen(database: Database, session: Session) -> None:
+def test_listen_yields_events_of_all_runs_or_one(database: Database, session: Session) -> None:
     runs = RunRepository(session)
     run = runs.create(store(session, "a>b"))
     runs.advance(run.id)
@@ -47,7 +47,7 @@ def test_listen(database: Database, session: Session) -> None:
         ]
 
 
-def test_a_listener_leaves_nothing_behind(database: Database, raw: psycopg.Connection, session: Session) -> None:
+def test_listen_closed_leaves_no_connection(database: Database, raw: psycopg.Connection, session: Session) -> None:
     raw_run(raw, session)
     listening = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%page_of_events%' AND pid <> pg_backend_pid()"
 
@@ -67,7 +67,7 @@ def test_a_listener_leaves_nothing_behind(database: Database, raw: psycopg.Conne
         time.sleep(0.05)
 
 
-def test_alisten_goes_on_when_its_connection_breaks(
+def test_alisten_after_broken_connection_continues(
     database: Database, raw: psycopg.Connection, session: Session
 ) -> None:
     run_id = raw_run(raw, session)
@@ -88,7 +88,7 @@ def test_alisten_goes_on_when_its_connection_breaks(
     assert asyncio.run(work()) == [EventType.PIPELINE_RUN_STARTED, EventType.PIPELINE_RUN_COMPLETED]
 
 
-def test_a_notification_ends_the_wait(database: Database, raw: psycopg.Connection, session: Session) -> None:
+def test_listen_wakes_on_notification(database: Database, raw: psycopg.Connection, session: Session) -> None:
     raw.execute("SELECT circle.notify_events(true)")
     run_id = raw_run(raw, session)
     with closing(database.listen(poll=timedelta(minutes=10))) as events:
@@ -105,7 +105,7 @@ def test_a_notification_ends_the_wait(database: Database, raw: psycopg.Connectio
     assert rows == []
 
 
-def test_listening_begins_with_an_error_where_there_is_nothing_to_listen_to(database: Database) -> None:
+def test_listen_without_server_or_with_bad_arguments_raises(database: Database) -> None:
     with Database("postgresql://u@127.0.0.1:1/x") as nowhere, pytest.raises(DatabaseUnavailableError):
         next(nowhere.listen())
     with pytest.raises(InvalidCursorError):

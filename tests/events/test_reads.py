@@ -17,7 +17,7 @@ from tests.support.graphs import DIAMOND
 from tests.support.runs import done, store
 
 
-def test_pages(session: Session) -> None:
+def test_read_pages_in_order_and_after_commit_only(session: Session) -> None:
     runs, events = RunRepository(session), EventRepository(session)
     begin = events.read()
     assert begin.items == ()
@@ -43,7 +43,7 @@ def test_pages(session: Session) -> None:
     assert events.read(run_id=run.id + 1).items == events.read(run_id=2**70).items == ()
 
 
-def test_none_appears_behind_a_reader(
+def test_read_withholds_events_behind_an_open_transaction(
     database_url: str, raw: psycopg.Connection, connect: Connect, session: Session
 ) -> None:
     """Two transactions that commit in another order than they began in."""
@@ -63,7 +63,7 @@ def test_none_appears_behind_a_reader(
     assert [event.run_id for event in page.items] == [first, second]
 
 
-def test_the_order_within_a_run_is_that_of_the_commits(
+def test_read_orders_events_of_a_run_by_commit(
     database_url: str, raw: psycopg.Connection, connect: Connect, session: Session
 ) -> None:
     """The transaction that began first is the second one to change the run."""
@@ -78,7 +78,7 @@ def test_the_order_within_a_run_is_that_of_the_commits(
     assert names(read_all(session)) == ["run started", "run completed"]
 
 
-def test_cursors_that_are_none(session: Session, raw: psycopg.Connection) -> None:
+def test_read_with_bad_cursor_raises_invalid_cursor(session: Session, raw: psycopg.Connection) -> None:
     raw_run(raw, session)
     events = EventRepository(session)
     (cursor,) = (event.cursor for event in events.read().items)
@@ -106,7 +106,7 @@ def test_cursors_that_are_none(session: Session, raw: psycopg.Connection) -> Non
         events.read(limit=0)
 
 
-def test_somebody_without_rights_on_the_server_can_read(raw: psycopg.Connection, session: Session) -> None:
+def test_read_with_select_rights_only_succeeds(raw: psycopg.Connection, session: Session) -> None:
     raw_run(raw, session)
     raw.execute("CREATE ROLE gathering_reader")
     try:
@@ -120,13 +120,13 @@ def test_somebody_without_rights_on_the_server_can_read(raw: psycopg.Connection,
         raw.execute("DROP OWNED BY gathering_reader; DROP ROLE gathering_reader")
 
 
-def test_what_is_no_event_of_ours_is_passed_over(raw: psycopg.Connection, session: Session) -> None:
+def test_read_skips_events_of_unknown_types(raw: psycopg.Connection, session: Session) -> None:
     raw_run(raw, session)
     raw.execute("INSERT INTO circle.pipeline_events (xid, run_id, type, data) VALUES ('3', 1, 'mine', '[]')")
     assert names(read_all(session)) == ["run started"]
 
 
-def test_the_types_are_the_same(raw: psycopg.Connection) -> None:
+def test_event_types_of_database_equal_python(raw: psycopg.Connection) -> None:
     row = raw.execute("SELECT circle.event_types()").fetchone()
     assert row is not None
     assert row[0] == list(EventType)
@@ -135,7 +135,7 @@ def test_the_types_are_the_same(raw: psycopg.Connection) -> None:
 MANY = 120_000
 
 
-def test_a_reader_reads_what_is_new(raw: psycopg.Connection, session: Session) -> None:
+def test_read_among_many_events_touches_few_rows(raw: psycopg.Connection, session: Session) -> None:
     """Whatever the statistics say: here they are those of an empty table."""
     raw.execute("ALTER TABLE circle.pipeline_events SET (autovacuum_enabled = off); ANALYZE circle.pipeline_events")
     raw.execute(
@@ -178,7 +178,7 @@ def test_a_reader_reads_what_is_new(raw: psycopg.Connection, session: Session) -
             assert used[index] <= expected + 2
 
 
-def test_purge(raw: psycopg.Connection, session: Session) -> None:
+def test_purge_deletes_old_events_only(raw: psycopg.Connection, session: Session) -> None:
     raw.execute(
         "INSERT INTO circle.pipeline_events (xid, run_id, type, created_at) SELECT n::text::xid8, n, 'pipeline_run.started',"
         " now() - interval '1 hour' * (100 - n) FROM generate_series(1, 100) n"
@@ -192,7 +192,7 @@ def test_purge(raw: psycopg.Connection, session: Session) -> None:
     assert events.purge(timedelta(0)) == 41
 
 
-def test_events_outlive_their_run(raw: psycopg.Connection, session: Session) -> None:
+def test_read_after_run_is_purged_returns_its_events(raw: psycopg.Connection, session: Session) -> None:
     run_id = raw_run(raw, session)
     raw.execute("UPDATE circle.pipeline_runs SET status = 'cancelled'")
     assert RunRepository(session).purge(timedelta(0)) == 1

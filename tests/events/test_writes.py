@@ -24,7 +24,7 @@ from tests.support.runs import LEASE, done, store
 
 @pytest.mark.parametrize("new", RunStatus)
 @pytest.mark.parametrize("old", [None, *RunStatus])
-def test_each_transition_of_a_run_has_its_event(
+def test_run_transition_writes_its_event(
     raw: psycopg.Connection, session: Session, old: RunStatus | None, new: RunStatus
 ) -> None:
     legal = new in (INITIAL_RUN_STATUSES if old is None else RUN_TRANSITIONS[old])
@@ -49,7 +49,7 @@ def test_each_transition_of_a_run_has_its_event(
 
 @pytest.mark.parametrize("new", NodeStatus)
 @pytest.mark.parametrize("old", [None, *NodeStatus])
-def test_each_transition_of_a_node_has_its_event(
+def test_node_transition_writes_its_event(
     raw: psycopg.Connection, session: Session, old: NodeStatus | None, new: NodeStatus
 ) -> None:
     run_id = raw_run(raw, session)
@@ -72,7 +72,7 @@ def test_each_transition_of_a_node_has_its_event(
     assert stored(raw) == ([("n", event)] if legal and event else [])
 
 
-def test_what_the_events_hold(session: Session) -> None:
+def test_events_of_a_run_hold_its_data(session: Session) -> None:
     runs = RunRepository(session)
     run = runs.create(store(session, "a>b", retry_backoff_base=0, max_retries_per_node=1))
     runs.start(run.id)
@@ -97,7 +97,7 @@ def test_what_the_events_hold(session: Session) -> None:
     assert all(before.id < after.id for before, after in pairwise(events))
 
 
-def test_nodes_of_one_call_stand_by_position_and_before_the_end_of_the_run(session: Session) -> None:
+def test_record_orders_node_events_by_position_before_the_run_ends(session: Session) -> None:
     runs = RunRepository(session)
     width = 40
     spec = " ".join(f"s>{n} {n}>e" for n in (f"n{at}" for at in range(width)))
@@ -126,7 +126,7 @@ def test_nodes_of_one_call_stand_by_position_and_before_the_end_of_the_run(sessi
     ]
 
 
-def test_a_raw_update_of_many_nodes_leaves_them_by_position(raw: psycopg.Connection, session: Session) -> None:
+def test_update_many_nodes_orders_events_by_position(raw: psycopg.Connection, session: Session) -> None:
     run = RunRepository(session).create(store(session, " ".join(f"n{at}" for at in range(30))))
     RunRepository(session).start(run.id)
     session.commit()
@@ -141,9 +141,7 @@ def test_a_raw_update_of_many_nodes_leaves_them_by_position(raw: psycopg.Connect
     assert [node for node, kind in stored(raw) if kind == "pipeline_node.completed"] == expected
 
 
-def test_nodes_without_a_place_or_with_an_odd_one_have_events_of_their_own(
-    raw: psycopg.Connection, session: Session
-) -> None:
+def test_insert_node_outside_the_graph_writes_event(raw: psycopg.Connection, session: Session) -> None:
     run_id = raw_run(raw, session)
     forget(raw)
     raw.execute(
@@ -155,7 +153,7 @@ def test_nodes_without_a_place_or_with_an_odd_one_have_events_of_their_own(
     assert len(stored(raw)) == 7
 
 
-def test_a_skip_takes_its_followers_along_in_order(session: Session) -> None:
+def test_skip_node_writes_events_of_followers_in_order(session: Session) -> None:
     runs = RunRepository(session)
     run = runs.create(store(session, "a>b a>c b>d c>d d>e x"))
     runs.start(run.id)
@@ -164,7 +162,7 @@ def test_a_skip_takes_its_followers_along_in_order(session: Session) -> None:
     assert names(read_all(session)) == ["run started", *(f"{name} skipped" for name in "abcde")]
 
 
-def test_a_run_that_is_given_back(session: Session) -> None:
+def test_release_writes_retrying_event(session: Session) -> None:
     runs = RunRepository(session)
     run = runs.create(store(session, "a>b"))
     (claimed,) = runs.claim("w", LEASE)
@@ -177,7 +175,7 @@ def test_a_run_that_is_given_back(session: Session) -> None:
     assert (events[2].data["attempt"], events[3].data) == (1, {"error": "enough"})
 
 
-def test_what_is_rolled_back_leaves_no_event(raw: psycopg.Connection, session: Session) -> None:
+def test_rolled_back_call_writes_no_event(raw: psycopg.Connection, session: Session) -> None:
     run = RunRepository(session).create(store(session))
     session.commit()
     RunRepository(session).advance(run.id)
@@ -190,7 +188,7 @@ def test_what_is_rolled_back_leaves_no_event(raw: psycopg.Connection, session: S
     assert stored(raw) == [(None, "pipeline_run.started")]
 
 
-def test_an_event_is_never_changed(raw: psycopg.Connection, session: Session) -> None:
+def test_update_event_is_refused(raw: psycopg.Connection, session: Session) -> None:
     raw_run(raw, session)
     for role in ("origin", "replica"):
         raw.execute(f"SET session_replication_role = {role}")
@@ -206,14 +204,14 @@ def test_an_event_is_never_changed(raw: psycopg.Connection, session: Session) ->
                 raw.execute(f"UPDATE circle.pipeline_events SET {change}")
 
 
-def test_under_replica_role_none_is_written(raw: psycopg.Connection, session: Session) -> None:
+def test_transition_under_replica_role_writes_no_event(raw: psycopg.Connection, session: Session) -> None:
     raw.execute("SET session_replication_role = replica")
     run_id = raw_run(raw, session)
     raw.execute("UPDATE circle.pipeline_runs SET status = 'completed' WHERE id = %s", [run_id])
     assert stored(raw) == []
 
 
-def test_restored_numbers_are_reset(raw: psycopg.Connection, session: Session) -> None:
+def test_reset_event_xids_after_restore_makes_events_readable(raw: psycopg.Connection, session: Session) -> None:
     """What a dump of a busier cluster leaves behind, and what came since."""
     insert = (
         "INSERT INTO circle.pipeline_events (xid, id, run_id, type) VALUES (%s::xid8, %s, %s, 'pipeline_run.started')"

@@ -294,9 +294,9 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         ),
         *(Case(f"in the {key}", {key: "a\0b"}, key, None) for key in ("name", "description")),
         Case("a lone surrogate in the name", {"name": "\ud800"}, "name", None),
-        "tests/runs/test_arguments.py::test_what_is_no_json_is_refused_where_it_is",
-        "tests/runs/test_arguments.py::test_what_is_no_text_is_refused",
-        "tests/graphs/test_orm_json.py::test_json_of_runs_is_checked_before_it_is_sent",
+        "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
+        "tests/runs/test_arguments.py::test_call_with_text_of_wrong_type_or_content_raises_invalid_data",
+        "tests/graphs/test_orm_json.py::test_insert_run_with_unstorable_json_sends_no_sql",
     ],
     "NaN, Infinity, numbers too large": [
         *(Case(f"{what} in a config", with_config(value), f"{AT}.config.k", "") for what, value in INFINITE.items()),
@@ -313,13 +313,13 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
     "what is no JSON": [
         *(Case(f"{what} in a config", with_config(value), f"{AT}.config.k", None) for what, value in NO_JSON.items()),
         *(Case(f"{what} in an unknown key", with_node(mine=[v]), f"{AT}.mine[0]", None) for what, v in NO_JSON.items()),
-        "tests/runs/test_arguments.py::test_what_is_no_json_is_refused_where_it_is",
-        "tests/graphs/test_orm_json.py::test_json_of_runs_is_checked_before_it_is_sent",
+        "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
+        "tests/graphs/test_orm_json.py::test_insert_run_with_unstorable_json_sends_no_sql",
     ],
     "keys that are no text": [
         Case("beside the same as text", with_config({1: "a", "1": "b"}), f"{AT}.config.k has a key that", None),
         Case("null", with_node(mine={None: 1}), f"{AT}.mine has a key that", None),
-        "tests/runs/test_arguments.py::test_what_is_no_json_is_refused_where_it_is",
+        "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
     ],
     "nested too deep": [
         Case("65 levels of nodes", with_config(nested(62)), f"{AT}.config.k", "nodes are nested deeper than 64"),
@@ -330,7 +330,7 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         Case("1,500 levels", with_config(nested(1_500)), f"{AT}.config.k", None),
         Call(nested_too_deep_to_be_written_by_python),
         Case("64 levels", with_config(nested(61)), warning="orphan"),
-        "tests/runs/test_arguments.py::test_what_is_no_json_is_refused_where_it_is",
+        "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
     ],
     "100,000 nodes": [Call(a_chain_of_100000), Call(a_cycle_of_100000)],
     "limits": [Call(more_than_the_limits), Call(more_than_the_limits_by_an_object), Call(more_than_the_limits_by_sql)],
@@ -382,30 +382,30 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         Case("no delay", of_kind("delay", {"seconds": 0}), warning="orphan"),
     ],
     "edits in place": [
-        "tests/graphs/test_orm_objects.py::test_edits_in_place_are_seen_and_checked",
+        "tests/graphs/test_orm_objects.py::test_edit_in_place_is_detected_and_checked",
     ],
-    "every path": ["tests/graphs/test_orm_updates.py::test_half_a_graph_that_does_not_fit_the_other_half_is_refused"],
+    "every path": ["tests/graphs/test_orm_updates.py::test_update_half_a_graph_that_does_not_fit_is_refused"],
     "runs that can't be": [
-        "tests/runs/test_create.py::test_a_run_of_a_pipeline_that_is_not_active",
-        "tests/runs/test_create.py::test_a_run_of_a_broken_graph",
-        "tests/runs/test_create.py::test_a_run_of_a_pipeline_that_is_not_there",
+        "tests/runs/test_create.py::test_create_inactive_pipeline_raises_inactive",
+        "tests/runs/test_create.py::test_create_broken_graph_raises_invalid_pipeline",
+        "tests/runs/test_create.py::test_create_missing_pipeline_raises_not_found",
     ],
     "results and transitions that don't fit": [
-        "tests/runs/test_record.py::test_results_are_recorded_all_or_none",
-        "tests/runs/test_leases.py::test_every_write_on_a_claimed_run_needs_the_current_token",
-        "tests/lifecycle/test_transition_matrix.py::test_run_transitions_through_the_repository",
-        "tests/runs/test_arguments.py::test_what_is_not_there",
+        "tests/runs/test_record.py::test_record_with_one_bad_result_records_none",
+        "tests/runs/test_leases.py::test_write_with_stale_token_raises_lease_lost",
+        "tests/lifecycle/test_transition_matrix.py::test_run_call_from_each_status_follows_the_table",
+        "tests/runs/test_arguments.py::test_call_on_missing_run_or_node_raises_not_found",
     ],
     "servers that can't be used": [
-        "tests/database/test_connections.py::test_a_server_that_is_not_there",
-        "tests/database/test_connections.py::test_a_database_that_is_not_there",
-        "tests/database/test_connections.py::test_a_wrong_password",
-        "tests/database/test_connections.py::test_another_encoding",
-        "tests/database/test_connections.py::test_an_old_server",
+        "tests/database/test_connections.py::test_connect_without_server_raises_unavailable",
+        "tests/database/test_connections.py::test_connect_to_missing_database_raises_configuration",
+        "tests/database/test_connections.py::test_connect_with_wrong_password_raises_configuration",
+        "tests/database/test_connections.py::test_connect_to_other_encoding_raises_configuration",
+        "tests/database/test_connections.py::test_connect_to_old_server_raises_configuration",
     ],
     "schemas that are others": [
-        "tests/database/test_upgrade.py::test_upgrade_and_check",
-        "tests/migrations/test_adoption.py::test_tables_that_only_look_like_ours_are_refused",
+        "tests/database/test_upgrade.py::test_upgrade_empty_database_passes_check",
+        "tests/migrations/test_adoption.py::test_upgrade_different_tables_raises_adoption_error",
     ],
     "documented, not refused": [
         Call(one_key_twice_in_an_object),
@@ -431,7 +431,7 @@ SPECIFIED = [
 ]
 
 
-def test_no_row_is_left_out() -> None:
+def test_catalogue_covers_each_specified_row() -> None:
     assert [*CATALOGUE] == SPECIFIED
     for row, answers in CATALOGUE.items():
         assert answers, row
@@ -535,7 +535,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input(
+def test_bad_input_on_each_path_is_refused_or_returned_as_given(
     case: Case | Call, stage: Stage, sql_paths: dict[str, tuple[int, Write]], subtests: pytest.Subtests
 ) -> None:
     if isinstance(case, Call):

@@ -48,7 +48,7 @@ def scratch(module_database_url: str) -> Iterator[psycopg.Connection]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(dag=dags())
-def test_the_database_compiles_what_python_orders(scratch: psycopg.Connection, dag: Any) -> None:
+def test_insert_random_dag_compiles_to_python_order(scratch: psycopg.Connection, dag: Any) -> None:
     nodes, edges = graph(*dag)
     with scratch.transaction(force_rollback=True):
         assert compiled(scratch, nodes, edges) == by_python(nodes, edges)
@@ -56,7 +56,7 @@ def test_the_database_compiles_what_python_orders(scratch: psycopg.Connection, d
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(dag=dags(), data=st.data())
-def test_neither_sorts_what_has_a_cycle(scratch: psycopg.Connection, dag: Any, data: st.DataObject) -> None:
+def test_insert_random_cycle_is_refused_by_both(scratch: psycopg.Connection, dag: Any, data: st.DataObject) -> None:
     nodes, edges = dag
     ring = data.draw(st.lists(st.sampled_from(nodes), min_size=1, max_size=6, unique=True))
     edges = data.draw(st.permutations([*edges, *zip(ring, [*ring[1:], ring[0]], strict=True)]))
@@ -73,7 +73,7 @@ def test_neither_sorts_what_has_a_cycle(scratch: psycopg.Connection, dag: Any, d
     assert count(scratch) == 0
 
 
-def test_ids_of_any_script_are_told_apart_and_keep_their_order(raw: psycopg.Connection) -> None:
+def test_insert_ids_of_any_script_keeps_them_distinct_and_in_order(raw: psycopg.Connection) -> None:
     ids = [
         "é",
         "e\u0301",
@@ -100,7 +100,7 @@ def test_ids_of_any_script_are_told_apart_and_keep_their_order(raw: psycopg.Conn
         assert compiled(raw, *graph(nodes, edges)) == by_python(*graph(nodes, edges))
 
 
-def test_large_graphs(raw: psycopg.Connection) -> None:
+def test_insert_large_graph_compiles_to_python_order(raw: psycopg.Connection) -> None:
     rng = random.Random(11)
     ids = [f"node-{number}" for number in range(2_000)]
     edges = [(ids[at], ids[at + 1]) for at in range(1_000)]

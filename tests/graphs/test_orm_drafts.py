@@ -32,7 +32,7 @@ NEVER: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("what", INCOMPLETE)
-def test_drafts_are_stored_where_they_are_allowed(what: str, run: Run, raw: psycopg.Connection) -> None:
+def test_incomplete_graph_with_allow_incomplete_is_stored(what: str, run: Run, raw: psycopg.Connection) -> None:
     graph = INCOMPLETE[what]
     allowed = {"allow_incomplete": True}
     run(lambda session: session.add(Pipeline(**values(graph), allow_incomplete=True)))
@@ -47,7 +47,7 @@ def test_drafts_are_stored_where_they_are_allowed(what: str, run: Run, raw: psyc
 
 
 @pytest.mark.parametrize("what", INCOMPLETE)
-def test_without_the_flag_they_are_refused(what: str, run: Run, raw: psycopg.Connection) -> None:
+def test_incomplete_graph_without_flag_is_refused(what: str, run: Run, raw: psycopg.Connection) -> None:
     for write in INSERTS:
         with pytest.raises(InvalidPipelineError):
             run(write, values(INCOMPLETE[what]))
@@ -55,7 +55,7 @@ def test_without_the_flag_they_are_refused(what: str, run: Run, raw: psycopg.Con
 
 
 @pytest.mark.parametrize("what", NEVER)
-def test_some_errors_are_refused_always(what: str, run: Run, raw: psycopg.Connection) -> None:
+def test_broken_graph_with_allow_incomplete_is_refused(what: str, run: Run, raw: psycopg.Connection) -> None:
     allowed = {"allow_incomplete": True}
     for work in (
         lambda session: session.add(Pipeline(**values(NEVER[what]), allow_incomplete=True)),
@@ -67,7 +67,7 @@ def test_some_errors_are_refused_always(what: str, run: Run, raw: psycopg.Connec
 
 
 @pytest.mark.parametrize("what", INCOMPLETE)
-def test_an_incomplete_pipeline_is_not_made_active(what: str, run: Run, raw: psycopg.Connection) -> None:
+def test_activate_incomplete_pipeline_is_refused(what: str, run: Run, raw: psycopg.Connection) -> None:
     allowed = {"allow_incomplete": True}
     active = values(INCOMPLETE[what], status="active")
     for work in (
@@ -86,7 +86,7 @@ def test_an_incomplete_pipeline_is_not_made_active(what: str, run: Run, raw: psy
     assert raw.execute("SELECT status FROM circle.pipelines").fetchall() == [("draft",)]
 
 
-def test_a_draft_that_was_loaded_can_be_edited_as_one(run: Run, raw: psycopg.Connection) -> None:
+def test_edit_loaded_draft_with_flag_is_stored(run: Run, raw: psycopg.Connection) -> None:
     run(lambda session: session.add(Pipeline(**values(([], [])), allow_incomplete=True)))
 
     def edit(session: Session, *, allowed: bool) -> None:

@@ -31,15 +31,13 @@ from tests.support.orm_writes import (
 
 
 @by_each_insert
-def test_a_good_graph_is_stored_as_it_is(write: Any, run: Run, raw: psycopg.Connection) -> None:
+def test_insert_good_graph_stores_it_unchanged(write: Any, run: Run, raw: psycopg.Connection) -> None:
     run(write, values(name="one"), values(name="two"))
     assert stored(raw) == [("one", *GOOD), ("two", *GOOD)]
 
 
 @by_each_insert
-def test_a_bad_graph_is_refused_with_every_issue_and_nothing_is_stored(
-    write: Any, run: Run, raw: psycopg.Connection
-) -> None:
+def test_insert_bad_graph_raises_every_issue_and_stores_nothing(write: Any, run: Run, raw: psycopg.Connection) -> None:
     bad = values(CYCLIC, name="bad")
     bad["edges"].append({"id": "x", "from": "a", "to": "ghost"})
     with pytest.raises(InvalidPipelineError, match="cycle: t -> a -> t") as refused:
@@ -48,7 +46,7 @@ def test_a_bad_graph_is_refused_with_every_issue_and_nothing_is_stored(
     assert stored(raw) == []
 
 
-def test_it_is_refused_before_any_sql_is_sent(engine: Engine) -> None:
+def test_insert_bad_graph_sends_no_sql(engine: Engine) -> None:
     sent: list[str] = []
 
     @event.listens_for(engine, "before_cursor_execute")
@@ -61,14 +59,14 @@ def test_it_is_refused_before_any_sql_is_sent(engine: Engine) -> None:
     assert [statement for statement in sent if "SELECT" not in statement] == []
 
 
-def test_no_graph_is_no_pipeline(run: Run, raw: psycopg.Connection) -> None:
+def test_insert_without_graph_is_refused(run: Run, raw: psycopg.Connection) -> None:
     for write in (add, insert_many, insert_values):
         with pytest.raises(InvalidPipelineError, match="at least one node"):
             run(write, {"name": "empty"})
     assert stored(raw) == []
 
 
-def test_rows_of_one_statement_share_what_values_says(run: Run, raw: psycopg.Connection) -> None:
+def test_insert_rows_share_columns_of_values(run: Run, raw: psycopg.Connection) -> None:
     graph = {"nodes": GOOD[0], "edges": GOOD[1]}
     run(lambda session: session.execute(insert(Pipeline).values(**graph), [{"name": "one"}, {"name": "two"}]))
     assert stored(raw) == [("one", *GOOD), ("two", *GOOD)]
@@ -81,7 +79,7 @@ def test_rows_of_one_statement_share_what_values_says(run: Run, raw: psycopg.Con
     assert len(stored(raw)) == 2
 
 
-def test_the_same_statement_can_be_run_again(session: Session, raw: psycopg.Connection) -> None:
+def test_insert_statement_can_be_executed_twice(session: Session, raw: psycopg.Connection) -> None:
     one, many = insert(Pipeline).values(**values(name="one")), insert(Pipeline).values([values(name="many")])
     for statement in (one, many, one, many):
         session.execute(statement)
@@ -90,14 +88,14 @@ def test_the_same_statement_can_be_run_again(session: Session, raw: psycopg.Conn
 
 
 @by_each_insert
-def test_pydantic_objects_are_accepted(write: Any, run: Run, raw: psycopg.Connection) -> None:
+def test_insert_pydantic_objects_stores_json(write: Any, run: Run, raw: psycopg.Connection) -> None:
     definition = PipelineDefinition.from_json(*copy.deepcopy(GOOD))
     run(write, {"name": "p", "nodes": definition.nodes, "edges": definition.edges})
     run(write, {"name": "q", "nodes": [definition.nodes[0], AGENT], "edges": [EDGE]})
     assert stored(raw) == [("p", *GOOD), ("q", *GOOD)]
 
 
-def test_edges_may_be_spelled_as_in_python(run: Run, raw: psycopg.Connection) -> None:
+def test_insert_edges_with_python_names_stores_json_names(run: Run, raw: psycopg.Connection) -> None:
     edge = {"id": "e", "from_node": "t", "to_node": "a", "label": "kept"}
     for write in (add, insert_many, insert_multi_values):
         run(write, {"name": "p", "nodes": GOOD[0], "edges": [edge]})

@@ -41,7 +41,7 @@ GOOD_FIELDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", GOOD_FIELDS)
-def test_good_fields_come_back(what: str, session: Session) -> None:
+def test_insert_good_field_returns_it(what: str, session: Session) -> None:
     pipeline = Pipeline(**values(**{"name": "p", **GOOD_FIELDS[what]}))
     session.add(pipeline)
     session.commit()
@@ -49,7 +49,7 @@ def test_good_fields_come_back(what: str, session: Session) -> None:
     assert {key: getattr(pipeline, key) for key in GOOD_FIELDS[what]} == GOOD_FIELDS[what]
 
 
-def test_json_comes_back_exactly(session: Session) -> None:
+def test_insert_json_returns_it_exactly(session: Session) -> None:
     config = {
         "text": "ünïcödé 𝄞 \u2028 \\ \" ' % :x %(y)s",
         "numbers": [0, -1, 2**53 + 1, 1.5, 1e15, 2.0, 5e-324, 10**30],
@@ -67,7 +67,7 @@ def test_json_comes_back_exactly(session: Session) -> None:
         assert [type(number) for number in numbers] == [int, int, int, float, float, float, float, int]
 
 
-def test_a_float_without_a_fraction_comes_back_as_an_integer_when_it_is_large(session: Session) -> None:
+def test_insert_large_whole_float_returns_integer(session: Session) -> None:
     """JSONB holds decimal numbers, and writes none with an exponent."""
     session.add(Pipeline(name="p", nodes=[{**TRIGGER, "config": {"k": [1e16, 1e300]}}]))
     session.commit()
@@ -88,7 +88,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_json_of_runs_is_checked_before_it_is_sent(what: str, session: Session, pipeline_id: int) -> None:
+def test_insert_run_with_unstorable_json_sends_no_sql(what: str, session: Session, pipeline_id: int) -> None:
     run = PipelineRun(pipeline_id=pipeline_id, status="running")
     node = PipelineNodeRun(node_id="t", node_type="trigger")
     session.add(run)
@@ -112,7 +112,7 @@ def test_json_of_runs_is_checked_before_it_is_sent(what: str, session: Session, 
         session.rollback()
 
 
-def test_json_of_runs_comes_back(session: Session, pipeline_id: int) -> None:
+def test_insert_run_json_returns_it(session: Session, pipeline_id: int) -> None:
     """None is what the column has by default, as SQLAlchemy has it."""
     run = PipelineRun(pipeline_id=pipeline_id, trigger_data={"by": ["é", None, 1.5]}, logs=[{"m": "x"}])
     session.add(run)

@@ -44,7 +44,7 @@ def legacy(raw: psycopg.Connection) -> list[int]:
     return list(range(1, len(LEGACY) + 1))
 
 
-def test_bad_rows_are_loaded_edited_and_mended(run: Run, legacy: list[int], raw: psycopg.Connection) -> None:
+def test_legacy_row_is_loaded_edited_and_repaired(run: Run, legacy: list[int], raw: psycopg.Connection) -> None:
     def look(session: Session) -> None:
         for pipeline, (name, (nodes, _)) in zip(
             session.scalars(select(Pipeline).order_by(Pipeline.id)), LEGACY.items(), strict=True
@@ -74,9 +74,7 @@ def test_bad_rows_are_loaded_edited_and_mended(run: Run, legacy: list[int], raw:
     assert raw.execute("SELECT DISTINCT version FROM circle.pipelines").fetchall() == [(2,)]
 
 
-def test_the_graph_of_a_bad_row_says_what_is_wrong_only_when_it_is_asked_for(
-    session: Session, legacy: list[int]
-) -> None:
+def test_legacy_row_definition_raises_on_access_only(session: Session, legacy: list[int]) -> None:
     for pipeline in session.scalars(select(Pipeline).where(Pipeline.id > 2)):
         with pytest.raises(InvalidPipelineError):
             _ = pipeline.definition

@@ -30,7 +30,7 @@ from tests.support.graphs import AGENT, BACK, CYCLIC, EDGE, GOOD, TRIGGER, value
 from tests.support.orm_writes import Run, stored
 
 
-def test_the_definition_reads_and_replaces_the_graph(session: Session, raw: psycopg.Connection) -> None:
+def test_definition_reads_and_replaces_the_graph(session: Session, raw: psycopg.Connection) -> None:
     pipeline = Pipeline(**values())
     assert [node.id for node in pipeline.definition.nodes] == ["t", "a"]
     session.add(pipeline)
@@ -51,13 +51,13 @@ def test_the_definition_reads_and_replaces_the_graph(session: Session, raw: psyc
     assert pipeline.definition == definition
 
 
-def test_a_new_object_takes_a_definition(session: Session, raw: psycopg.Connection) -> None:
+def test_pipeline_with_definition_stores_its_graph(session: Session, raw: psycopg.Connection) -> None:
     session.add(Pipeline(name="p", definition=PipelineDefinition.from_json(*copy.deepcopy(GOOD))))
     session.commit()
     assert stored(raw) == [("p", *GOOD)]
 
 
-def test_edits_in_place_are_seen_and_checked(run: Run, raw: psycopg.Connection) -> None:
+def test_edit_in_place_is_detected_and_checked(run: Run, raw: psycopg.Connection) -> None:
     def build(session: Session) -> None:
         pipeline = Pipeline(name="p")
         pipeline.nodes.append(TRIGGER)
@@ -94,7 +94,7 @@ def test_edits_in_place_are_seen_and_checked(run: Run, raw: psycopg.Connection) 
     )
 
 
-def test_what_is_stored_is_what_the_object_shows(session: Session) -> None:
+def test_flush_leaves_object_equal_to_row(session: Session) -> None:
     pipeline = Pipeline(name="p", nodes=[PipelineNode(id="t", type="trigger", name="T")], edges=[])
     session.add(pipeline)
     session.flush()
@@ -103,14 +103,14 @@ def test_what_is_stored_is_what_the_object_shows(session: Session) -> None:
     assert pipeline.nodes == [{"id": "t", "type": "trigger", "name": "T"}]
 
 
-def test_statements_about_other_tables_and_reads_are_left_alone(session: Session, pipeline_id: int) -> None:
+def test_statement_on_other_table_or_select_is_left_alone(session: Session, pipeline_id: int) -> None:
     session.execute(insert(PipelineRun).values(pipeline_id=pipeline_id, status="running"))
     session.execute(update(PipelineRun).values(current_node="t"))
     assert session.scalars(select(Pipeline.name)).all() == ["p"]
     assert session.execute(text("UPDATE circle.pipelines SET description = 'x' RETURNING id")).scalar() == pipeline_id
 
 
-def test_a_bound_parameter_is_checked_as_well(session: Session, raw: psycopg.Connection) -> None:
+def test_insert_bound_parameter_is_checked(session: Session, raw: psycopg.Connection) -> None:
     statement = insert(Pipeline).values(name=literal("p"), nodes=bindparam("graph"), edges=bindparam("more"))
     with pytest.raises((InvalidPipelineError, DBAPIError)):
         session.execute(statement, {"graph": CYCLIC[0], "more": CYCLIC[1]})
@@ -118,7 +118,7 @@ def test_a_bound_parameter_is_checked_as_well(session: Session, raw: psycopg.Con
     assert stored(raw) == []
 
 
-def test_the_hook_of_async_sessions_by_their_own_calls(database_url: str, raw: psycopg.Connection) -> None:
+def test_async_session_calls_are_checked(database_url: str, raw: psycopg.Connection) -> None:
     async def go() -> None:
         engine = create_async_engine(database_url, poolclass=NullPool)
         async with AsyncSession(engine) as session:

@@ -21,13 +21,13 @@ from tests.support.orm_writes import Run, by_each_update, insert_many, stored
 
 
 @by_each_update
-def test_an_update_with_a_good_graph_is_stored(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
+def test_update_good_graph_is_stored(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
     run(write, pipeline_id, {"nodes": [TRIGGER], "edges": [], "name": "new"})
     assert stored(raw) == [("new", [TRIGGER], [])]
 
 
 @by_each_update
-def test_an_update_with_a_bad_graph_is_refused(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
+def test_update_bad_graph_is_refused(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
     for bad, sentence in (
         ({"nodes": CYCLIC[0], "edges": CYCLIC[1]}, "cycle: t -> a -> t"),
         ({"nodes": DRAFT[0], "edges": DRAFT[1]}, "missing its agent_id"),
@@ -39,7 +39,7 @@ def test_an_update_with_a_bad_graph_is_refused(write: Any, run: Run, pipeline_id
 
 
 @by_each_update
-def test_half_a_graph_that_does_not_fit_the_other_half_is_refused(
+def test_update_half_a_graph_that_does_not_fit_is_refused(
     write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection
 ) -> None:
     """By the hook where it sees the stored half, else by the database's compiler; in either case nothing is stored."""
@@ -52,7 +52,7 @@ def test_half_a_graph_that_does_not_fit_the_other_half_is_refused(
 
 
 @by_each_update
-def test_fields_of_an_update_are_checked(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
+def test_update_bad_field_is_refused(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
     for bad in ({"status": None}, {"status": "archived"}, {"name": ""}, {"retry_backoff_base": float("nan")}):
         with pytest.raises(InvalidPipelineError, match=next(iter(bad))):
             run(write, pipeline_id, bad)
@@ -60,7 +60,7 @@ def test_fields_of_an_update_are_checked(write: Any, run: Run, pipeline_id: int,
     assert raw.execute("SELECT status, version FROM circle.pipelines").fetchall() == [("paused", 1)]
 
 
-def test_bulk_updates_check_each_row(run: Run, raw: psycopg.Connection) -> None:
+def test_bulk_update_checks_each_row(run: Run, raw: psycopg.Connection) -> None:
     run(insert_many, *(values(name=name) for name in "abc"))
     rows: list[dict[str, Any]] = [
         {"id": 1, "nodes": [TRIGGER], "edges": []},
@@ -74,16 +74,14 @@ def test_bulk_updates_check_each_row(run: Run, raw: psycopg.Connection) -> None:
     assert stored(raw) == [("a", [TRIGGER], []), ("b", *GOOD), ("c", [TRIGGER], [])]
 
 
-def test_updates_by_expressions_that_are_no_graph_go_through(
-    run: Run, pipeline_id: int, raw: psycopg.Connection
-) -> None:
+def test_update_by_sql_expression_is_stored(run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:
     counted = {"run_count": Pipeline.run_count + 1, "last_run": func.now(), "description": func.upper(Pipeline.name)}
     run(lambda session: session.execute(update(Pipeline).values(counted)))
     row = raw.execute("SELECT run_count, last_run IS NOT NULL, description, version FROM circle.pipelines").fetchone()
     assert row == (1, True, "P", 1)
 
 
-def test_an_object_that_did_not_change_is_not_written(run: Run, raw: psycopg.Connection, pipeline_id: int) -> None:
+def test_flush_unchanged_object_writes_nothing(run: Run, raw: psycopg.Connection, pipeline_id: int) -> None:
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER ALL")
     raw.execute("UPDATE circle.pipelines SET edges = %s", [json.dumps(CYCLIC[1])])
     raw.execute("ALTER TABLE circle.pipelines ENABLE TRIGGER ALL")

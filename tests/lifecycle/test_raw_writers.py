@@ -71,7 +71,7 @@ def new_pipeline(raw: psycopg.Connection, spec: str = "a>b", status: str = "acti
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("status", [status for status in RunStatus if status.is_terminal])
-def test_a_raw_run_from_beginning_to_end(raw: psycopg.Connection, status: RunStatus, end: str) -> None:
+def test_raw_run_from_start_to_end_is_counted_and_timed(raw: psycopg.Connection, status: RunStatus, end: str) -> None:
     pipeline = new_pipeline(raw)
     (run,) = rows(raw, CREATE_RUN, id=pipeline, data='{"a": 1}')
     assert (run["status"], run["pipeline_version"], run["completed_at"]) == ("running", 1, None)
@@ -96,7 +96,7 @@ def test_a_raw_run_from_beginning_to_end(raw: psycopg.Connection, status: RunSta
     assert caught.value.sqlstate == "PL001"
 
 
-def test_a_raw_run_needs_no_active_pipeline_and_no_sound_graph(raw: psycopg.Connection) -> None:
+def test_raw_run_of_draft_or_broken_graph_is_stored(raw: psycopg.Connection) -> None:
     paused = new_pipeline(raw, status="paused")
     with unguarded(raw, "pipelines"):
         broken = new_pipeline(raw, "a>b b>a")
@@ -107,7 +107,7 @@ def test_a_raw_run_needs_no_active_pipeline_and_no_sound_graph(raw: psycopg.Conn
         raw.execute(ENDS["bare"], {"id": run["id"], "status": "completed"})
 
 
-def test_raw_edits_and_toggles(raw: psycopg.Connection, database: Database) -> None:
+def test_raw_update_of_graph_and_status_compiles_versions(raw: psycopg.Connection, database: Database) -> None:
     pipeline = new_pipeline(raw)
     assert rows(raw, TOGGLE, id=pipeline) == [{"status": "paused"}]
     with pytest.raises(PipelineInactiveError), database.session() as session:
@@ -126,7 +126,7 @@ def test_raw_edits_and_toggles(raw: psycopg.Connection, database: Database) -> N
     assert rows(raw, "SELECT * FROM circle.pipeline_runs") == []
 
 
-def test_raw_reports_of_nodes_afterwards(raw: psycopg.Connection) -> None:
+def test_raw_insert_of_finished_nodes_is_stored(raw: psycopg.Connection) -> None:
     (run,) = rows(raw, CREATE_RUN, id=new_pipeline(raw), data="{}")
     for at, status in enumerate(("completed", "failed", "skipped", "cancelled")):
         raw.execute(
@@ -157,7 +157,7 @@ WRITES_OF_JSON = {
 
 @pytest.mark.parametrize("role", ["origin", "replica"])
 @pytest.mark.parametrize("write", WRITES_OF_JSON)
-def test_json_of_runs_that_could_not_be_read_back_is_refused(
+def test_raw_insert_of_unreadable_json_is_refused(
     raw: psycopg.Connection, database: Database, write: str, role: str
 ) -> None:
     pipeline = new_pipeline(raw)
@@ -180,9 +180,7 @@ def test_json_of_runs_that_could_not_be_read_back_is_refused(
 
 
 @pytest.mark.parametrize("bad", [TOO_DEEP, TOO_LARGE])
-def test_a_run_with_such_json_from_before_the_guard_goes_on(
-    raw: psycopg.Connection, database: Database, bad: str
-) -> None:
+def test_update_run_with_older_unreadable_json_succeeds(raw: psycopg.Connection, database: Database, bad: str) -> None:
     pipeline = new_pipeline(raw)
     with database.session() as session:
         stepwise, recorded = (RunRepository(session).create(pipeline).id for _ in range(2))
@@ -213,7 +211,7 @@ def test_a_run_with_such_json_from_before_the_guard_goes_on(
             raw.execute(f"UPDATE circle.{table} SET {tables[table]} = {tables[table]}, {column} = %s", (bad,))
 
 
-def test_our_repositories_read_and_end_raw_runs(raw: psycopg.Connection, database: Database) -> None:
+def test_repositories_read_and_end_raw_runs(raw: psycopg.Connection, database: Database) -> None:
     pipeline = new_pipeline(raw)
     first, second, third = (rows(raw, CREATE_RUN, id=pipeline, data="{}")[0]["id"] for _ in range(3))
     with database.session(autocommit=True) as session:
@@ -228,7 +226,7 @@ def test_our_repositories_read_and_end_raw_runs(raw: psycopg.Connection, databas
         assert [run.id for run in runs.expire()] == [third]
 
 
-def test_a_database_of_today_after_the_upgrade(
+def test_upgrade_database_in_use_keeps_raw_writers_working(
     empty_database_url: str, connect: Callable[[str], psycopg.Connection]
 ) -> None:
     """What revision 006 describes, filled with what its writers left behind, broken graphs and NULLs included."""
@@ -266,7 +264,7 @@ def test_a_database_of_today_after_the_upgrade(
 
 
 @pytest.mark.parametrize("in_one_transaction", [False, True])
-def test_create_index_if_not_exists_beside_our_writers(
+def test_create_index_if_not_exists_while_repositories_write_succeeds(
     database: Database, raw: psycopg.Connection, database_url: str, in_one_transaction: bool
 ) -> None:
     with database.session() as session:

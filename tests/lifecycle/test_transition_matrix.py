@@ -311,14 +311,14 @@ def make_node(raw: psycopg.Connection, run_id: int, status: str, node_id: str) -
 
 
 @pytest.mark.parametrize("way", CHANGES, ids=name_of)
-def test_run_transitions(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
+def test_update_run_status_follows_the_table(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
     rows = dict(zip(RUN_CELLS, make_runs(raw, pipeline, (old for old, _ in RUN_CELLS)), strict=True))
     assert len(rows) == 36
     assert wrong_cells(ways, raw, PipelineRun, way, rows) == {}
 
 
 @pytest.mark.parametrize("way", CHANGES, ids=name_of)
-def test_node_transitions(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
+def test_update_node_status_follows_the_table(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
     run_id = make_run(raw, pipeline)["id"]
     rows = {(old, new): make_node(raw, run_id, old, f"{old}-{new}") for old, new in NODE_CELLS}
     assert len(rows) == 36
@@ -326,7 +326,7 @@ def test_node_transitions(ways: Ways, raw: psycopg.Connection, pipeline: int, wa
 
 
 @pytest.mark.parametrize("way", INSERTS, ids=name_of)
-def test_new_runs(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
+def test_insert_run_accepts_initial_statuses_only(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
     expected = dict.fromkeys(RunStatus, True) if ways.role == "replica" else NEW_RUNS
     for at, (status, legal) in enumerate(expected.items()):
         row = {"id": 1_000 + at, "pipeline_id": pipeline}
@@ -336,7 +336,7 @@ def test_new_runs(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) 
 
 
 @pytest.mark.parametrize("way", INSERTS, ids=name_of)
-def test_new_nodes(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
+def test_insert_node_accepts_what_its_run_allows(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
     for run_status in RunStatus:
         run_id = make_run(raw, pipeline, run_status)["id"]
         for at, status in enumerate(NodeStatus):
@@ -355,9 +355,7 @@ def test_new_nodes(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way)
 
 
 @pytest.mark.parametrize("way", CHANGES, ids=name_of)
-def test_nodes_move_only_while_their_run_is_running(
-    ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way
-) -> None:
+def test_update_node_of_pending_run_is_refused(ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way) -> None:
     run_id = make_run(raw, pipeline, "pending")["id"]
     raw.execute("SET session_replication_role = replica")  # running nodes of a pending run: only restores get there
     rows = [make_node(raw, run_id, old, f"{old}-{new}") for old, new in NODE_CELLS]
@@ -384,7 +382,7 @@ def run_calls(runs: RunRepository, run_id: int) -> dict[RunStatus, Callable[[], 
     }
 
 
-def test_run_transitions_through_the_repository(database: Database, raw: psycopg.Connection) -> None:
+def test_run_call_from_each_status_follows_the_table(database: Database, raw: psycopg.Connection) -> None:
     with database.session(autocommit=True) as session:
         runs = RunRepository(session)
         pipeline = store(session, "a", timeout_seconds=1_000)
@@ -450,7 +448,7 @@ def node_calls(runs: RunRepository, run_id: int, token: int) -> dict[str, dict[N
 
 
 @pytest.mark.parametrize("kind", ["one", "record", "advance"])
-def test_node_transitions_through_the_repository(database: Database, kind: str) -> None:
+def test_node_call_from_each_status_follows_the_table(database: Database, kind: str) -> None:
     with database.session(autocommit=True) as session:
         runs = RunRepository(session)
         pipeline = store(session, "a b")  # b keeps the run alive
@@ -489,7 +487,7 @@ def test_node_transitions_through_the_repository(database: Database, kind: str) 
     ids=name_of,
 )
 @pytest.mark.parametrize("live", ["pending", "running"])
-def test_the_end_of_a_run_and_its_live_nodes(
+def test_update_run_to_its_end_cancels_live_nodes(
     ways: Ways, raw: psycopg.Connection, pipeline: int, way: Way, live: str
 ) -> None:
     for end in (status for status in RunStatus if status.is_terminal):
@@ -512,7 +510,7 @@ def test_the_end_of_a_run_and_its_live_nodes(
         assert (outcome, status[0], found) == (*wanted[:2], {"live": wanted[2], "over": "completed"})
 
 
-def test_raw_completed_is_refused_where_a_node_failed(raw: psycopg.Connection, pipeline: int) -> None:
+def test_update_run_to_completed_with_failed_node_is_refused(raw: psycopg.Connection, pipeline: int) -> None:
     run = make_run(raw, pipeline)
     make_node(raw, run["id"], "failed", "a")
     with pytest.raises(psycopg.Error) as caught:
@@ -520,7 +518,7 @@ def test_raw_completed_is_refused_where_a_node_failed(raw: psycopg.Connection, p
     assert caught.value.sqlstate == "PL001"
 
 
-def test_a_run_with_running_nodes_is_not_given_back_raw(raw: psycopg.Connection, pipeline: int) -> None:
+def test_update_run_to_pending_with_running_node_is_refused(raw: psycopg.Connection, pipeline: int) -> None:
     run = make_run(raw, pipeline)
     node = make_node(raw, run["id"], "running", "a")
     with pytest.raises(psycopg.Error) as caught:
@@ -530,7 +528,7 @@ def test_a_run_with_running_nodes_is_not_given_back_raw(raw: psycopg.Connection,
     raw.execute("UPDATE circle.pipeline_runs SET status = 'pending'")
 
 
-def test_many_rows_in_one_statement(raw: psycopg.Connection, pipeline: int) -> None:
+def test_update_many_rows_with_one_illegal_is_refused(raw: psycopg.Connection, pipeline: int) -> None:
     """One illegal row refuses the statement, whichever it is."""
     run_ids = [make_run(raw, pipeline)["id"] for _ in range(5)]
     for run_id in run_ids:
@@ -558,7 +556,7 @@ def test_many_rows_in_one_statement(raw: psycopg.Connection, pipeline: int) -> N
 
 
 @pytest.mark.parametrize("end", [status for status in RunStatus if status.is_terminal])
-def test_a_run_that_is_over_keeps_its_end(ways: Ways, raw: psycopg.Connection, pipeline: int, end: RunStatus) -> None:
+def test_update_terminal_run_keeps_its_end(ways: Ways, raw: psycopg.Connection, pipeline: int, end: RunStatus) -> None:
     run_id = make_run(raw, pipeline)["id"]
     raw.execute("UPDATE circle.pipeline_runs SET status = %s, error_message = 'why' WHERE id = %s", [end, run_id])
     before = contents(raw)
@@ -592,7 +590,7 @@ def test_a_run_that_is_over_keeps_its_end(ways: Ways, raw: psycopg.Connection, p
     assert row == (end, "why", [{"late": True}])
 
 
-def test_tokens_only_grow(ways: Ways, raw: psycopg.Connection, pipeline: int) -> None:
+def test_update_token_to_less_is_refused(ways: Ways, raw: psycopg.Connection, pipeline: int) -> None:
     make_run(raw, pipeline)
     raw.execute("UPDATE circle.pipeline_runs SET claim_token = 7")
     with pytest.raises(psycopg.Error) as caught:
@@ -600,7 +598,7 @@ def test_tokens_only_grow(ways: Ways, raw: psycopg.Connection, pipeline: int) ->
     assert caught.value.sqlstate == "PL001"
 
 
-def test_times_are_filled_in_where_a_writer_leaves_them_out(ways: Ways, raw: psycopg.Connection, pipeline: int) -> None:
+def test_update_status_without_times_fills_them_in(ways: Ways, raw: psycopg.Connection, pipeline: int) -> None:
     for started_at in ("now() - interval '90 s'", "now() + interval '1 day'", "timestamptz '0001-01-01'"):
         raw.execute(
             f"INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at) VALUES ({pipeline}, 'running', {started_at})"
@@ -615,7 +613,7 @@ def test_times_are_filled_in_where_a_writer_leaves_them_out(ways: Ways, raw: psy
     assert rows[2] == (False, 2**31 - 1)
 
 
-def test_python_and_database_have_the_same_table(raw: psycopg.Connection) -> None:
+def test_transition_table_of_database_equals_python(raw: psycopg.Connection) -> None:
     """What the CHECKs allow is what the enumerations name."""
     for table, enumeration in (("pipeline_runs", RunStatus), ("pipeline_node_runs", NodeStatus)):
         row = raw.execute(

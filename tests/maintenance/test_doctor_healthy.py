@@ -16,7 +16,7 @@ from gathering_pipeline.repositories.runs import RunRepository
 from tests.support.doctor import RUNS, found, pipeline
 
 
-def test_a_healthy_database_stays_without_findings(database: Database, raw: psycopg.Connection) -> None:
+def test_doctor_on_healthy_database_finds_nothing(database: Database, raw: psycopg.Connection) -> None:
     assert found(database) == []
     pipelines = [pipeline(database) for _ in range(5)]
     over = time.monotonic() + 6

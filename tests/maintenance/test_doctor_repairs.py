@@ -23,7 +23,7 @@ from tests.support.databases import Connect, scalar
 from tests.support.doctor import NODE_RUNS, RUNS, catalog, found, outcomes, pipeline
 
 
-def test_an_invalid_index_is_rebuilt_when_nothing_stands_against_it(
+def test_repair_invalid_index_rebuilds_it_once_possible(
     database: Database, raw: psycopg.Connection, database_url: str
 ) -> None:
     pipeline(database, runs=1)
@@ -51,7 +51,7 @@ def test_an_invalid_index_is_rebuilt_when_nothing_stands_against_it(
     assert catalog(database_url) == clean
 
 
-def test_an_index_that_is_being_built_is_left_alone(
+def test_repair_leaves_index_under_construction_alone(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     pipeline(database, runs=1)
@@ -74,7 +74,7 @@ def test_an_index_that_is_being_built_is_left_alone(
     assert found(database) == []
 
 
-def test_a_repair_that_rows_stand_against(database: Database, raw: psycopg.Connection) -> None:
+def test_repair_blocked_by_rows_is_reported(database: Database, raw: psycopg.Connection) -> None:
     pipeline(database)
     raw.execute("ALTER TABLE circle.pipelines DROP CONSTRAINT ck_pipelines_retries")
     raw.execute("UPDATE circle.pipelines SET max_retries_per_node = -1")
@@ -91,7 +91,7 @@ def test_a_repair_that_rows_stand_against(database: Database, raw: psycopg.Conne
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
 
 
-def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
+def test_repair_of_not_null_blocked_by_rows_leaves_no_check(
     database: Database, raw: psycopg.Connection, database_url: str
 ) -> None:
     pipeline(database)
@@ -107,7 +107,7 @@ def test_a_repair_of_not_null_that_rows_stand_against_leaves_no_check(
     raw.execute("UPDATE circle.pipelines SET description = 'still written'")
 
 
-def test_a_repair_that_needs_a_second_connection_and_gets_none_fails_alone(
+def test_repair_without_second_connection_fails_alone(
     database: Database, raw: psycopg.Connection, database_url: str
 ) -> None:
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
@@ -127,7 +127,7 @@ def test_a_repair_that_needs_a_second_connection_and_gets_none_fails_alone(
     assert catalog(database_url) == broken, "no check of the repair is left"
 
 
-def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: psycopg.Connection) -> None:
+def test_failed_repair_is_reported_with_its_reason(database: Database, raw: psycopg.Connection) -> None:
     """The missing index is an invalid one afterwards."""
     pipeline(database, runs=1)
     raw.execute("DROP INDEX circle.idx_pipeline_node_runs_run_node")
@@ -137,7 +137,7 @@ def test_a_repair_that_failed_is_not_reported_as_one(database: Database, raw: ps
     assert "not repaired: could not create unique index" in str(findings[0].outcome)
 
 
-def test_what_others_mend_meanwhile_is_repaired(
+def test_repair_done_meanwhile_counts_as_repaired(
     database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
@@ -151,9 +151,7 @@ def test_what_others_mend_meanwhile_is_repaired(
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
 
 
-def test_a_repair_that_needs_another_is_tried_again(
-    database: Database, raw: psycopg.Connection, database_url: str
-) -> None:
+def test_repair_that_needs_another_is_retried(database: Database, raw: psycopg.Connection, database_url: str) -> None:
     clean = catalog(database_url)
     functions = ["circle.node_findings(jsonb)", "circle.trimmed(text)"]  # the first by name calls the second
     raw.execute(f"DROP FUNCTION {', '.join(functions)}")
@@ -162,7 +160,7 @@ def test_a_repair_that_needs_another_is_tried_again(
     assert catalog(database_url) == clean
 
 
-def test_after_a_deadlock_the_index_is_dropped_and_built_again(
+def test_repair_index_after_deadlock_drops_and_rebuilds(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     clean = catalog(database_url)
@@ -185,7 +183,7 @@ def test_after_a_deadlock_the_index_is_dropped_and_built_again(
     assert catalog(database_url) == clean
 
 
-def test_a_build_gives_way_to_who_waits_behind_it(
+def test_repair_index_yields_to_waiting_sessions(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     clean = catalog(database_url)
@@ -210,7 +208,7 @@ def test_a_build_gives_way_to_who_waits_behind_it(
     assert catalog(database_url) == clean
 
 
-def test_one_repairs_at_a_time(database: Database, raw: psycopg.Connection) -> None:
+def test_repair_concurrently_runs_one_at_a_time(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("SELECT pg_advisory_lock(%s)", (migrator.MIGRATION_LOCK,))
     assert doctor(database.engine) == []
     with pytest.raises(DatabaseUnavailableError, match="a migrator or another doctor is running"):
@@ -220,7 +218,7 @@ def test_one_repairs_at_a_time(database: Database, raw: psycopg.Connection) -> N
     assert raw.execute("SELECT pg_try_advisory_lock(%s)", (migrator.MIGRATION_LOCK,)).fetchone() == (True,)
 
 
-def test_a_repair_waits_for_its_lock_and_lets_others_pass(
+def test_repair_waits_for_its_lock_and_lets_others_pass(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")

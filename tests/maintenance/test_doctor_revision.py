@@ -13,7 +13,7 @@ from tests.support.databases import ADVISORY_LOCKS
 from tests.support.doctor import catalog, found
 
 
-def test_an_older_revision_is_upgraded(database: Database, database_url: str) -> None:
+def test_doctor_on_older_revision_upgrades(database: Database, database_url: str) -> None:
     clean = catalog(database_url)
     migrations.downgrade(database_url, "009b_lifecycle")
     (finding,) = doctor(database.engine)
@@ -25,7 +25,7 @@ def test_an_older_revision_is_upgraded(database: Database, database_url: str) ->
     assert catalog(database_url) == clean
 
 
-def test_the_revision_is_read_under_the_lock(
+def test_doctor_reads_revision_under_the_lock(
     database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked, current = [], migrations.current
@@ -39,7 +39,7 @@ def test_the_revision_is_read_under_the_lock(
     assert locked == [(1,)]
 
 
-def test_a_newer_revision_or_none_is_left_alone(
+def test_doctor_on_unknown_or_no_revision_changes_nothing(
     database: Database, raw: psycopg.Connection, empty_database_url: str
 ) -> None:
     raw.execute("UPDATE circle.alembic_version SET version_num = '099_future'")

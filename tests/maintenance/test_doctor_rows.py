@@ -18,7 +18,7 @@ from tests.support.databases import Connect, scalar
 from tests.support.doctor import NODE_RUNS, NODES, RUNS, age, found, outcomes, pipeline
 
 
-def test_counters_are_raised_and_never_lowered(database: Database, raw: psycopg.Connection) -> None:
+def test_repair_counters_raises_and_never_lowers(database: Database, raw: psycopg.Connection) -> None:
     behind, ahead = pipeline(database, runs=4), pipeline(database, runs=1)
     with database.session() as session:
         runs = RunRepository(session)
@@ -44,7 +44,7 @@ def test_counters_are_raised_and_never_lowered(database: Database, raw: psycopg.
     assert found(database) == []
 
 
-def test_counters_are_mended_beside_live_writers(database: Database, raw: psycopg.Connection) -> None:
+def test_repair_counters_while_writers_work_is_exact(database: Database, raw: psycopg.Connection) -> None:
     target = pipeline(database, runs=300)
     stop = threading.Event()
 
@@ -75,9 +75,7 @@ def test_counters_are_mended_beside_live_writers(database: Database, raw: psycop
     assert counted[0] == counted[1], "and none is lost"
 
 
-def test_counters_are_mended_without_a_lock_on_the_row_while_runs_are_counted(
-    database: Database, raw: psycopg.Connection
-) -> None:
+def test_repair_counters_counts_without_row_lock(database: Database, raw: psycopg.Connection) -> None:
     pipeline(database, runs=1)
     age(raw)
     raw.execute("UPDATE circle.pipelines SET run_count = 0")
@@ -88,7 +86,7 @@ def test_counters_are_mended_without_a_lock_on_the_row_while_runs_are_counted(
     assert "FOR NO KEY UPDATE" not in finding.repair[0]
 
 
-def test_runs_that_are_over_with_live_nodes(database: Database, raw: psycopg.Connection) -> None:
+def test_terminal_runs_with_live_nodes_are_repaired(database: Database, raw: psycopg.Connection) -> None:
     pipeline(database, runs=3)
     raw.execute("SET session_replication_role = replica")  # as a subscription or a restore writes
     raw.execute(f"UPDATE {RUNS} SET status = 'cancelled' WHERE id = 1")
@@ -101,7 +99,7 @@ def test_runs_that_are_over_with_live_nodes(database: Database, raw: psycopg.Con
     assert found(database) == []
 
 
-def test_leases_that_ran_out(database: Database, raw: psycopg.Connection) -> None:
+def test_expired_leases_are_repaired(database: Database, raw: psycopg.Connection) -> None:
     pipeline(database, runs=250)
     with database.session() as session:
         runs = RunRepository(session)
@@ -123,7 +121,7 @@ def test_leases_that_ran_out(database: Database, raw: psycopg.Connection) -> Non
     assert raw.execute(retried).fetchone() == (5,)
 
 
-def test_the_transaction_that_holds_the_events_back(
+def test_transaction_that_withholds_events_is_reported(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str, admin: psycopg.Connection
 ) -> None:
     pipeline(database)
@@ -145,7 +143,7 @@ def test_the_transaction_that_holds_the_events_back(
     assert found(database, held_for=0.2) == []
 
 
-def test_ids_past_half_their_range(database: Database, raw: psycopg.Connection) -> None:
+def test_ids_past_half_their_range_are_reported(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("SELECT setval('circle.pipeline_runs_id_seq', 1073741823)")
     assert found(database) == []
     raw.execute("SELECT setval('circle.pipeline_runs_id_seq', 1073741824)")
@@ -155,7 +153,7 @@ def test_ids_past_half_their_range(database: Database, raw: psycopg.Connection) 
     assert "1073741824 of 2147483647" in finding.message
 
 
-def test_graphs_that_are_broken_and_those_that_were_never_compiled(database: Database, raw: psycopg.Connection) -> None:
+def test_broken_and_uncompiled_graphs_are_reported_and_repaired(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("SET session_replication_role = replica")
     insert = "INSERT INTO circle.pipelines (name, status, nodes, edges) VALUES ('p', %s, %s, %s) RETURNING id"
     fine = scalar(raw, insert, ("active", '[{"id": "a", "type": "trigger", "name": "A"}]', "[]"))
@@ -189,7 +187,7 @@ def test_graphs_that_are_broken_and_those_that_were_never_compiled(database: Dat
         assert len(RunRepository(session).nodes(RunRepository(session).create(fine).id)) == 1
 
 
-def test_a_graph_that_is_null(database: Database, raw: psycopg.Connection) -> None:
+def test_null_graph_is_reported(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("SET session_replication_role = replica")
     raw.execute("ALTER TABLE circle.pipelines ALTER nodes DROP NOT NULL, DISABLE TRIGGER pipelines_accept")
     raw.execute("INSERT INTO circle.pipelines (name, nodes) VALUES ('p', NULL)")
@@ -197,7 +195,7 @@ def test_a_graph_that_is_null(database: Database, raw: psycopg.Connection) -> No
     assert ("broken_graph", "circle.pipelines id 1") in found(database)
 
 
-def test_versions_whose_nodes_are_not_all_there(database: Database, raw: psycopg.Connection) -> None:
+def test_versions_without_all_nodes_are_repaired(database: Database, raw: psycopg.Connection) -> None:
     short, long = pipeline(database), pipeline(database)
     content = "SELECT * FROM circle.pipeline_version_nodes ORDER BY pipeline_id, position"
     versions = "SELECT * FROM circle.pipeline_versions ORDER BY pipeline_id"
@@ -214,7 +212,7 @@ def test_versions_whose_nodes_are_not_all_there(database: Database, raw: psycopg
         RunRepository(session).create(short)
 
 
-def test_events_of_another_cluster(database: Database, raw: psycopg.Connection) -> None:
+def test_events_of_another_cluster_are_repaired(database: Database, raw: psycopg.Connection) -> None:
     raw.execute(
         """CREATE TABLE IF NOT EXISTS circle.pipeline_events (
             id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY, xid xid8 NOT NULL DEFAULT pg_current_xact_id(),

@@ -102,7 +102,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_what_was_changed_by_hand_is_found_and_mended(
+def test_drift_is_found_and_repaired(
     broken: str, database: Database, raw: psycopg.Connection, database_url: str
 ) -> None:
     clean = catalog(database_url)
@@ -118,7 +118,7 @@ def test_what_was_changed_by_hand_is_found_and_mended(
     assert catalog(database_url) == clean
 
 
-def test_everything_at_once(database: Database, raw: psycopg.Connection, database_url: str) -> None:
+def test_all_drift_at_once_is_repaired(database: Database, raw: psycopg.Connection, database_url: str) -> None:
     pipeline(database, runs=2)
     clean = catalog(database_url)
     for broken in BROKEN:
@@ -130,9 +130,7 @@ def test_everything_at_once(database: Database, raw: psycopg.Connection, databas
     assert catalog(database_url) == clean
 
 
-def test_all_triggers_disabled_foreign_keys_included(
-    database: Database, raw: psycopg.Connection, database_url: str
-) -> None:
+def test_disabled_triggers_are_repaired(database: Database, raw: psycopg.Connection, database_url: str) -> None:
     clean = catalog(database_url)
     raw.execute(f"ALTER TABLE {NODE_RUNS} DISABLE TRIGGER ALL")
     codes = {code for code, _ in found(database)}
@@ -157,9 +155,7 @@ def test_all_triggers_disabled_foreign_keys_included(
          "constraint pipeline_versions_pkey of circle.pipeline_versions"),
     ],
 )  # fmt: skip
-def test_what_no_repair_can_bring_back_stays_reported(
-    broken: str, item: str, database: Database, raw: psycopg.Connection
-) -> None:
+def test_unrepairable_drift_stays_reported(broken: str, item: str, database: Database, raw: psycopg.Connection) -> None:
     raw.execute(broken)
     assert ("drift", item) in found(database)
     (left,) = [finding for finding in doctor(database.engine, repair=True) if finding.object == item]
@@ -178,7 +174,7 @@ def test_what_no_repair_can_bring_back_stays_reported(
         ("ALTER TABLE circle.pipelines DROP nodes CASCADE", {"broken_graph", "not_compiled"}),
     ],
 )
-def test_rows_are_examined_as_far_as_the_schema_lets_them(
+def test_rows_are_examined_as_far_as_the_schema_allows(
     broken: str, unexamined: set[str], database: Database, raw: psycopg.Connection
 ) -> None:
     pipeline(database, runs=1)
@@ -192,7 +188,7 @@ def test_rows_are_examined_as_far_as_the_schema_lets_them(
         assert (set(codes.split(", ")) if said else set()) == unexamined
 
 
-def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.Connection) -> None:
+def test_view_that_differs_in_an_alias_is_repaired(database: Database, raw: psycopg.Connection) -> None:
     (view,) = (item for item in expected() if item.kind == "view")
     text = scalar(raw, "SELECT pg_get_viewdef(%s::regclass)", (view.name,))
     raw.execute(f"CREATE OR REPLACE VIEW {view.name} AS {text.replace('p.run_id = n.run_id', 'p.run_id = p.run_id')}")
@@ -201,7 +197,7 @@ def test_a_view_that_differs_in_an_alias_only(database: Database, raw: psycopg.C
     assert found(database) == []
 
 
-def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
+def test_additional_objects_are_left_alone(database: Database, raw: psycopg.Connection) -> None:
     raw.execute(
         """CREATE FUNCTION public.meddle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER "Meddles" BEFORE UPDATE ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION public.meddle();
@@ -240,7 +236,7 @@ def test_what_others_added(database: Database, raw: psycopg.Connection) -> None:
     assert [word in finding.message for word, finding in zip(words, left, strict=True)] == [True] * 6
 
 
-def test_after_a_dump_and_restore_nothing_differs(database: Database, raw: psycopg.Connection) -> None:
+def test_dump_and_restore_gives_no_drift(database: Database, raw: psycopg.Connection) -> None:
     """A dump prints definitions as here, and a restore reads them: casts move into lists."""
     raw.execute("SET search_path = pg_catalog")
     for item, definition in expected().items():
@@ -258,7 +254,7 @@ def test_after_a_dump_and_restore_nothing_differs(database: Database, raw: psyco
     assert found(database) == []
 
 
-def test_canonical_forms_keep_what_matters() -> None:
+def test_canonical_form_keeps_differences() -> None:
     one = "CHECK (((status)::text = ANY ((ARRAY['a'::character varying, 'b'::character varying])::text[])))"
     restored = "CHECK (((status)::text = ANY (ARRAY[('a'::character varying)::text, ('b'::character varying)::text])))"
     assert canonical(one) == canonical(restored)
@@ -273,7 +269,7 @@ def test_canonical_forms_keep_what_matters() -> None:
     assert canonical("CHECK ((a)::integer > 1)") != canonical("CHECK ((a)::bigint > 1)")
 
 
-def test_the_catalog_is_that_of_a_clean_build(database_url: str) -> None:
+def test_stored_catalog_equals_clean_build(database_url: str) -> None:
     """Where this fails: ``make generated``."""
     rows = generated.clean_catalog(database_url).splitlines()
     committed = generated.CATALOG.read_text(encoding="utf-8").splitlines()

@@ -47,7 +47,7 @@ def test_locks_json_is_what_pg_locks_shows(server: Server) -> None:
                        if step.is_index}  # fmt: skip
 
 
-def test_what_is_pending_on_how_much(empty_database_url: str, connect: Connect) -> None:
+def test_preflight_lists_pending_steps_and_table_sizes(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     assert look(empty_database_url).revision is None
     assert {lock for step in look(empty_database_url).steps for lock in step.locks} == set(), "nothing is there yet"
@@ -87,7 +87,7 @@ def test_what_is_pending_on_how_much(empty_database_url: str, connect: Connect) 
     assert "has an open transaction" in blocker.reason
 
 
-def test_nothing_is_pending_at_head(database_url: str, connect: Connect) -> None:
+def test_preflight_at_head_lists_nothing(database_url: str, connect: Connect) -> None:
     raw = connect(database_url)
     with raw.transaction():
         raw.execute("LOCK TABLE circle.pipelines")
@@ -95,13 +95,13 @@ def test_nothing_is_pending_at_head(database_url: str, connect: Connect) -> None
     assert (plan.revision, plan.steps, plan.blockers) == (migrations.head(), (), ())
 
 
-def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
+def test_preflight_at_unknown_revision_raises(database_url: str, connect: Connect) -> None:
     connect(database_url).execute("UPDATE circle.alembic_version SET version_num = '099_future'")
     with pytest.raises(SchemaRevisionError, match="099_future"):
         look(database_url)
 
 
-def test_who_is_in_the_way(empty_database_url: str, connect: Connect) -> None:
+def test_preflight_lists_blocking_sessions(empty_database_url: str, connect: Connect) -> None:
     migrations.upgrade(empty_database_url, "007_pipeline_execution")
     raw, reader, writer, elsewhere = (connect(empty_database_url) for _ in range(4))
     raw.execute("CREATE TABLE circle.agents (id int)")
@@ -125,9 +125,7 @@ def test_who_is_in_the_way(empty_database_url: str, connect: Connect) -> None:
     assert "holds ROW EXCLUSIVE on circle.pipelines" in second.reason
 
 
-def test_a_lock_that_no_pending_step_conflicts_with_is_in_nobodys_way(
-    empty_database_url: str, connect: Connect
-) -> None:
+def test_preflight_ignores_locks_without_conflict(empty_database_url: str, connect: Connect) -> None:
     migrations.upgrade(empty_database_url, "009b_lifecycle")
     raw = connect(empty_database_url)
     with raw.transaction():
@@ -139,7 +137,7 @@ def test_a_lock_that_no_pending_step_conflicts_with_is_in_nobodys_way(
         assert len(look(empty_database_url).blockers) == 1
 
 
-def test_another_migrator_is_in_the_way(empty_database_url: str, connect: Connect) -> None:
+def test_preflight_lists_other_migrator(empty_database_url: str, connect: Connect) -> None:
     migrations.upgrade(empty_database_url, "007_pipeline_execution")
     raw = connect(empty_database_url)
     raw.execute("SELECT pg_advisory_lock(%s)", (migrator.MIGRATION_LOCK,))

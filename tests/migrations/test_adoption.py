@@ -20,7 +20,7 @@ from tests.support.databases import Connect
 from tests.support.schema import catalog, constraints, revisions, run_psql, script
 
 
-def test_tables_in_use_are_adopted_with_their_rows(url: str, used: psycopg.Connection, database_url: str) -> None:
+def test_upgrade_tables_in_use_adopts_them_with_rows(url: str, used: psycopg.Connection, database_url: str) -> None:
     before = rows_of_006(used)
     migrations.upgrade(url)
     assert rows_of_006(used) == before
@@ -33,13 +33,13 @@ def test_tables_in_use_are_adopted_with_their_rows(url: str, used: psycopg.Conne
         assert runs.create(1).pipeline_version == 1
 
 
-def test_indexes_that_are_missing_are_made(url: str, connect: Connect, database_url: str) -> None:
+def test_upgrade_without_indexes_creates_them(url: str, connect: Connect, database_url: str) -> None:
     connect(url).execute(GATHERING)
     migrations.upgrade(url)
     assert catalog(url) == without(catalog(database_url), "comment")
 
 
-def test_what_tables_have_besides_is_left_alone(url: str, used: psycopg.Connection) -> None:
+def test_upgrade_leaves_additional_objects_alone(url: str, used: psycopg.Connection) -> None:
     used.execute(
         """ALTER TABLE circle.pipelines ADD COLUMN owner text, ADD COLUMN team int NOT NULL DEFAULT 1;
         CREATE TABLE circle.agents (id serial PRIMARY KEY, pipeline_id int REFERENCES circle.pipelines (id));
@@ -67,7 +67,7 @@ def test_what_tables_have_besides_is_left_alone(url: str, used: psycopg.Connecti
     [(*FIVE, "timeout"), ("timeout", *FIVE), (*FIVE[:3], "timeout", *FIVE[3:])],
     ids=["last", "first", "between"],
 )
-def test_007_applied_by_hand_does_no_harm(
+def test_upgrade_after_007_by_hand_adopts(
     url: str, used: psycopg.Connection, database_url: str, statuses: tuple[str, ...]
 ) -> None:
     used.execute(by_hand(*statuses))
@@ -90,7 +90,7 @@ def test_007_applied_by_hand_does_no_harm(
     command.check(migrations.config(url))
 
 
-def test_007_applied_by_hand_again_afterwards_does_no_harm_either(url: str, used: psycopg.Connection) -> None:
+def test_apply_007_by_hand_after_upgrade_changes_nothing(url: str, used: psycopg.Connection) -> None:
     migrations.upgrade(url, "007_pipeline_execution")
     before = catalog(url)
     used.execute(BY_HAND)
@@ -99,7 +99,7 @@ def test_007_applied_by_hand_again_afterwards_does_no_harm_either(url: str, used
     command.check(migrations.config(url))
 
 
-def test_007_applied_by_hand_in_part_is_completed(url: str, used: psycopg.Connection, database_url: str) -> None:
+def test_upgrade_after_partial_007_by_hand_completes_it(url: str, used: psycopg.Connection, database_url: str) -> None:
     used.execute(BY_HAND.partition("CREATE TABLE")[0])
     used.execute("ALTER TABLE circle.pipelines DROP COLUMN retry_backoff_max")
     migrations.upgrade(url)
@@ -107,7 +107,7 @@ def test_007_applied_by_hand_in_part_is_completed(url: str, used: psycopg.Connec
     command.check(migrations.config(url))
 
 
-def test_the_script_for_a_dba_adopts_as_well(
+def test_script_on_tables_in_use_adopts_them(
     url: str, used: psycopg.Connection, adopted_catalogs: dict[str, list[str]]
 ) -> None:
     before = rows_of_006(used)
@@ -216,7 +216,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("change", DIFFERENT)
-def test_tables_that_only_look_like_ours_are_refused(url: str, used: psycopg.Connection, change: str) -> None:
+def test_upgrade_different_tables_raises_adoption_error(url: str, used: psycopg.Connection, change: str) -> None:
     statement, expected = DIFFERENT[change]
     used.execute(statement)
     before = catalog(url)
@@ -232,7 +232,7 @@ def test_tables_that_only_look_like_ours_are_refused(url: str, used: psycopg.Con
     assert revision(used) is None
 
 
-def test_a_name_that_is_taken_by_something_else(url: str, connect: Connect) -> None:
+def test_upgrade_with_name_taken_by_other_object_raises(url: str, connect: Connect) -> None:
     connect(url).execute("CREATE SCHEMA circle; CREATE SEQUENCE circle.pipelines")
     before = catalog(url)
     with pytest.raises(AdoptionError, match="pipelines: is not an ordinary table"):
@@ -240,7 +240,7 @@ def test_a_name_that_is_taken_by_something_else(url: str, connect: Connect) -> N
     assert catalog(url) == before
 
 
-def test_a_downgrade_leaves_tables_that_were_adopted(url: str, used: psycopg.Connection) -> None:
+def test_downgrade_to_base_keeps_adopted_tables(url: str, used: psycopg.Connection) -> None:
     catalog_before, rows = catalog(url), rows_of_006(used)
     migrations.upgrade(url)
     migrations.downgrade(url, "base")
@@ -248,7 +248,7 @@ def test_a_downgrade_leaves_tables_that_were_adopted(url: str, used: psycopg.Con
     assert rows_of_006(used) == rows
 
 
-def test_a_downgrade_drops_the_tables_that_006_created(url: str, connect: Connect) -> None:
+def test_downgrade_to_base_drops_created_tables(url: str, connect: Connect) -> None:
     raw = connect(url)
     raw.execute(GATHERING + "DROP TABLE circle.pipeline_runs; INSERT INTO circle.pipelines (name) VALUES ('mine')")
     before = catalog(url)
@@ -260,7 +260,7 @@ def test_a_downgrade_drops_the_tables_that_006_created(url: str, connect: Connec
     assert raw.execute("SELECT name FROM circle.pipelines").fetchall() == [("mine",)]
 
 
-def test_a_downgrade_to_006_turns_timeouts_into_failures(url: str, used: psycopg.Connection) -> None:
+def test_downgrade_to_006_turns_timeout_into_failed(url: str, used: psycopg.Connection) -> None:
     migrations.upgrade(url)
     used.execute(
         """INSERT INTO circle.pipeline_runs (pipeline_id, status) SELECT 1, 'running' FROM generate_series(1, 3);
@@ -278,7 +278,7 @@ def test_a_downgrade_to_006_turns_timeouts_into_failures(url: str, used: psycopg
         used.execute("UPDATE circle.pipeline_runs SET status = 'timeout' WHERE id = 6")
 
 
-def test_so_does_one_of_a_check_with_timeout_in_its_middle(url: str, used: psycopg.Connection) -> None:
+def test_downgrade_with_reordered_check_turns_timeout_into_failed(url: str, used: psycopg.Connection) -> None:
     before = catalog(url)
     used.execute(by_hand("pending", "timeout", "running", "completed", "failed", "cancelled"))
     used.execute("UPDATE circle.pipeline_runs SET status = 'timeout', completed_at = now() WHERE id = 3")

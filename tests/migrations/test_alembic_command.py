@@ -18,7 +18,7 @@ from tests.support.databases import Connect
 from tests.support.revisions import run_alembic
 
 
-def test_the_command_alembic(empty_database_url: str) -> None:
+def test_alembic_upgrade_and_downgrade_succeed(empty_database_url: str) -> None:
     options = ["-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5"]
     run_alembic(empty_database_url, *options, "upgrade", "head").check_returncode()
     current = run_alembic(empty_database_url, "current")
@@ -26,9 +26,7 @@ def test_the_command_alembic(empty_database_url: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["other tables", "no server"])
-def test_the_command_alembic_tells_in_one_sentence_what_is_wrong(
-    empty_database_url: str, connect: Connect, what: str
-) -> None:
+def test_alembic_error_is_one_sentence(empty_database_url: str, connect: Connect, what: str) -> None:
     url = empty_database_url if what == "other tables" else "postgresql://nobody@127.0.0.1:1/none"
     connect(empty_database_url).execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY)")
     done = run_alembic(url, "upgrade", "head")
@@ -39,7 +37,7 @@ def test_the_command_alembic_tells_in_one_sentence_what_is_wrong(
     )
 
 
-def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_path: Path) -> None:
+def test_alembic_sql_prints_runnable_script(empty_database_url: str, connect: Connect, tmp_path: Path) -> None:
     """As ``psql -v ON_ERROR_STOP=1`` runs it: statement by statement."""
     output = io.StringIO()
     config = migrations.config()
@@ -53,7 +51,7 @@ def test_the_script_for_a_dba(empty_database_url: str, connect: Connect, tmp_pat
         database.check()
 
 
-def test_a_relative_downgrade_is_never_counted_twice(database_url: str, connect: Connect) -> None:
+def test_alembic_relative_downgrade_counts_once(database_url: str, connect: Connect) -> None:
     raw = connect(database_url)
     raw.execute("""
         CREATE SEQUENCE circle.tried;
@@ -74,7 +72,7 @@ def test_a_relative_downgrade_is_never_counted_twice(database_url: str, connect:
 
 
 @pytest.mark.parametrize("revision", ["base", "-1"])
-def test_a_downgrade_without_a_revision_row_is_told(database_url: str, connect: Connect, revision: str) -> None:
+def test_alembic_downgrade_without_revision_row_raises(database_url: str, connect: Connect, revision: str) -> None:
     connect(database_url).execute("DELETE FROM circle.alembic_version")
     with pytest.raises(AdoptionError, match="the row with its revision is missing"):
         migrations.downgrade(database_url, revision)

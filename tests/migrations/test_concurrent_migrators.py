@@ -25,7 +25,7 @@ print(len(steps))
 """
 
 
-def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_from_ten_processes_runs_each_step_once(empty_database_url: str, connect: Connect) -> None:
     """The others wait for it, and find nothing to do."""
     raw = connect(empty_database_url)
     raw.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])  # until all of them are there
@@ -46,7 +46,7 @@ def test_of_ten_migrators_one_works(empty_database_url: str, connect: Connect) -
     assert raw.execute(ADVISORY_LOCKS).fetchone() == (0,)
 
 
-def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Connect) -> None:
+def test_upgrade_from_unknown_revision_raises(database_url: str, connect: Connect) -> None:
     connect(database_url).execute("UPDATE circle.alembic_version SET version_num = '099_future'")
     with pytest.raises(SchemaRevisionError, match="at revision 099_future, this code needs .*upgrade the package"):
         migrations.upgrade(database_url)
@@ -54,7 +54,7 @@ def test_a_revision_that_this_code_does_not_know(database_url: str, connect: Con
         migrations.downgrade(database_url, "base")
 
 
-def test_another_migrator_that_does_not_end(empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_while_migrator_is_stuck_raises(empty_database_url: str, connect: Connect) -> None:
     other = connect(empty_database_url)
     other.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])
     config = migrations.config(empty_database_url)

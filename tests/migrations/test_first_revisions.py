@@ -106,7 +106,7 @@ def indexes(url: str) -> dict[str, str]:
     return {name.split(".")[-1]: definition.removeprefix("CREATE ") for name, definition in facts(url, "index").items()}
 
 
-def test_revision_006_is_what_the_mission_lists(empty_database_url: str) -> None:
+def test_upgrade_to_006_creates_specified_objects(empty_database_url: str) -> None:
     migrations.upgrade(empty_database_url, "006_pipelines")
     assert list(columns(empty_database_url, "pipelines").items()) == list(PIPELINES.items())
     assert list(columns(empty_database_url, "pipeline_runs").items()) == list(RUNS.items())
@@ -120,7 +120,7 @@ def test_revision_006_is_what_the_mission_lists(empty_database_url: str) -> None
     assert not facts(empty_database_url, "function")
 
 
-def test_revision_007_is_what_the_mission_lists(empty_database_url: str) -> None:
+def test_upgrade_to_007_creates_specified_objects(empty_database_url: str) -> None:
     migrations.upgrade(empty_database_url, "007_pipeline_execution")
     assert list(columns(empty_database_url, "pipelines").items()) == list((PIPELINES | ADDED_BY_007).items())
     runs = RUNS | {"duration_seconds": "integer DEFAULT 0"}

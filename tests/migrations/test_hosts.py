@@ -22,7 +22,7 @@ from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
 
 
-def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_url: str) -> None:
+def test_upgrade_on_given_connection_restores_it(empty_database_url: str) -> None:
     engine = create_engine(empty_database_url, poolclass=NullPool)
     with engine.connect() as connection:
         connection.execute(text("SET lock_timeout = '7s'"))
@@ -37,7 +37,7 @@ def test_hosts_may_pass_a_connection_which_comes_back_as_it_was(empty_database_u
         assert connection.scalar(text(ADVISORY_LOCKS)) == 0
 
 
-def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: str) -> None:
+def test_upgrade_on_given_connection_keeps_its_settings(empty_database_url: str) -> None:
     engine = create_engine(empty_database_url, pool_size=1, max_overflow=0)
 
     @event.listens_for(engine, "connect")
@@ -64,7 +64,7 @@ def test_settings_that_a_host_gives_its_sessions_outlive_us(empty_database_url: 
     engine.dispose()
 
 
-def test_or_an_async_one(empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_on_given_async_connection_succeeds(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
 
     async def go() -> None:
@@ -82,7 +82,9 @@ def test_or_an_async_one(empty_database_url: str, connect: Connect) -> None:
     asyncio.run(go())
 
 
-def test_an_async_one_gives_way_too(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_on_given_async_connection_yields_to_waiters(
+    scripts: Path, empty_database_url: str, connect: Connect
+) -> None:
     raw, reader = connect(empty_database_url), connect(empty_database_url)
     raw.execute(BIG_TABLE)
     raw.execute("CREATE INDEX idx_old ON circle.t (filler)")
@@ -106,18 +108,18 @@ def test_an_async_one_gives_way_too(scripts: Path, empty_database_url: str, conn
     assert raw.execute(index).fetchone() == (True,)
 
 
-def test_a_connection_of_another_driver() -> None:
+def test_upgrade_on_other_driver_raises() -> None:
     with pytest.raises(ConfigurationError, match="driver is pysqlite: migrations need psycopg"):
         migrations.upgrade(create_engine("sqlite://", poolclass=NullPool))
 
 
-def test_a_host_keeps_its_own_logging(empty_database_url: str) -> None:
+def test_upgrade_keeps_logging_configuration(empty_database_url: str) -> None:
     before = list(logging.root.handlers), logging.root.level
     migrations.upgrade(empty_database_url, "006_pipelines")
     assert (list(logging.root.handlers), logging.root.level) == before
 
 
-def test_a_table_of_a_hosts_own_is_no_migrated_schema(empty_database_url: str, connect: Connect) -> None:
+def test_tables_of_a_host_are_not_a_migrated_schema(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipeline_events (id int)")
     with Database(empty_database_url) as database, database.engine.connect() as connection:

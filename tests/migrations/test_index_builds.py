@@ -15,7 +15,7 @@ from tests.support.databases import Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
 
 
-def test_an_invalid_index_is_built_again(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+def test_upgrade_with_invalid_index_rebuilds_it(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int); INSERT INTO circle.t VALUES (1), (1)")
     with pytest.raises(psycopg.errors.UniqueViolation):
@@ -34,7 +34,7 @@ def test_an_invalid_index_is_built_again(scripts: Path, empty_database_url: str,
 
 
 @pytest.mark.parametrize("what", ["a request behind a reader", "a writer that is waited for"])
-def test_a_build_gives_way_to_create_index_if_not_exists(
+def test_index_build_yields_to_create_index_if_not_exists(
     scripts: Path, empty_database_url: str, connect: Connect, what: str
 ) -> None:
     """Else the one would wait for as long as the reader reads, and the other would be a deadlock."""
@@ -59,7 +59,7 @@ def test_a_build_gives_way_to_create_index_if_not_exists(
     assert raw.execute(index).fetchone() == (True,)
 
 
-def test_who_may_not_wait_can_go_first(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+def test_index_build_yields_to_waiting_session(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     raw, other = connect(empty_database_url), connect(empty_database_url)
     raw.execute(BIG_TABLE)
     raw.execute("CREATE INDEX idx_old ON circle.t (filler)")

@@ -42,7 +42,7 @@ def killed_after(step: int, url: str, action: Callable[[Engine], None]) -> bool:
     return False
 
 
-def test_a_migration_that_was_killed_goes_on_where_it_stood(
+def test_upgrade_interrupted_after_each_statement_resumes(
     url: str, used: psycopg.Connection, adopted_catalogs: dict[str, list[str]]
 ) -> None:
     """Killed after each step in turn, so that each is met in the state that it left behind itself, up and down."""

@@ -50,7 +50,7 @@ INSERT INTO circle.pipeline_node_runs
 """
 
 
-def test_rows_are_repaired_where_no_guess_is_needed(url: str, used: psycopg.Connection) -> None:
+def test_upgrade_repairs_unambiguous_rows(url: str, used: psycopg.Connection) -> None:
     used.execute("SET timezone = 'UTC'")
     used.execute(BY_HAND + LEGACY)
     untouched = used.execute("SELECT * FROM circle.pipelines WHERE id < 10 ORDER BY id").fetchall()
@@ -119,7 +119,7 @@ UNREPAIRABLE = {
 }
 
 
-def test_rows_that_can_not_be_repaired_are_named_one_by_one(url: str, used: psycopg.Connection) -> None:
+def test_upgrade_with_unrepairable_row_names_it(url: str, used: psycopg.Connection) -> None:
     migrations.upgrade(url, "007_pipeline_execution")
     before = catalog(url)
     for statement, expected in UNREPAIRABLE.items():
@@ -151,7 +151,7 @@ def everything_text(raw: psycopg.Connection) -> list[Any]:
     return [raw.execute(f"SELECT t::text FROM circle.{table} t ORDER BY id").fetchall() for table in tables]
 
 
-def test_all_of_them_are_named_together(url: str, used: psycopg.Connection) -> None:
+def test_upgrade_with_many_unrepairable_rows_names_100(url: str, used: psycopg.Connection) -> None:
     used.execute(BY_HAND)
     used.execute("UPDATE circle.pipelines SET timeout_seconds = -1, run_count = -1")
     used.execute("UPDATE circle.pipeline_runs SET completed_at = 'infinity' WHERE id = 2")
@@ -192,7 +192,7 @@ BROKEN: dict[str, tuple[Any, Any]] = {
 }
 
 
-def test_pipelines_with_broken_graphs_stay_as_they_are(url: str, used: psycopg.Connection) -> None:
+def test_upgrade_keeps_broken_graphs_unchanged(url: str, used: psycopg.Connection) -> None:
     used.execute("DELETE FROM circle.pipelines; ALTER SEQUENCE circle.pipelines_id_seq RESTART")
     for name, (nodes, edges) in BROKEN.items():
         used.execute(

@@ -68,7 +68,7 @@ def write_as_of_today(raw: psycopg.Connection) -> None:
     assert left.fetchone() == (0,)
 
 
-def test_the_writers_of_today_go_on_at_every_revision(url: str, used: psycopg.Connection) -> None:
+def test_raw_writes_succeed_at_each_revision(url: str, used: psycopg.Connection) -> None:
     write_as_of_today(used)
     for one in revisions():
         migrations.upgrade(url, one)
@@ -89,7 +89,7 @@ def test_the_writers_of_today_go_on_at_every_revision(url: str, used: psycopg.Co
         write_as_of_today(used)
 
 
-def test_the_api_may_create_its_tables_again(url: str, used: psycopg.Connection) -> None:
+def test_create_table_if_not_exists_after_upgrade_changes_nothing(url: str, used: psycopg.Connection) -> None:
     migrations.upgrade(url)
     before = catalog(url)
     used.execute(GATHERING + INDEXES)
@@ -97,9 +97,7 @@ def test_the_api_may_create_its_tables_again(url: str, used: psycopg.Connection)
 
 
 @pytest.mark.parametrize("requests", ["plain", "with CREATE INDEX"])
-def test_writers_feel_nothing_of_an_upgrade(
-    url: str, used: psycopg.Connection, connect: Connect, requests: str
-) -> None:
+def test_raw_writes_during_upgrade_succeed(url: str, used: psycopg.Connection, connect: Connect, requests: str) -> None:
     """Beside what GatheRing's executor writes, and beside the three indexes that it issues on every request."""
     used.execute(
         """INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at, completed_at)

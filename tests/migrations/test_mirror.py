@@ -102,7 +102,7 @@ def plain(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("schema", READS, ids=lambda schema: schema.__name__)
-def test_what_is_read_has_the_fields_of_the_row(schema: type[BaseModel], raw: psycopg.Connection) -> None:
+def test_read_model_has_the_columns(schema: type[BaseModel], raw: psycopg.Connection) -> None:
     columns = columns_of(READS[schema])
     stored = database_columns(raw, READS[schema].__tablename__)
     assert set(schema.model_fields) == set(columns) == set(stored)
@@ -115,7 +115,7 @@ def test_what_is_read_has_the_fields_of_the_row(schema: type[BaseModel], raw: ps
 
 
 @pytest.mark.parametrize("table", metadata.sorted_tables, ids=lambda table: table.name)
-def test_columns_are_the_ones_of_the_database(table: Any, raw: psycopg.Connection) -> None:
+def test_orm_columns_equal_database(table: Any, raw: psycopg.Connection) -> None:
     stored = database_columns(raw, table.name)
     assert set(table.columns.keys()) == set(stored)
     names = {"TIMESTAMP WITH TIME ZONE": "timestamp with time zone", "FLOAT": "double precision"}
@@ -132,9 +132,7 @@ def test_columns_are_the_ones_of_the_database(table: Any, raw: psycopg.Connectio
 
 
 @pytest.mark.parametrize("schema", [PipelineCreate, PipelineUpdate], ids=lambda schema: schema.__name__)
-def test_what_is_written_has_the_fields_types_and_nulls_of_the_row(
-    schema: type[BaseModel], raw: psycopg.Connection
-) -> None:
+def test_write_model_has_columns_types_and_nullability(schema: type[BaseModel], raw: psycopg.Connection) -> None:
     columns, stored = columns_of(Pipeline), database_columns(raw, "pipelines")
     # the rest is the database's: ids, versions, counters, times
     assert set(columns) - set(schema.model_fields) == {
@@ -148,7 +146,7 @@ def test_what_is_written_has_the_fields_types_and_nulls_of_the_row(
             assert nullable == columns[name].nullable == stored[name][1], name
 
 
-def test_what_is_created_has_the_defaults_of_the_row(raw: psycopg.Connection) -> None:
+def test_create_model_has_column_defaults(raw: psycopg.Connection) -> None:
     columns, stored = columns_of(Pipeline), database_columns(raw, "pipelines")
     for name, field in PipelineCreate.model_fields.items():
         if name == "name":
@@ -160,7 +158,7 @@ def test_what_is_created_has_the_defaults_of_the_row(raw: psycopg.Connection) ->
         assert type(default) is type(stored[name][2]), name
 
 
-def test_what_is_updated_has_no_defaults_and_takes_null_where_the_row_does(raw: psycopg.Connection) -> None:
+def test_update_model_has_no_defaults_and_same_nullability(raw: psycopg.Connection) -> None:
     assert PipelineUpdate().model_fields_set == set()
     for name, (_, nullable, _) in database_columns(raw, "pipelines").items():
         if name not in PipelineUpdate.model_fields:
@@ -179,7 +177,7 @@ def check_values(raw: psycopg.Connection, constraint: str) -> set[str]:
     return {value for text in re.findall("'([^']*)'", row[0]) for value in text.strip("{}").split(",")}
 
 
-def test_statuses_and_types_are_the_ones_that_the_checks_allow(raw: psycopg.Connection) -> None:
+def test_enums_equal_check_constraints(raw: psycopg.Connection) -> None:
     assert check_values(raw, "pipelines_status_check") == set(PipelineStatus)
     assert check_values(raw, "pipeline_runs_status_check") == set(RunStatus)
     assert check_values(raw, "pipeline_node_runs_status_check") == set(NodeStatus)
@@ -197,7 +195,7 @@ def limits(field: FieldInfo) -> dict[type, Any]:
     return {type(item): item for item in found if isinstance(item, Ge | Le | MaxLen)}
 
 
-def test_limits_are_no_wider_than_the_columns() -> None:
+def test_model_limits_fit_the_columns() -> None:
     for schema in (PipelineCreate, PipelineUpdate):
         for name, field in schema.model_fields.items():
             column = columns_of(Pipeline)[name]
@@ -212,7 +210,7 @@ def test_limits_are_no_wider_than_the_columns() -> None:
                 assert found[MaxLen].max_length == column.type.length == 255
 
 
-def test_a_stored_row_is_the_same_on_all_three_sides(
+def test_stored_row_is_equal_in_model_orm_and_sql(
     session: Any, raw: psycopg.Connection, database_url: str, connect: Callable[[str], psycopg.Connection]
 ) -> None:
     """The defaults that the ORM leaves to the database, read back by each."""

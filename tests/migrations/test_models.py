@@ -9,9 +9,7 @@ from tests.support.databases import Connect
 from tests.support.schema import facts
 
 
-def test_the_models_declare_what_the_revisions_make(
-    database_url: str, empty_database_url: str, connect: Connect
-) -> None:
+def test_create_all_equals_upgrade(database_url: str, empty_database_url: str, connect: Connect) -> None:
     connect(empty_database_url).execute("CREATE SCHEMA circle")
     engine = create_engine(empty_database_url, poolclass=NullPool)
     metadata.create_all(engine)
@@ -24,12 +22,12 @@ def test_the_models_declare_what_the_revisions_make(
     }
 
 
-def test_the_models_own_every_table(database_url: str) -> None:
+def test_metadata_has_every_table(database_url: str) -> None:
     tables = {name for name, kind in facts(database_url, "relation").items() if kind.startswith("r")}
     assert tables == {table.name for table in metadata.tables.values()}
 
 
-def test_create_all_is_enough_for_nothing_but_ddl(empty_database_url: str) -> None:
+def test_current_after_create_all_is_none(empty_database_url: str) -> None:
     """A database that was made by ``create_all`` is not taken for one at head."""
     engine = create_engine(empty_database_url, poolclass=NullPool)
     with engine.begin() as connection:

@@ -15,7 +15,9 @@ from tests.support.revisions import BIG_TABLE, INDEX, run_alembic, write_revisio
 
 
 @pytest.mark.parametrize("value", [False, "false", "off", "0"])
-def test_no_in_other_words(scripts: Path, empty_database_url: str, connect: Connect, value: object) -> None:
+def test_option_spelled_as_false_is_off(
+    scripts: Path, empty_database_url: str, connect: Connect, value: object
+) -> None:
     raw = connect(empty_database_url)
     raw.execute(BIG_TABLE)
     write_revision(scripts, "one", None, f"-- == index: circle.idx_t\n{INDEX}")
@@ -36,14 +38,14 @@ def test_no_in_other_words(scripts: Path, empty_database_url: str, connect: Conn
     [("yield", "nein"), ("yield", ""), ("lock_timeout", "soon"), ("lock_timeout", 0), ("lock_timeout", "1s; SELECT 1"),
      ("patience", "nan"), ("patience", "-1"), ("patience", "long")],
 )  # fmt: skip
-def test_an_option_that_is_not_understood(empty_database_url: str, name: str, value: object) -> None:
+def test_option_with_bad_value_raises(empty_database_url: str, name: str, value: object) -> None:
     config = migrations.config(empty_database_url)
     config.attributes[name] = value
     with pytest.raises(ConfigurationError, match=f"the option {name} can't be {value!r}: write "):
         command.upgrade(config, "head")
 
 
-def test_an_option_that_there_is_not(empty_database_url: str) -> None:
+def test_unknown_option_raises(empty_database_url: str) -> None:
     done = run_alembic(empty_database_url, "-x", "patience=5", "-x", "pattience=5", "upgrade", "head")
     assert done.returncode != 0
     assert "there is no option 'pattience': there are lock_timeout, patience, yield" in done.stdout + done.stderr

@@ -41,7 +41,11 @@ def of_pytest_alembic(pytestconfig: pytest.Config) -> ModuleType:
     "name",
     ["test_single_head_revision", "test_upgrade", "test_model_definitions_match_ddl", "test_up_down_consistency"],
 )
-def test_pytest_alembic(name: str, of_pytest_alembic: ModuleType, alembic_runner: MigrationContext) -> None:  # noqa: F811
+def test_check_of_pytest_alembic_passes(
+    name: str,
+    of_pytest_alembic: ModuleType,
+    alembic_runner: MigrationContext,  # noqa: F811
+) -> None:
     assert sorted(of_pytest_alembic.__all__) == sorted(
         {"test_single_head_revision", "test_upgrade", "test_model_definitions_match_ddl", "test_up_down_consistency"}
     )

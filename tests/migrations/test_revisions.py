@@ -10,7 +10,7 @@ from tests.support.databases import Connect
 from tests.support.schema import ROOT, catalog, revisions
 
 
-def test_upgrade_and_check_as_commands(empty_database_url: str) -> None:
+def test_alembic_check_after_upgrade_finds_nothing(empty_database_url: str) -> None:
     def alembic(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "alembic", *arguments],
@@ -27,11 +27,11 @@ def test_upgrade_and_check_as_commands(empty_database_url: str) -> None:
     assert "No new upgrade operations detected" in alembic("check")
 
 
-def test_revisions_are_the_ones_expected() -> None:
+def test_revisions_begin_with_the_specified_ones() -> None:
     assert revisions()[:4] == ["006_pipelines", "007_pipeline_execution", "008_integrity", "009b_lifecycle"]
 
 
-def test_every_revision_can_be_taken_back_and_made_again(
+def test_each_revision_down_and_up_restores_the_catalog(
     empty_database_url: str, catalogs: dict[str, list[str]]
 ) -> None:
     below = "base"
@@ -45,7 +45,9 @@ def test_every_revision_can_be_taken_back_and_made_again(
         below = revision
 
 
-def test_all_of_it_can_be_taken_back_and_made_again(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
+def test_head_down_to_each_revision_restores_the_catalog(
+    empty_database_url: str, catalogs: dict[str, list[str]]
+) -> None:
     head = revisions()[-1]
     migrations.upgrade(empty_database_url)
     migrations.downgrade(empty_database_url, "base")
@@ -58,7 +60,7 @@ def test_all_of_it_can_be_taken_back_and_made_again(empty_database_url: str, cat
         migrations.downgrade(empty_database_url, "base")
 
 
-def test_rows_survive_a_downgrade_to_007(database_url: str, connect: Connect) -> None:
+def test_downgrade_to_007_keeps_rows(database_url: str, connect: Connect) -> None:
     raw = connect(database_url)
     raw.execute(
         """INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id":"a","type":"trigger","name":"A"}]');

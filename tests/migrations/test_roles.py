@@ -22,7 +22,7 @@ from tests.support.revisions import BIG_TABLE, INDEX, wait_until, write_revision
 
 
 @pytest.mark.parametrize("whose", ["a host's engine", "ours", "an async one"])
-def test_a_role_that_may_open_one_connection_only(
+def test_upgrade_by_role_with_one_connection_raises_unavailable(
     scripts: Path, empty_database_url: str, connect: Connect, whose: str
 ) -> None:
     """A step that takes long needs a second one, to see who waits behind it."""
@@ -52,7 +52,7 @@ def test_a_role_that_may_open_one_connection_only(
 
 
 @pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
-def test_an_empty_variable_that_is_not_used_stands_in_nobodys_way(
+def test_upgrade_with_unused_empty_variable_succeeds(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "")
@@ -65,7 +65,7 @@ def test_an_empty_variable_that_is_not_used_stands_in_nobodys_way(
         database.check()
 
 
-def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str, connect: Connect) -> None:
+def test_current_and_check_write_nothing(empty_database_url: str, connect: Connect) -> None:
     with Database(empty_database_url) as database:
         output = io.StringIO()
         config = Config(stdout=output)
@@ -77,7 +77,9 @@ def test_current_and_check_leave_an_empty_database_alone(empty_database_url: str
     assert raw.execute("SELECT to_regnamespace('circle')").fetchone() == (None,)
 
 
-def test_a_role_that_may_not_create_schemas(empty_database_url: str, server: object, connect: Connect) -> None:
+def test_upgrade_by_role_without_create_right_succeeds(
+    empty_database_url: str, server: object, connect: Connect
+) -> None:
     raw = connect(empty_database_url)
     name = f"gathering_test_owner_{time.monotonic_ns()}"
     raw.execute(f"CREATE ROLE {name}; CREATE SCHEMA circle AUTHORIZATION {name}".encode())

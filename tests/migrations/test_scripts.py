@@ -13,7 +13,7 @@ from tests.support.databases import Connect
 from tests.support.schema import ROOT, catalog, revisions, run_psql, script
 
 
-def test_the_script_for_a_dba_makes_the_same_catalog(
+def test_script_to_head_gives_the_catalog_of_upgrade(
     empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
 ) -> None:
     head = revisions()[-1]
@@ -30,7 +30,7 @@ def test_the_script_for_a_dba_makes_the_same_catalog(
     assert catalog(empty_database_url) == catalogs[head]
 
 
-def test_scripts_of_single_revisions_make_the_same_catalogs(
+def test_script_of_each_revision_gives_its_catalog(
     empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
 ) -> None:
     below = "base"
@@ -46,7 +46,7 @@ def test_scripts_of_single_revisions_make_the_same_catalogs(
 
 
 @pytest.mark.parametrize("sound", [True, False])
-def test_squawk_finds_nothing(tmp_path: Path, sound: bool) -> None:
+def test_squawk_on_script_finds_nothing(tmp_path: Path, sound: bool) -> None:
     """Nothing that .squawk.toml doesn't answer; and it does find something in a script that has it."""
     path = tmp_path / "upgrade.sql"
     path.write_text(script("head") + ("" if sound else "CREATE INDEX idx ON circle.pipelines (name);\n"))
@@ -57,7 +57,7 @@ def test_squawk_finds_nothing(tmp_path: Path, sound: bool) -> None:
     assert ("require-concurrent-index-creation" in done.stdout) is not sound
 
 
-def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
+def test_script_interrupted_and_rerun_completes(empty_database_url: str, catalogs: dict[str, list[str]]) -> None:
     head = revisions()[-1]
     for sql, end in ((script("head"), head), (script(f"{head}:base", down=True), "base")):
         for part in (0.3, 0.6, 0.9):
@@ -67,7 +67,7 @@ def test_a_script_that_was_broken_off_goes_on(empty_database_url: str, catalogs:
         assert catalog(empty_database_url) == catalogs[end]
 
 
-def test_a_script_that_gets_no_lock_ends_and_goes_on_when_run_again(
+def test_script_without_lock_stops_and_rerun_completes(
     empty_database_url: str, catalogs: dict[str, list[str]], connect: Connect
 ) -> None:
     migrations.upgrade(empty_database_url, "007_pipeline_execution")
@@ -80,7 +80,7 @@ def test_a_script_that_gets_no_lock_ends_and_goes_on_when_run_again(
     assert catalog(empty_database_url) == catalogs[revisions()[-1]]
 
 
-def test_a_script_ends_at_its_first_error(empty_database_url: str, connect: Connect) -> None:
+def test_script_stops_at_first_error(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY, name text)")
     with pytest.raises(AssertionError, match="differ from the expected ones; nothing was changed"):

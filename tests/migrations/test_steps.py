@@ -22,7 +22,7 @@ from tests.support.databases import Connect
 from tests.support.revisions import wait_until, write_revision
 
 
-def test_each_step_is_a_transaction_of_its_own(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+def test_each_step_is_its_own_transaction(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     write_revision(
         scripts,
         "one",
@@ -49,18 +49,14 @@ SELECT 1/0;
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == []
 
 
-def test_a_migration_leaves_the_other_cores_to_the_writers(
-    scripts: Path, empty_database_url: str, connect: Connect
-) -> None:
+def test_upgrade_uses_no_parallel_workers(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     show = "current_setting('max_parallel_maintenance_workers') || current_setting('max_parallel_workers_per_gather')"
     write_revision(scripts, "one", None, f"-- == a step\nCREATE TABLE circle.workers AS SELECT {show} AS workers")
     migrations.upgrade(empty_database_url)
     assert connect(empty_database_url).execute("SELECT workers FROM circle.workers").fetchall() == [("00",)]
 
 
-def test_a_step_that_gets_no_lock_lets_others_pass_and_tries_again(
-    scripts: Path, empty_database_url: str, connect: Connect
-) -> None:
+def test_step_without_lock_yields_and_retries(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     raw, reader = connect(empty_database_url), connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
     write_revision(
@@ -87,7 +83,7 @@ def test_a_step_that_gets_no_lock_lets_others_pass_and_tries_again(
     assert raw.execute("SELECT last_value FROM circle.runs").fetchone() == (1,)  # only the step that failed ran again
 
 
-def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, connect: Connect) -> None:
+def test_step_without_lock_gives_up_after_patience(scripts: Path, empty_database_url: str, connect: Connect) -> None:
     reader = connect(empty_database_url)
     reader.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
     write_revision(scripts, "one", None, "-- == column\nALTER TABLE circle.t ADD COLUMN more int;\n")
@@ -101,7 +97,9 @@ def test_it_gives_up_after_its_patience(scripts: Path, empty_database_url: str, 
 
 
 @pytest.mark.parametrize("sql", ["ALTER TABLE circle.t ADD COLUMN more int;", "SELECT pg_sleep(60);"])
-def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connect: Connect, sql: str) -> None:
+def test_step_with_broken_connection_raises_unavailable(
+    scripts: Path, empty_database_url: str, connect: Connect, sql: str
+) -> None:
     raw, reader = connect(empty_database_url), connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.t (id int)")
     write_revision(scripts, "one", None, f"-- == column\n{sql}\n")
@@ -125,7 +123,7 @@ def test_a_connection_that_breaks(scripts: Path, empty_database_url: str, connec
 
 
 @pytest.mark.parametrize("revision", sorted(WITHDRAWN_REVISIONS))
-def test_every_command_refuses_a_revision_of_an_unreleased_version(
+def test_command_at_unreleased_revision_raises(
     database: Database, database_url: str, connect: Connect, revision: str
 ) -> None:
     assert revision not in migrations.revisions()

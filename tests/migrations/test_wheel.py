@@ -38,17 +38,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_who_installs_the_wheel_can_migrate(
-    python: Path, empty_database_url: str, database_url: str, tmp_path: Path
-) -> None:
+def test_wheel_alone_migrates(python: Path, empty_database_url: str, database_url: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GATHERING"))}
     subprocess.run([python, "-c", PROGRAM, empty_database_url], cwd=tmp_path, env=environment, check=True)
     assert catalog(empty_database_url) == catalog(database_url)
 
 
-def test_who_installs_the_wheel_has_the_command(
-    python: Path, empty_database_url: str, database_url: str, tmp_path: Path
-) -> None:
+def test_wheel_alone_has_the_command(python: Path, empty_database_url: str, database_url: str, tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "DATABASE_URL": empty_database_url}
 
     def db(*words: str) -> str:

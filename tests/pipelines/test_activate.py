@@ -19,7 +19,7 @@ from tests.support.graphs import TRIGGER, UNFINISHED
 from tests.support.pipelines import new
 
 
-def test_activate_and_pause(each: Session) -> None:
+def test_activate_and_pause_change_status(each: Session) -> None:
     pipelines, runs = PipelineRepository(each), RunRepository(each)
     made = pipelines.create(new())
     with pytest.raises(PipelineInactiveError) as refused:
@@ -35,7 +35,7 @@ def test_activate_and_pause(each: Session) -> None:
     assert pipelines.pause(made.id).status == "paused"
 
 
-def test_a_refused_activation_writes_nothing(each: Session, raw: psycopg.Connection) -> None:
+def test_activate_broken_graph_writes_nothing(each: Session, raw: psycopg.Connection) -> None:
     """One that was active before there were checks: the database checks what becomes active."""
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
     insert = "INSERT INTO circle.pipelines (name, status, nodes) VALUES ('old', 'active', %s) RETURNING id"
@@ -47,7 +47,7 @@ def test_a_refused_activation_writes_nothing(each: Session, raw: psycopg.Connect
     assert PipelineRepository(each).get(pipeline_id) == before
 
 
-def test_a_draft_whose_activation_is_refused_is_kept(database: Database, raw: psycopg.Connection) -> None:
+def test_activate_incomplete_draft_keeps_the_draft(database: Database, raw: psycopg.Connection) -> None:
     with database.session() as session:
         made = PipelineRepository(session).create(new(nodes=[], edges=[]), allow_incomplete=True)
         with pytest.raises(InvalidPipelineError):
@@ -56,7 +56,9 @@ def test_a_draft_whose_activation_is_refused_is_kept(database: Database, raw: ps
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_an_edit_between_is_checked_too(database: Database, raw: psycopg.Connection, broken: bool) -> None:
+def test_activate_while_graph_is_edited_checks_the_new_graph(
+    database: Database, raw: psycopg.Connection, broken: bool
+) -> None:
     """The editor holds the row: ``activate`` has read the old graph, and waits for the row to write."""
     with database.session() as session:
         made = PipelineRepository(session).create(new())

@@ -15,7 +15,7 @@ from gathering_pipeline import (
 from tests.support.pipelines import new
 
 
-def test_numbers_that_no_column_holds_are_not_there(each: Session) -> None:
+def test_call_with_id_beyond_bigint_raises_not_found(each: Session) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new())
     for missing in (2**31, 2**63, -(2**63) - 1, 10**30):
@@ -30,7 +30,7 @@ def test_numbers_that_no_column_holds_are_not_there(each: Session) -> None:
 
 
 @pytest.mark.parametrize("bad", ["1", True, 1.0, [1], 10**5000], ids=lambda bad: type(bad).__name__)
-def test_an_id_that_is_no_number(each: Session, bad: Any) -> None:
+def test_call_with_id_of_wrong_type_raises_invalid_data(each: Session, bad: Any) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new())
     for call in (pipelines.get, pipelines.activate, pipelines.pause, pipelines.delete):

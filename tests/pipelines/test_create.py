@@ -55,14 +55,14 @@ def test_create_returns_what_is_stored(each: Session) -> None:
         made.name = "frozen"  # type: ignore[misc]
 
 
-def test_create_takes_pydantic_objects(pipelines: PipelineRepository) -> None:
+def test_create_with_pydantic_objects_stores_json(pipelines: PipelineRepository) -> None:
     definition = PipelineDefinition.from_json(NODES, EDGES)
     made = pipelines.create(PipelineCreate(name="p", nodes=definition.nodes, edges=definition.edges))
     assert (made.nodes, made.edges) == (NODES, EDGES)
     assert made.definition == definition
 
 
-def test_create_refuses_a_bad_graph_with_every_issue(each: Session, raw: psycopg.Connection) -> None:
+def test_create_bad_graph_raises_with_every_issue(each: Session, raw: psycopg.Connection) -> None:
     bad = new(nodes=[TRIGGER, UNFINISHED, DELAY, DELAY], edges=[*CYCLE, {"id": "g", "from": "t", "to": "ghost"}])
     with pytest.raises(InvalidPipelineError) as refused:
         PipelineRepository(each).create(bad)
@@ -77,14 +77,14 @@ def test_create_refuses_a_bad_graph_with_every_issue(each: Session, raw: psycopg
     assert count(raw) == 0
 
 
-def test_create_never_commits(database: Database, raw: psycopg.Connection) -> None:
+def test_create_in_failed_block_stores_nothing(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(ZeroDivisionError), database.session() as session:
         PipelineRepository(session).create(new())
         raise ZeroDivisionError
     assert count(raw) == 0
 
 
-def test_create_of_a_draft(each: Session) -> None:
+def test_create_incomplete_graph_needs_allow_incomplete(each: Session) -> None:
     pipelines = PipelineRepository(each)
     for nodes, edges in (([], []), ([TRIGGER, UNFINISHED], EDGES)):
         with pytest.raises(InvalidPipelineError):
@@ -101,16 +101,14 @@ def test_create_of_a_draft(each: Session) -> None:
         pipelines.create(new(nodes=[TRIGGER, UNFINISHED], edges=CYCLE), allow_incomplete=True)
 
 
-def test_get_of_what_is_not_there(pipelines: PipelineRepository) -> None:
+def test_get_missing_pipeline_raises_not_found(pipelines: PipelineRepository) -> None:
     for missing in (1, 0, -1, 2**31, 2**62):
         with pytest.raises(PipelineNotFoundError, match=f"pipeline {missing} does not exist") as refused:
             pipelines.get(missing)
         assert isinstance(refused.value, LookupError)
 
 
-def test_a_schema_that_was_made_without_validation_is_checked_all_the_same(
-    each: Session, raw: psycopg.Connection
-) -> None:
+def test_create_with_unvalidated_schema_raises(each: Session, raw: psycopg.Connection) -> None:
     made = PipelineRepository(each).create(new())
     fields: list[dict[str, Any]] = [
         {"name": ""},
@@ -127,7 +125,7 @@ def test_a_schema_that_was_made_without_validation_is_checked_all_the_same(
     assert count(raw) == 1
 
 
-def test_what_the_database_refuses_is_raised_as_ours(each: Session) -> None:
+def test_create_refused_by_database_raises_package_error(each: Session) -> None:
     """A half of a graph, of which the hook can't see the other: the compiler's answer, with its place."""
     made = PipelineRepository(each).create(new())
     with pytest.raises(InvalidPipelineError) as refused:
@@ -140,7 +138,7 @@ def test_what_the_database_refuses_is_raised_as_ours(each: Session) -> None:
     )
 
 
-def test_read_models_can_be_written_as_json(pipelines: PipelineRepository) -> None:
+def test_read_models_dump_as_json(pipelines: PipelineRepository) -> None:
     made = pipelines.create(new())
     assert PipelineRead.model_validate_json(made.model_dump_json()) == made
     assert isinstance(made.definition.nodes[0], PipelineNode)

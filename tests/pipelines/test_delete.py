@@ -27,9 +27,7 @@ from tests.support.pipelines import count, new
 from tests.support.runs import store
 
 
-def test_deleting_a_pipeline_with_live_runs(
-    each: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
-) -> None:
+def test_delete_with_live_runs_needs_force(each: Session, raw: psycopg.Connection, refuses: Callable[..., Any]) -> None:
     runs, pipelines = RunRepository(each), PipelineRepository(each)
     pipeline, other = store(each), store(each)
     run = runs.create(pipeline)
@@ -51,7 +49,7 @@ def test_deleting_a_pipeline_with_live_runs(
     assert contents(raw) == []
 
 
-def test_delete_takes_everything_along(each: Session, raw: psycopg.Connection) -> None:
+def test_delete_removes_runs_and_versions_of_that_pipeline_only(each: Session, raw: psycopg.Connection) -> None:
     pipelines, runs = PipelineRepository(each), RunRepository(each)
     made = pipelines.create(new(status="active"))
     other = pipelines.create(new("other", status="active"))
@@ -69,7 +67,7 @@ def test_delete_takes_everything_along(each: Session, raw: psycopg.Connection) -
         pipelines.get(made.id)
 
 
-def test_delete_beside_those_who_create_runs(database: Database, raw: psycopg.Connection) -> None:
+def test_delete_while_runs_are_created_succeeds(database: Database, raw: psycopg.Connection) -> None:
     """Whoever creates runs all the time keeps nobody from deleting, and learns that the pipeline is gone."""
     errors: list[BaseException] = []
     for _ in range(6):
@@ -106,7 +104,7 @@ def test_delete_beside_those_who_create_runs(database: Database, raw: psycopg.Co
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_those_who_delete_at_once(database: Database, force: bool) -> None:
+def test_delete_concurrently_succeeds_once(database: Database, force: bool) -> None:
     with database.session() as session:
         pipeline = PipelineRepository(session).create(new()).id
     barrier, answers = threading.Barrier(3), []

@@ -50,7 +50,7 @@ needs_data = pytest.mark.skipif(not shared_files("pipelines"), reason="the share
 
 @needs_data
 @pytest.mark.parametrize("path", shared_files("pipelines"), ids=lambda path: path.stem)
-def test_real_pipelines_get_the_answer_expected(path: Path, each: Session, raw: psycopg.Connection) -> None:
+def test_create_recorded_pipeline_gives_expected_answer(path: Path, each: Session, raw: psycopg.Connection) -> None:
     source = json.loads(path.read_text(encoding="utf-8"))
     pipelines = PipelineRepository(each)
     data = PipelineCreate(**source)
@@ -82,7 +82,7 @@ def test_real_pipelines_get_the_answer_expected(path: Path, each: Session, raw: 
 
 @pytest.mark.skipif(not shared_files("workflows"), reason="the shared data is not beside this checkout")
 @pytest.mark.parametrize("path", shared_files("workflows"), ids=lambda path: path.stem)
-def test_real_workflows_compile_to_the_same_order(path: Path, each: Session, raw: psycopg.Connection) -> None:
+def test_insert_recorded_workflow_compiles_to_python_order(path: Path, each: Session, raw: psycopg.Connection) -> None:
     source = json.loads(path.read_text(encoding="utf-8"))
     nodes, edges = source["nodes"], source["edges"]
     assert compiled(raw, nodes, edges) == by_python(nodes, edges)

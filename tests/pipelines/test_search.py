@@ -27,7 +27,7 @@ def pages(search: Callable[..., Any], **filters: Any) -> list[list[str]]:
             return found
 
 
-def test_search_goes_through_every_page_newest_first(pipelines: PipelineRepository) -> None:
+def test_search_pages_newest_first(pipelines: PipelineRepository) -> None:
     for index in range(7):
         pipelines.create(new(f"p{index}", status=("active", "draft", "paused")[index % 3]))
     assert pages(pipelines.search, limit=3) == [["p6", "p5", "p4"], ["p3", "p2", "p1"], ["p0"]]
@@ -38,7 +38,7 @@ def test_search_goes_through_every_page_newest_first(pipelines: PipelineReposito
     assert pages(pipelines.search, name="absent") == [[]]
 
 
-def test_pages_stay_as_they_are_while_pipelines_come_and_go(pipelines: PipelineRepository) -> None:
+def test_search_next_page_is_stable_while_pipelines_change(pipelines: PipelineRepository) -> None:
     ids = [pipelines.create(new(f"p{index}")).id for index in range(6)]
     first = pipelines.search(limit=3)
     pipelines.create(new("newer"))
@@ -47,7 +47,7 @@ def test_pages_stay_as_they_are_while_pipelines_come_and_go(pipelines: PipelineR
     assert [item.name for item in pipelines.search(after=first.next_cursor, limit=3).items] == ["p2", "p0"]
 
 
-def test_search_takes_names_literally(pipelines: PipelineRepository) -> None:
+def test_search_by_name_matches_literally(pipelines: PipelineRepository) -> None:
     for name in ("100%", "100", "a_b", "ab", "C:\\x", "it's", "Ä", "%(name)s"):
         pipelines.create(new(name))
     for name, expected in (
@@ -63,12 +63,12 @@ def test_search_takes_names_literally(pipelines: PipelineRepository) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "3", None, 2**31])
-def test_search_refuses_a_limit_that_is_none(pipelines: PipelineRepository, limit: Any) -> None:
+def test_search_with_bad_limit_raises_invalid_data(pipelines: PipelineRepository, limit: Any) -> None:
     with pytest.raises(InvalidDataError, match="limit"):
         pipelines.search(limit=limit)
 
 
-def test_search_refuses_other_arguments_that_are_none(pipelines: PipelineRepository) -> None:
+def test_search_with_bad_arguments_raises(pipelines: PipelineRepository) -> None:
     with pytest.raises(PipelineError):
         pipelines.search(status="archived")  # type: ignore[arg-type]
     with pytest.raises(InvalidDataError, match="name"):
@@ -78,7 +78,7 @@ def test_search_refuses_other_arguments_that_are_none(pipelines: PipelineReposit
     assert pipelines.search(name="", after=2**40).items == ()
 
 
-def test_one_bad_row_does_not_break_a_page(pipelines: PipelineRepository, raw: psycopg.Connection) -> None:
+def test_search_with_one_bad_row_returns_the_page(pipelines: PipelineRepository, raw: psycopg.Connection) -> None:
     pipelines.create(new("good"))
     pipelines._session.commit()
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER ALL")

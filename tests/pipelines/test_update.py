@@ -15,7 +15,7 @@ from tests.support.graphs import AGENT, CYCLE, TRIGGER, UNFINISHED
 from tests.support.pipelines import new
 
 
-def test_update_writes_the_given_fields_only(each: Session, raw: psycopg.Connection) -> None:
+def test_update_writes_given_fields_only(each: Session, raw: psycopg.Connection) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new(description="d", timeout_seconds=60))
     changed = pipelines.update(made.id, PipelineUpdate(name="q", timeout_seconds=None))
@@ -32,7 +32,7 @@ def test_update_writes_the_given_fields_only(each: Session, raw: psycopg.Connect
     assert pipelines.update(made.id, PipelineUpdate()).name == "q"
 
 
-def test_update_refuses_a_bad_graph_whichever_half_is_given(each: Session) -> None:
+def test_update_half_a_graph_that_breaks_it_raises_invalid_pipeline(each: Session) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new())
     for changes, sentence in (
@@ -48,7 +48,7 @@ def test_update_refuses_a_bad_graph_whichever_half_is_given(each: Session) -> No
     assert pipelines.get(made.id) == made
 
 
-def test_update_of_a_draft(each: Session) -> None:
+def test_update_draft_keeps_it_incomplete_with_allow_incomplete(each: Session) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new(nodes=[], edges=[]), allow_incomplete=True)
     with pytest.raises(InvalidPipelineError):
@@ -64,7 +64,7 @@ def test_update_of_a_draft(each: Session) -> None:
     assert pipelines.update(made.id, PipelineUpdate(nodes=[AGENT], status=PipelineStatus.ACTIVE)).status == "active"
 
 
-def test_an_active_pipeline_does_not_become_incomplete(each: Session) -> None:
+def test_update_active_pipeline_to_incomplete_raises(each: Session) -> None:
     """3.2: making an incomplete pipeline active is refused; so is making an active one incomplete."""
     pipelines = PipelineRepository(each)
     made = pipelines.create(new(status="active"))
@@ -76,7 +76,7 @@ def test_an_active_pipeline_does_not_become_incomplete(each: Session) -> None:
     assert pipelines.update(made.id, both, allow_incomplete=True).status == "paused"
 
 
-def test_update_of_what_is_not_there(pipelines: PipelineRepository) -> None:
+def test_update_missing_pipeline_raises_not_found(pipelines: PipelineRepository) -> None:
     for call in (
         lambda: pipelines.update(1, PipelineUpdate(name="x")),
         lambda: pipelines.update(1, PipelineUpdate(name="x"), expected_version=3),

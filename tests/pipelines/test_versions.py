@@ -19,7 +19,7 @@ from tests.support.graphs import DELAY, EDGES, NODES, TRIGGER
 from tests.support.pipelines import new
 
 
-def test_a_new_graph_is_a_new_version_and_the_same_graph_is_none(each: Session, raw: psycopg.Connection) -> None:
+def test_update_graph_adds_version_only_when_it_differs(each: Session, raw: psycopg.Connection) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new())
     assert pipelines.update(made.id, PipelineUpdate(nodes=NODES, edges=EDGES, name="q")).version == 1
@@ -31,7 +31,7 @@ def test_a_new_graph_is_a_new_version_and_the_same_graph_is_none(each: Session, 
     assert rows == [(1, NODES, EDGES, 2), (2, [*NODES, DELAY], EDGES, 3), (3, [*NODES, DELAY], [], 3)]
 
 
-def test_versions_are_never_changed(each: Session, raw: psycopg.Connection) -> None:
+def test_update_stored_version_by_sql_is_refused(each: Session, raw: psycopg.Connection) -> None:
     PipelineRepository(each).create(new())
     for table in ("pipeline_versions", "pipeline_version_nodes"):
         for role in ("origin", "replica"):
@@ -44,7 +44,7 @@ def test_versions_are_never_changed(each: Session, raw: psycopg.Connection) -> N
     assert raw.execute("SELECT version FROM circle.pipelines").fetchone() == (1,)
 
 
-def test_expected_version_guards_the_graph(each: Session) -> None:
+def test_update_with_stale_expected_version_raises(each: Session) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new())
     changed = pipelines.update(made.id, PipelineUpdate(nodes=[TRIGGER], edges=[]), expected_version=1)
@@ -63,7 +63,7 @@ def test_expected_version_guards_the_graph(each: Session) -> None:
     assert pipelines.update(made.id, PipelineUpdate(name="r"), expected_version=2).name == "r"
 
 
-def test_of_two_editors_with_one_version_one_wins(database: Database) -> None:
+def test_update_concurrently_with_one_version_succeeds_once(database: Database) -> None:
     with database.session() as session:
         made = PipelineRepository(session).create(new())
     barrier, answers = threading.Barrier(4), []
@@ -88,7 +88,7 @@ def test_of_two_editors_with_one_version_one_wins(database: Database) -> None:
     assert sorted(answers) == [0, 2, 2, 2]
 
 
-def test_runs_under_way_keep_the_graph_that_they_began_with(each: Session) -> None:
+def test_update_graph_leaves_running_runs_on_their_version(each: Session) -> None:
     pipelines, runs = PipelineRepository(each), RunRepository(each)
     made = pipelines.create(new(status="active"))
     old = runs.create(made.id)

@@ -121,7 +121,7 @@ def events_of(raw: psycopg.Connection) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("copy", [in_full, data_only, with_triggers_disabled], ids=lambda copy: copy.__name__)
-def test_a_dump_is_restored_in_another_cluster(
+def test_dump_restored_in_other_cluster_keeps_events_readable(
     source: EmbeddedServer, cluster: EmbeddedServer, target: str, copy: Copy
 ) -> None:
     copy(source, cluster, target)
@@ -151,7 +151,7 @@ def test_a_dump_is_restored_in_another_cluster(
             assert names(read_all(session, running.id))[-1] == "run cancelled"
 
 
-def test_a_logical_subscriber_has_each_event_once(source: EmbeddedServer, cluster: EmbeddedServer, target: str) -> None:
+def test_logical_subscriber_has_each_event_once(source: EmbeddedServer, cluster: EmbeddedServer, target: str) -> None:
     with Database(target) as database:
         database.upgrade()
     with connect(source.url) as here, connect(target) as there:

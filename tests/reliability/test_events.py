@@ -145,7 +145,7 @@ def lines_of(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
-def test_none_is_missed_and_none_comes_twice(own_server: EmbeddedServer, tmp_path: Path) -> None:
+def test_events_are_read_once_across_kills_and_restart(own_server: EmbeddedServer, tmp_path: Path) -> None:
     url = own_server.url
     with Database(url) as database:
         database.upgrade()

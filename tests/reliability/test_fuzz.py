@@ -403,7 +403,7 @@ STORED = """SELECT p.id, p.name, p.status, p.nodes::text, p.edges::text,
 
 
 @pytest.mark.parametrize("path", INSERTING)
-def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(path: str, stage: Stage, connect: Any) -> None:
+def test_random_graph_is_stored_if_and_only_if_legal(path: str, stage: Stage, connect: Any) -> None:
     failures: list[str] = []
     counted: Counter[str] = Counter()
     look: psycopg.Connection = connect(stage.url)
@@ -462,5 +462,5 @@ def test_what_is_illegal_stays_out_and_what_is_legal_gets_in(path: str, stage: S
         ([NODE, NODE | {"id": "a"}, NODE | {"id": "m"}], [EDGE], True, ["n", "m", "a"]),
     ],
 )
-def test_the_oracle_knows(nodes: Items, edges: Items, active: bool, order: list[str] | None) -> None:
+def test_oracle_knows_examples(nodes: Items, edges: Items, active: bool, order: list[str] | None) -> None:
     assert by_oracle(nodes, edges, active=active) == order

@@ -148,7 +148,7 @@ def clean_catalogs(url: str) -> dict[str, list[str]]:
     return found
 
 
-def test_migrators_that_are_killed(server: servers.Server) -> None:
+def test_killed_migrator_can_be_run_again(server: servers.Server) -> None:
     names = [server.create(), server.create()]
     clean, used = map(server.database_url, names)
     try:
@@ -158,7 +158,7 @@ def test_migrators_that_are_killed(server: servers.Server) -> None:
             server.drop(name)
 
 
-def test_servers_that_are_killed() -> None:
+def test_killed_server_leaves_a_migration_that_resumes() -> None:
     """Each time all of the server at once; an embedded one, with data of its own, whichever the other tests have."""
     folder = Path(tempfile.mkdtemp(prefix="gathering-kills-"))
     running = embedded.start(folder / "data")

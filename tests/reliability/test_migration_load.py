@@ -247,7 +247,7 @@ PASSES = (
 
 
 @pytest.mark.parametrize(("name", "up", "down", "create_index"), PASSES, ids=[one[0] for one in PASSES])
-def test_writers_go_on(
+def test_writers_stand_still_briefly_during_each_revision(
     url: str,
     steps: Steps,
     name: str,

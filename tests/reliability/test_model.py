@@ -531,7 +531,7 @@ def machine(database: Database, database_url: str) -> Iterator[type[Lifecycle]]:
         yield Machine
 
 
-def test_the_database_does_what_the_model_does(machine: type[Lifecycle]) -> None:
+def test_random_calls_behave_as_the_model(machine: type[Lifecycle]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(

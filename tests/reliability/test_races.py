@@ -123,7 +123,9 @@ def check_counters(raw: psycopg.Connection) -> None:
 # --- two ends of one run -----------------------------------------------------------------------------------------------
 
 
-def test_a_join_starts_once(runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_join_of_concurrent_nodes_starts_once(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
     pipeline = store(session, "a>j b>j")
     for _ in range(ROUNDS):
         run_id = runs.create(pipeline).id
@@ -150,7 +152,7 @@ WHERE n.run_id = d.run_id AND n.position = ANY (d.successors) AND n.status = 'pe
 RETURNING n.node_id"""
 
 
-def test_that_the_join_would_be_lost_in_one_statement(runs: RunRepository, session: Session, race: Racers) -> None:
+def test_join_in_one_statement_would_be_lost(runs: RunRepository, session: Session, race: Racers) -> None:
     """The race above can fail: with data-modifying CTEs each writer sees the other's node as it was before."""
     pipeline = store(session, "a>j b>j")
 
@@ -170,7 +172,7 @@ def test_that_the_join_would_be_lost_in_one_statement(runs: RunRepository, sessi
     assert lost > 0
 
 
-def test_a_run_whose_last_two_nodes_end_at_once_ends_once(
+def test_concurrent_last_nodes_end_the_run_once(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a b")
@@ -187,7 +189,7 @@ def test_a_run_whose_last_two_nodes_end_at_once_ends_once(
     check_counters(raw)
 
 
-def test_of_two_that_finish_after_their_node_one_succeeds(
+def test_concurrent_finish_succeeds_once(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a b")
@@ -207,7 +209,7 @@ def test_of_two_that_finish_after_their_node_one_succeeds(
     check_counters(raw)
 
 
-def test_of_eight_that_end_a_run_one_wins(
+def test_concurrent_ends_of_a_run_succeed_once(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a b", timeout_seconds=1, retry_backoff_base=0)
@@ -253,7 +255,7 @@ def test_of_eight_that_end_a_run_one_wins(
     check_counters(raw)
 
 
-def test_a_retry_and_the_end_of_its_run(
+def test_retry_concurrent_with_end_of_run_leaves_no_live_node(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     """A node that is to be retried beside the last one that completes: the run goes on."""
@@ -276,7 +278,7 @@ def test_a_retry_and_the_end_of_its_run(
 # --- beginnings --------------------------------------------------------------------------------------------------------
 
 
-def test_runs_created_beside_edits_have_all_the_nodes_of_their_version(
+def test_create_while_graph_is_edited_has_all_nodes_of_its_version(
     session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, chain(3))
@@ -306,7 +308,9 @@ def test_runs_created_beside_edits_have_all_the_nodes_of_their_version(
     check_counters(raw)
 
 
-def test_callers_with_one_key_get_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_concurrent_create_with_one_key_creates_one_run(
+    session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
     pipeline = store(session, "a>b")
     for at in range(ROUNDS):
         create = on(lambda runs, at: runs.create(pipeline, {"n": at}, idempotency_key=f"key {at}").id, at)
@@ -317,7 +321,7 @@ def test_callers_with_one_key_get_one_run(session: Session, race: Racers, raw: p
 
 
 @pytest.mark.parametrize("commits", [True, False])
-def test_a_caller_waits_for_the_other_with_its_key(
+def test_create_waits_for_uncommitted_run_with_its_key(
     database: Database, session: Session, race: Racers, commits: bool
 ) -> None:
     pipeline = store(session, "a")
@@ -344,7 +348,9 @@ def test_a_caller_waits_for_the_other_with_its_key(
     assert RunRepository(session).get(other.id).id == other.id
 
 
-def test_a_run_created_while_its_pipeline_is_deleted(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_create_while_pipeline_is_deleted_is_found_or_refused(
+    session: Session, race: Racers, raw: psycopg.Connection
+) -> None:
     for _ in range(ROUNDS):
         pipeline = store(session, "a>b")
         RunRepository(session).create(pipeline)
@@ -357,7 +363,7 @@ def test_a_run_created_while_its_pipeline_is_deleted(session: Session, race: Rac
         assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
 
 
-def test_a_pipeline_is_deleted_among_busy_creators(
+def test_delete_among_busy_creators_succeeds(
     database: Database, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     """Creators share a lock on the pipeline and then bump its counters: who deletes it neither starves nor deadlocks."""
@@ -381,9 +387,7 @@ def test_a_pipeline_is_deleted_among_busy_creators(
         assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (0,)
 
 
-def test_a_run_created_after_its_pipeline_was_deleted_in_an_open_transaction(
-    database: Database, session: Session, race: Racers
-) -> None:
+def test_create_after_uncommitted_delete_waits_and_raises(database: Database, session: Session, race: Racers) -> None:
     pipeline = store(session, "a>b")
     with database.session() as deleting:
         PipelineRepository(deleting).delete(pipeline)
@@ -414,7 +418,7 @@ def wait_for_a_waiter(database: Database) -> None:
 # --- leases ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stale_worker_against_recovery_and_the_next_owner(
+def test_stale_worker_never_writes_after_recovery(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a>b", retry_backoff_base=0, max_retries_per_node=5)
@@ -464,7 +468,7 @@ def test_a_stale_worker_against_recovery_and_the_next_owner(
     check_counters(raw)
 
 
-def test_sixteen_claimers_get_each_run_once(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_concurrent_claims_get_each_run_once(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a")
     raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) SELECT %s FROM generate_series(1, 2000)", [pipeline])
 
@@ -483,7 +487,7 @@ def test_sixteen_claimers_get_each_run_once(session: Session, race: Racers, raw:
     assert sorted(rows) == sorted((run_id, f"worker {name}", 1, 1, "running") for run_id, name in owners)
 
 
-def test_sweepers_beside_each_other(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_concurrent_sweeps_take_each_run_once(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     """Each lost run is taken once, by one of several; nobody waits, and no two deadlock."""
     pipeline = store(session, "a", retry_backoff_base=0)
     runs = RunRepository(session)
@@ -503,7 +507,7 @@ def test_sweepers_beside_each_other(session: Session, race: Racers, raw: psycopg
     assert [node.retry_count for run_id in ids for node in runs.nodes(run_id)] == [1] * 60
 
 
-def test_sweepers_end_runs_of_many_pipelines_without_a_deadlock(
+def test_concurrent_sweeps_of_many_pipelines_do_not_deadlock(
     session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
     """Their counters are bumped in one order, whatever order the runs were created in."""
@@ -528,7 +532,7 @@ def test_sweepers_end_runs_of_many_pipelines_without_a_deadlock(
 
 
 @pytest.mark.parametrize("end", ["cancel", "fail"])
-def test_the_end_in_a_transaction_older_than_the_start_of_a_node(
+def test_end_in_older_transaction_is_not_before_the_start(
     database: Database, runs: RunRepository, session: Session, end: str
 ) -> None:
     run_id = runs.create(store(session, "a>b")).id
@@ -551,7 +555,7 @@ def test_the_end_in_a_transaction_older_than_the_start_of_a_node(
 
 
 @pytest.mark.parametrize("late", ["cancel", "expire", "complete_node", "release"])
-def test_a_call_that_waited_for_the_start_of_a_node(
+def test_call_that_waited_for_a_start_is_not_before_it(
     database: Database, runs: RunRepository, session: Session, race: Racers, late: str
 ) -> None:
     run_id = runs.create(store(session, "a", timeout_seconds=1)).id
@@ -581,7 +585,7 @@ def test_a_call_that_waited_for_the_start_of_a_node(
     assert node.status == "pending" or (node.completed_at or node.started_at) >= node.started_at  # type: ignore[operator]
 
 
-def test_a_raw_start_of_a_node_beside_a_release(
+def test_raw_node_start_concurrent_with_release_leaves_no_running_node(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection, database: Database
 ) -> None:
     """Nodes move only while their run is running, also when a writer that takes no lock is in between."""
@@ -608,7 +612,7 @@ def test_a_raw_start_of_a_node_beside_a_release(
     assert row != ("pending", "running")
 
 
-def test_mixed_calls_end_well(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+def test_concurrent_mixed_calls_end_every_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     """Eight executors, cancellers and sweepers on the same few runs: typed errors only, and no deadlock."""
     pipeline = store(session, "t>a t>b a>j b>j", retry_backoff_base=0, max_retries_per_node=1_000)
     ids = [RunRepository(session).create(pipeline).id for _ in range(max(4, ROUNDS // 4))]
@@ -649,7 +653,7 @@ def test_mixed_calls_end_well(session: Session, race: Racers, raw: psycopg.Conne
     check_counters(raw)
 
 
-def test_what_is_deleted_beside_its_worker_is_not_found(runs: RunRepository, session: Session, race: Racers) -> None:
+def test_call_on_run_deleted_concurrently_raises_not_found(runs: RunRepository, session: Session, race: Racers) -> None:
     for _ in range(max(1, ROUNDS // 4)):
         pipeline = store(session, chain(5), status=PipelineStatus.ACTIVE)
         run_id = runs.create(pipeline).id

@@ -108,7 +108,7 @@ WITH told AS (
 SELECT * FROM told FULL JOIN meant USING (run_id, node_id, type, count) WHERE told IS NULL OR meant IS NULL"""
 
 
-def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+def test_killed_server_keeps_acknowledged_calls(tmp_path: Path) -> None:
     files = [tmp_path / f"worker {number}" for number in range(WORKERS)]
     chance = random.Random(KILLS)
     with servers.own() as server:

@@ -104,7 +104,7 @@ def live(raw: psycopg.Connection) -> int:
     return count
 
 
-def test_every_run_ends_whoever_is_killed(database: Database, database_url: str, raw: psycopg.Connection) -> None:
+def test_killed_workers_leave_no_unfinished_run(database: Database, database_url: str, raw: psycopg.Connection) -> None:
     from tests.support.runs import store
 
     raw.execute(ACCEPTED)

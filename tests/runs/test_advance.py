@@ -21,7 +21,7 @@ from tests.support.databases import contents
 from tests.support.runs import counters, done, statuses, store
 
 
-def test_advance_from_beginning_to_end(
+def test_advance_diamond_starts_ready_nodes_and_ends_the_run(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
 ) -> None:
     pipeline = store(session)
@@ -45,7 +45,7 @@ def test_advance_from_beginning_to_end(
     assert (run.status, counters(raw, pipeline)) == ("completed", (1, 1, 0))
 
 
-def test_advance_ends_a_run_that_failed(runs: RunRepository, session: Session) -> None:
+def test_advance_after_failed_node_ends_the_run_once_nothing_runs(runs: RunRepository, session: Session) -> None:
     run_id = runs.create(store(session)).id
     runs.advance(run_id)
     runs.advance(run_id, [done("a")])
@@ -56,7 +56,7 @@ def test_advance_ends_a_run_that_failed(runs: RunRepository, session: Session) -
     assert (run.status, run.error_message, statuses(runs, run_id)["d"]) == ("failed", "no luck", "cancelled")
 
 
-def test_advance_starts_due_retries_and_no_others(
+def test_advance_with_retries_starts_the_due_ones_only(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     run_id = runs.create(store(session, "a b", retry_backoff_base=60)).id
@@ -71,7 +71,7 @@ def test_advance_starts_due_retries_and_no_others(
     assert runs.get(run_id).status == RunStatus.RUNNING
 
 
-def test_what_a_caller_rolls_back_never_was(database: Database, raw: psycopg.Connection) -> None:
+def test_advance_rolled_back_changes_nothing(database: Database, raw: psycopg.Connection) -> None:
     with database.session(autocommit=True) as session:
         run_id = RunRepository(session).create(store(session)).id
     before = contents(raw)

@@ -42,14 +42,16 @@ BY_RUN: dict[str, Callable[[RunRepository, int], object]] = {
 }
 
 
-def test_an_id_that_no_bigint_holds_is_not_there_either(runs: RunRepository) -> None:
+def test_call_with_id_beyond_bigint_raises_not_found(runs: RunRepository) -> None:
     for missing in (2**63, -(2**63) - 1, 10**30):
         found = {name: raised(call, runs, missing) for name, call in BY_RUN.items()}
         assert found == dict.fromkeys(BY_RUN, "RunNotFoundError")
 
 
 @pytest.mark.parametrize("bad", ["1", True, 1.0, None, [1], 10**5000], ids=lambda bad: type(bad).__name__)
-def test_an_id_or_token_that_is_no_number(runs: RunRepository, session: Session, bad: Any) -> None:
+def test_call_with_id_or_token_of_wrong_type_raises_invalid_data(
+    runs: RunRepository, session: Session, bad: Any
+) -> None:
     run_id = started(runs, session, "a")
     for call in BY_RUN.values():
         with pytest.raises(InvalidDataError, match="^run_id must be a whole number"):
@@ -68,7 +70,7 @@ def test_an_id_or_token_that_is_no_number(runs: RunRepository, session: Session,
     assert runs.get(run_id).status == "running"  # the transaction goes on: no SQL was sent
 
 
-def test_what_must_be_given_is_not_none(runs: RunRepository, session: Session) -> None:
+def test_call_with_none_for_a_required_argument_raises_invalid_data(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "a")
     nothing: Any = None
     calls: dict[str, Callable[[], object]] = {
@@ -83,7 +85,9 @@ def test_what_must_be_given_is_not_none(runs: RunRepository, session: Session) -
     assert runs.get(run_id).status == "running"
 
 
-def test_nor_is_such_a_pipeline(runs: RunRepository, refuses: Callable[..., Any]) -> None:
+def test_create_with_pipeline_id_beyond_bigint_raises_not_found(
+    runs: RunRepository, refuses: Callable[..., Any]
+) -> None:
     for missing in (2**63, -(10**30)):
         with refuses(PipelineNotFoundError) as caught:
             runs.create(missing)
@@ -92,7 +96,9 @@ def test_nor_is_such_a_pipeline(runs: RunRepository, refuses: Callable[..., Any]
         assert runs.search(missing).items == ()
 
 
-def test_what_is_not_there(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
+def test_call_on_missing_run_or_node_raises_not_found(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any]
+) -> None:
     run_id = started(runs, session, "a")
     for missing in (0, -1, 10**6, 2**31, 2**63 - 1):
         for call in BY_RUN.values():
@@ -136,7 +142,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_what_is_no_json_is_refused_where_it_is(
+def test_call_with_unstorable_json_names_the_place(
     runs: RunRepository, session: Session, refuses: Callable[..., Any], what: str
 ) -> None:
     value, place = BAD_JSON[what]
@@ -161,7 +167,7 @@ def test_what_is_no_json_is_refused_where_it_is(
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800", 7])
-def test_what_is_no_text_is_refused(
+def test_call_with_text_of_wrong_type_or_content_raises_invalid_data(
     runs: RunRepository, session: Session, refuses: Callable[..., Any], text: Any
 ) -> None:
     pipeline = store(session, "a b")
@@ -186,7 +192,9 @@ def test_what_is_no_text_is_refused(
         assert name in str(caught.value)
 
 
-def test_arguments_out_of_range(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
+def test_call_with_argument_out_of_range_raises_invalid_data(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any]
+) -> None:
     pipeline = store(session, "a")
     run = claimed(runs, session, "a")
     token = run.claim_token

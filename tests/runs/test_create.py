@@ -26,7 +26,7 @@ from tests.support.graphs import graph
 from tests.support.runs import clock, counters, store
 
 
-def test_a_new_run_is_pending_with_all_the_nodes_of_its_version(
+def test_create_active_pipeline_returns_pending_run_with_all_nodes(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "x a>b a>c b>d c>d")
@@ -58,7 +58,7 @@ def test_a_new_run_is_pending_with_all_the_nodes_of_its_version(
     assert runs.create(pipeline).trigger_data == {}
 
 
-def test_a_run_of_a_pipeline_that_is_not_there(runs: RunRepository, refuses: Callable[..., Any]) -> None:
+def test_create_missing_pipeline_raises_not_found(runs: RunRepository, refuses: Callable[..., Any]) -> None:
     for missing in (1, 0, -1, 2**31, 2**40, 2**63 - 1):
         with refuses(PipelineNotFoundError) as caught:
             runs.create(missing)
@@ -66,7 +66,7 @@ def test_a_run_of_a_pipeline_that_is_not_there(runs: RunRepository, refuses: Cal
 
 
 @pytest.mark.parametrize("status", [PipelineStatus.PAUSED, PipelineStatus.DRAFT])
-def test_a_run_of_a_pipeline_that_is_not_active(
+def test_create_inactive_pipeline_raises_inactive(
     runs: RunRepository, session: Session, refuses: Callable[..., Any], status: PipelineStatus
 ) -> None:
     pipeline = store(session, status=status)
@@ -86,7 +86,7 @@ def test_a_run_of_a_pipeline_that_is_not_active(
         ({}, [], "invalid_shape"),
     ],
 )
-def test_a_run_of_a_broken_graph(
+def test_create_broken_graph_raises_invalid_pipeline(
     runs: RunRepository,
     raw: psycopg.Connection,
     refuses: Callable[..., Any],
@@ -105,7 +105,9 @@ def test_a_run_of_a_broken_graph(
     assert [(issue.severity, issue.code) for issue in caught.value.issues] == [("error", code)]
 
 
-def test_a_run_of_an_empty_graph(runs: RunRepository, raw: psycopg.Connection, refuses: Callable[..., Any]) -> None:
+def test_create_empty_graph_raises_invalid_pipeline(
+    runs: RunRepository, raw: psycopg.Connection, refuses: Callable[..., Any]
+) -> None:
     row = raw.execute("INSERT INTO circle.pipelines (name, status) VALUES ('empty', 'draft') RETURNING id").fetchone()
     with unguarded(raw, "pipelines"):
         raw.execute("UPDATE circle.pipelines SET status = 'active'")
@@ -115,7 +117,7 @@ def test_a_run_of_an_empty_graph(runs: RunRepository, raw: psycopg.Connection, r
     assert [issue.code for issue in caught.value.issues] == ["no_nodes"]
 
 
-def test_the_same_key_again_returns_the_first_run(
+def test_create_with_used_idempotency_key_returns_first_run(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     pipeline, other = store(session), store(session)

@@ -20,7 +20,7 @@ from gathering_pipeline.errors import (
 from tests.support.runs import LEASE, claimed, clock, done, lose_lease, raised, started, statuses, store
 
 
-def test_claims_take_the_oldest_pending_runs(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_claim_takes_oldest_pending_runs(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a")
     ids = [runs.create(pipeline).id for _ in range(6)]
     runs.start(ids[0])
@@ -38,7 +38,7 @@ def test_claims_take_the_oldest_pending_runs(runs: RunRepository, session: Sessi
     assert runs.claim("two", LEASE, limit=100) == []
 
 
-def test_heartbeats_extend_the_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_heartbeat_extends_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session)
     since = clock(raw)
     ends = runs.heartbeat(run.id, timedelta(hours=1), token=run.claim_token)
@@ -49,7 +49,7 @@ def test_heartbeats_extend_the_lease(runs: RunRepository, session: Session, raw:
     assert runs.recover() == []
 
 
-def test_a_heartbeat_says_why_the_lease_is_lost(
+def test_heartbeat_with_wrong_token_raises_lease_lost_with_status(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a")
@@ -71,7 +71,7 @@ def test_a_heartbeat_says_why_the_lease_is_lost(
     assert caught.value.status == "running"
 
 
-def test_a_released_run_is_as_good_as_new(runs: RunRepository, session: Session) -> None:
+def test_release_returns_run_to_pending_and_keeps_finished_nodes(runs: RunRepository, session: Session) -> None:
     run = claimed(runs, session)
     runs.advance(run.id, token=run.claim_token)
     runs.advance(run.id, [done("a")], token=run.claim_token)
@@ -107,7 +107,7 @@ WRITES: dict[str, Callable[[RunRepository, int, Any], object]] = {
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_every_write_on_a_claimed_run_needs_the_current_token(
+def test_write_with_stale_token_raises_lease_lost(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any], name: str
 ) -> None:
     stale = claimed(runs, session, "a b")
@@ -132,7 +132,7 @@ def test_every_write_on_a_claimed_run_needs_the_current_token(
             WRITES[name](runs, run.id, run.claim_token)
 
 
-def test_a_token_that_no_bigint_holds_is_a_wrong_one(runs: RunRepository, session: Session) -> None:
+def test_write_with_token_beyond_bigint_raises_lease_lost(runs: RunRepository, session: Session) -> None:
     run = claimed(runs, session, "a b")
     for token in (2**63, -(10**30)):
         found = {name: raised(call, runs, run.id, token) for name, call in WRITES.items()}

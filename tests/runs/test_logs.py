@@ -17,9 +17,7 @@ from gathering_pipeline.errors import (
 from tests.support.runs import started
 
 
-def test_logs_are_appended_also_when_the_run_is_over(
-    runs: RunRepository, session: Session, raw: psycopg.Connection
-) -> None:
+def test_append_log_on_terminal_run_appends(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run_id = started(runs, session, "a")
     entries = [{"level": "info", "text": "ü"}, "plain", 3, None, [1, [2]], False]
     for entry in entries[:3]:
@@ -34,7 +32,7 @@ def test_logs_are_appended_also_when_the_run_is_over(
     assert runs.get(run_id).logs == ["again"]
 
 
-def test_an_entry_lies_one_level_deep_in_the_logs(
+def test_append_log_entry_may_be_one_level_less_deep(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run_id = started(runs, session, "a")

@@ -21,7 +21,7 @@ from gathering_pipeline.errors import (
 from tests.support.runs import counters, done, started, statuses, store
 
 
-def test_a_node_that_is_not_ready_says_what_it_waits_for(
+def test_start_node_not_ready_names_what_it_waits_for(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run_id = started(runs, session)
@@ -37,7 +37,7 @@ def test_a_node_that_is_not_ready_says_what_it_waits_for(
     assert runs.start_node(run_id, "d").status == NodeStatus.RUNNING
 
 
-def test_nodes_move_only_while_their_run_is_running(
+def test_node_call_on_pending_run_raises_illegal_transition(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run_id = runs.create(store(session, "a")).id
@@ -57,7 +57,9 @@ def test_nodes_move_only_while_their_run_is_running(
     assert runs.ready_nodes(run_id) == []
 
 
-def test_skipping_goes_on_transitively(runs: RunRepository, session: Session) -> None:
+def test_skip_node_skips_nodes_behind_it_only_when_all_predecessors_are_skipped(
+    runs: RunRepository, session: Session
+) -> None:
     run_id = started(runs, session, "t>l t>r l>l2 l2>join r>join l>x x>y y>join2 l2>join2")
     runs.record(run_id, [done("t")])
     assert runs.skip_node(run_id, "l").node_id == "l"
@@ -73,7 +75,7 @@ def test_skipping_goes_on_transitively(runs: RunRepository, session: Session) ->
     assert runs.get(run_id).status == RunStatus.COMPLETED
 
 
-def test_after_a_permanent_failure_nothing_new_starts(
+def test_start_node_after_permanent_failure_raises_not_ready(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
 ) -> None:
     pipeline = store(session, "a b c>d e>f g", retry_backoff_base=0)
@@ -102,9 +104,7 @@ def test_after_a_permanent_failure_nothing_new_starts(
     assert counters(raw, pipeline) == (1, 0, 1)
 
 
-def test_of_several_failures_in_one_batch_the_first_in_execution_order_is_told(
-    runs: RunRepository, session: Session
-) -> None:
+def test_finish_after_several_failures_reports_first_in_execution_order(runs: RunRepository, session: Session) -> None:
     names = [f"n{at}" for at in range(40)]
     for seed in range(5):
         run_id = runs.create(store(session, " ".join(names))).id

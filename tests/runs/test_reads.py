@@ -17,7 +17,7 @@ from gathering_pipeline import (
 from tests.support.runs import store
 
 
-def test_pages_of_the_history(runs: RunRepository, session: Session) -> None:
+def test_search_pages_through_history_newest_first(runs: RunRepository, session: Session) -> None:
     one, two = store(session, "a"), store(session, "a")
     ids = [runs.create(pipeline).id for _ in range(10) for pipeline in (one, two)]
     for run_id in ids[::3]:
@@ -52,7 +52,7 @@ def test_pages_of_the_history(runs: RunRepository, session: Session) -> None:
     assert len(runs.search(after=2**62, limit=1_000).items) > len(ids)
 
 
-def test_counts_and_statistics(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_statistics_of_known_durations_match(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     pipeline, other = store(session, "a"), store(session, "a")
     assert runs.counts() == dict.fromkeys(RunStatus, 0)
     empty = runs.statistics(other)

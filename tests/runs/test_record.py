@@ -22,7 +22,7 @@ from gathering_pipeline.errors import (
 from tests.support.runs import counters, done, started, statuses, store
 
 
-def test_an_untaken_branch_by_results(runs: RunRepository, session: Session) -> None:
+def test_record_skipped_branch_skips_its_followers(runs: RunRepository, session: Session) -> None:
     spec = "t>l t>r l>l2 l2>join r>join"
     for call in (runs.advance, runs.record):
         run_id = started(runs, session, spec)
@@ -40,7 +40,9 @@ def test_an_untaken_branch_by_results(runs: RunRepository, session: Session) -> 
     assert runs.get(everything).status == RunStatus.COMPLETED
 
 
-def test_results_are_recorded_all_or_none(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
+def test_record_with_one_bad_result_records_none(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any]
+) -> None:
     pending = runs.create(store(session)).id
     running = started(runs, session)
     runs.record(running, [done("a")])
@@ -70,7 +72,9 @@ def test_results_are_recorded_all_or_none(runs: RunRepository, session: Session,
     assert runs.get(pending).status == RunStatus.RUNNING
 
 
-def test_record_reports_afterwards(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_record_terminal_results_stores_outputs_and_durations(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     pipeline = store(session)
     run_id = runs.create(pipeline).id
     results = [
@@ -91,7 +95,7 @@ def test_record_reports_afterwards(runs: RunRepository, session: Session, raw: p
 
 
 @pytest.mark.parametrize("call", [RunRepository.advance, RunRepository.record])
-def test_a_result_with_an_unknown_key_is_refused_not_cut(session: Session, call: Any) -> None:
+def test_record_with_unknown_key_raises_invalid_data(session: Session, call: Any) -> None:
     results = [{"node_id": "a", "status": "completed", "outputs": {"text": "lost"}}]
     with pytest.raises(InvalidDataError, match=r"^results\[0\]\.outputs: Extra inputs are not permitted"):
         call(RunRepository(session), 1, results)

@@ -51,7 +51,7 @@ def check_replay(runs: RunRepository, run_id: int, flow: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
-def test_a_recorded_workflow_in_one_batch(runs: RunRepository, session: Session, name: str) -> None:
+def test_record_whole_workflow_matches_the_recording(runs: RunRepository, session: Session, name: str) -> None:
     flow = workflow(name)
     run_id = runs.create(store(session, nodes=flow["nodes"], edges=flow["edges"])).id
     runs.record(run_id, flow["results"])
@@ -60,7 +60,9 @@ def test_a_recorded_workflow_in_one_batch(runs: RunRepository, session: Session,
 
 
 @pytest.mark.parametrize("name", WORKFLOW_NAMES)
-def test_a_recorded_workflow_step_by_step(runs: RunRepository, session: Session, name: str) -> None:
+def test_advance_workflow_in_random_batches_matches_the_recording(
+    runs: RunRepository, session: Session, name: str
+) -> None:
     flow = workflow(name)
     before = predecessors(flow)
     recorded = {result["node_id"]: result for result in flow["results"]}

@@ -21,7 +21,7 @@ from tests.support.runs import clock, counters, started, store
 
 
 @pytest.mark.parametrize(("base", "longest"), [(1.5, 10.0), (0.0, 5.0), (3.0, 2.0), (31_536_000.0, 31_536_000.0)])
-def test_a_failed_node_is_retried_with_backoff(
+def test_fail_node_retryable_waits_for_backoff(
     runs: RunRepository, session: Session, raw: psycopg.Connection, base: float, longest: float
 ) -> None:
     pipeline = store(session, "a>b", max_retries_per_node=3, retry_backoff_base=base, retry_backoff_max=longest)
@@ -52,7 +52,9 @@ def test_a_failed_node_is_retried_with_backoff(
     assert counters(raw, pipeline) == (1, 0, 1)
 
 
-def test_backoff_never_overflows(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_fail_node_with_huge_retry_count_waits_at_most_the_maximum(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     settings = {"max_retries_per_node": 1_000_000, "retry_backoff_base": 31_536_000, "retry_backoff_max": 31_536_000}
     run_id = started(runs, session, "a", **settings)
     for count in (61, 62, 63, 1_023, 1_024, 999_999):
@@ -65,7 +67,7 @@ def test_backoff_never_overflows(runs: RunRepository, session: Session, raw: psy
         assert node.retry_count == count + 1
 
 
-def test_no_retry(runs: RunRepository, session: Session) -> None:
+def test_fail_node_permanent_or_not_running_is_not_retried(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "a b c", max_retries_per_node=3)
     runs.start_node(run_id, "a")
     runs.start_node(run_id, "b")

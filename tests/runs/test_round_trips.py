@@ -45,7 +45,7 @@ def wire(database_url: str, tmp_path: Path) -> Iterator[tuple[Session, Callable[
 
 
 @pytest.mark.parametrize("length", [1, 10])
-def test_round_trips_of_a_run(wire: tuple[Session, Callable[[], int]], length: int) -> None:
+def test_run_of_a_chain_takes_few_round_trips(wire: tuple[Session, Callable[[], int]], length: int) -> None:
     session, count = wire
     runs = RunRepository(session)
     pipeline = store(session, chain(length))
@@ -77,7 +77,7 @@ def test_round_trips_of_a_run(wire: tuple[Session, Callable[[], int]], length: i
     assert count() - since == 3
 
 
-def test_each_call_is_one_round_trip(wire: tuple[Session, Callable[[], int]]) -> None:
+def test_each_call_takes_one_round_trip(wire: tuple[Session, Callable[[], int]]) -> None:
     session, count = wire
     runs = RunRepository(session)
     pipeline = store(session, "a b c", retry_backoff_base=0)

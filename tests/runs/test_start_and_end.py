@@ -21,7 +21,7 @@ from gathering_pipeline.errors import (
 from tests.support.runs import clock, counters, done, started, statuses, store
 
 
-def test_a_run_step_by_step(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_run_step_by_step_stores_times_and_data(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a>b")
     run = runs.create(pipeline)
     since = clock(raw)
@@ -59,7 +59,7 @@ def test_a_run_step_by_step(runs: RunRepository, session: Session, raw: psycopg.
         (lambda runs, run_id: runs.cancel(run_id, "enough"), RunStatus.CANCELLED, (1, 0, 0)),
     ],
 )
-def test_the_ends_of_a_run_and_what_they_count(
+def test_end_of_run_counts_once_and_refuses_further_calls(
     runs: RunRepository,
     session: Session,
     raw: psycopg.Connection,
@@ -101,7 +101,7 @@ def test_the_ends_of_a_run_and_what_they_count(
         assert (error.current, error.requested) == ("completed", requested)
 
 
-def test_fail_and_cancel_take_live_nodes_along(runs: RunRepository, session: Session) -> None:
+def test_fail_or_cancel_run_cancels_live_nodes(runs: RunRepository, session: Session) -> None:
     for end, status in ((runs.fail, "failed"), (runs.cancel, "cancelled")):
         for begun in (True, False):
             run_id = runs.create(store(session)).id
@@ -120,7 +120,7 @@ def test_fail_and_cancel_take_live_nodes_along(runs: RunRepository, session: Ses
     assert runs.cancel(runs.create(store(session)).id).error_message is None
 
 
-def test_complete_needs_every_node_over_and_none_failed(
+def test_complete_with_live_or_failed_node_raises_illegal_transition(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     pending = runs.create(store(session, "a")).id
@@ -144,7 +144,7 @@ def test_complete_needs_every_node_over_and_none_failed(
     assert runs.finish(run_id).status == RunStatus.FAILED
 
 
-def test_finish_waits_for_what_is_running_ready_or_retried(
+def test_finish_with_running_ready_or_retried_node_raises_illegal_transition(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
 ) -> None:
     pipeline = store(session, "a>b")
@@ -167,7 +167,7 @@ def test_finish_waits_for_what_is_running_ready_or_retried(
     assert counters(raw, pipeline) == (1, 1, 0)
 
 
-def test_what_waits_for_a_cancelled_node_is_cancelled_with_the_end(runs: RunRepository, session: Session) -> None:
+def test_finish_cancels_nodes_behind_a_cancelled_node(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "a>b b>c x")
     runs.record(run_id, [done("a", "cancelled"), done("x")])
     assert runs.finish(run_id).status == RunStatus.COMPLETED

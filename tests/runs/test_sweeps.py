@@ -16,7 +16,9 @@ from tests.support.databases import unguarded
 from tests.support.runs import LEASE, claimed, counters, done, lose_lease, started, statuses, store
 
 
-def test_recover_counts_a_failed_attempt(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_recover_lost_lease_counts_a_failed_attempt(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     pipeline = store(session, max_retries_per_node=2, retry_backoff_base=0)
     run_id = runs.create(pipeline).id
     tokens = [0]
@@ -48,7 +50,9 @@ def test_recover_counts_a_failed_attempt(runs: RunRepository, session: Session, 
     assert tokens[-1] >= tokens[-2]
 
 
-def test_a_run_that_was_claimed_too_often_fails(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_recover_after_too_many_claims_fails_the_run(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     pipeline = store(session, "a", max_retries_per_node=1_000)
     run_id = runs.create(pipeline).id
     for count in range(1, 11):
@@ -65,7 +69,7 @@ def test_a_run_that_was_claimed_too_often_fails(runs: RunRepository, session: Se
     assert [run.status for run in runs.recover(max_claims=1)] == ["failed"]
 
 
-def test_recover_ends_a_run_whose_worker_died_before_it_said_so(
+def test_recover_run_with_all_nodes_terminal_ends_it(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     pipeline = store(session, "a")
@@ -77,7 +81,9 @@ def test_recover_ends_a_run_whose_worker_died_before_it_said_so(
     assert counters(raw, pipeline) == (1, 1, 0)
 
 
-def test_recover_takes_only_what_lost_its_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_recover_takes_only_runs_with_lost_lease(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     without = started(runs, session)
     held = claimed(runs, session)
     lost = [claimed(runs, session).id for _ in range(3)]
@@ -89,7 +95,7 @@ def test_recover_takes_only_what_lost_its_lease(runs: RunRepository, session: Se
     assert (runs.get(without).status, runs.get(held.id).status) == ("running", "running")
 
 
-def test_expire(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_expire_takes_runs_past_their_timeout(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     limited = store(session, timeout_seconds=100)
     ids = [runs.start(runs.create(limited).id).id for _ in range(3)]
     in_time = runs.start(runs.create(limited).id).id
@@ -119,7 +125,7 @@ def test_expire(runs: RunRepository, session: Session, raw: psycopg.Connection) 
     assert [run.id for run in runs.expire()] == [in_time]
 
 
-def test_a_new_claim_keeps_the_start_and_so_the_timeout(
+def test_expire_after_second_claim_counts_from_first_start(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     run = claimed(runs, session, timeout_seconds=100)
@@ -131,7 +137,7 @@ def test_a_new_claim_keeps_the_start_and_so_the_timeout(
     assert [expired.id for expired in runs.expire()] == [run.id]
 
 
-def test_purge(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+def test_purge_deletes_old_terminal_runs_only(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a>b")
     ids = [runs.start(runs.create(pipeline).id).id for _ in range(7)]
     for run_id in ids[:6]:
