@@ -53,7 +53,7 @@ pytest-all: setup ## All tests once, with coverage
 
 pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
 	GATHERING_TEST_POOLER=$$(PATH=$$PATH:/usr/sbin command -v pgbouncer) $(BIN)/python -m pytest \
-		tests/runs tests/pipelines tests/database/test_async.py
+		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py
 
 pytest-embedded: setup ## The tests that need a server, on the embedded one
 	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest --ignore tests/unit --ignore tests/reliability

@@ -1,18 +1,19 @@
-"""Engines and psycopg connections: how a server is reached, checked, probed and watched."""
+"""Engines and psycopg connections: how a server is reached, checked, probed and watched, and the direct way to it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import pq
+from psycopg import generators, pq
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -166,24 +167,170 @@ class _Probe:
         self.alive = pq.PGconn.ping(where) in (pq.Ping.OK, pq.Ping.REJECT)
 
 
-class _Connection(psycopg.Connection[Any]):
+# The direct way: a statement is sent by libpq itself. psycopg's cursor takes longer than a short statement.
+
+
+class Statement:
+    """A SQL statement of a repository. Each of its rows is one text, as a rule JSON.
+
+    Attributes:
+        sql: The statement, with parameters named ``%(name)s``, as SQLAlchemy and psycopg take it.
+        read_only: It writes nothing: a connection that breaks during it leaves no outcome unknown.
+    """
+
+    __slots__ = ("_numbered", "_parameters", "read_only", "sql")
+
+    def __init__(self, sql: str, *, read_only: bool = False) -> None:
+        self.sql = sql
+        self.read_only = read_only
+        self._parameters = tuple(dict.fromkeys(re.findall(r"%\((\w+)\)s", sql)))
+        numbers = {name: f"${number}" for number, name in enumerate(self._parameters, 1)}
+        self._numbered = re.sub(r"%\((\w+)\)s", lambda match: numbers[match[1]], sql).encode()
+
+    def __repr__(self) -> str:
+        return f"Statement({self.sql!r})"
+
+
+_ENCODE: dict[type, Callable[[Any], bytes | None]] = {
+    str: str.encode,
+    int: b"%d".__mod__,
+    float: lambda value: repr(value).encode(),
+    bool: lambda value: b"true" if value else b"false",
+    type(None): lambda _: None,
+}
+_IDLE, _INTRANS = pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS
+_PIPELINE_OFF = pq.PipelineStatus.OFF
+_COMMAND_OK, _TUPLES_OK = pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK
+_SQLSTATE, _SOURCE_FUNCTION = pq.DiagnosticField.SQLSTATE, pq.DiagnosticField.SOURCE_FUNCTION
+Rows = list[str | None]
+
+
+class _Direct(psycopg.BaseConnection[Any]):
+    """What sync and async connections share: the steps of a statement, which the connection's own ``wait`` runs.
+
+    A statement that is run often is prepared under a name, but in autocommit only: after a rollback or DDL psycopg may
+    deallocate every prepared statement of the session. Behind a pooler nothing is prepared
+    (``prepare_threshold`` is None).
+    """
+
+    watchdog: _Watchdog
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._uses: dict[Statement, int] = {}
+        self._names: dict[Statement, bytes] = {}
+        self._named = 0
+
+    def is_direct(self) -> bool:
+        """Whether a statement may be sent now: no BEGIN is due, and no pipeline, COPY or stream is open."""
+        pgconn = self.pgconn
+        status = pgconn.transaction_status
+        return (
+            (status == _INTRANS or (status == _IDLE and self.autocommit))
+            and pgconn.pipeline_status == _PIPELINE_OFF
+            and pgconn.parameter_status(b"client_encoding") == b"UTF8"
+        )
+
+    def _steps(self, statement: Statement, parameters: Mapping[str, Any]) -> Generator[Any, Any, Rows]:
+        values: list[Any] = []
+        for name in statement._parameters:  # noqa: SLF001 - the two are one piece
+            value = parameters[name]
+            encode = _ENCODE.get(type(value)) or _ENCODE[str if isinstance(value, str) else int]
+            values.append(encode(value))
+        if not self.autocommit or self.prepare_threshold is None:
+            return self._rows((yield from self._unnamed(statement, values)))
+        name = self._names.get(statement)
+        if name is None:
+            uses = self._uses[statement] = self._uses.get(statement, 0) + 1
+            if uses <= self.prepare_threshold:
+                return self._rows((yield from self._unnamed(statement, values)))
+            name = yield from self._prepare(statement)
+        self.pgconn.send_query_prepared(name, values)
+        result = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != _TUPLES_OK and self._is_gone(result):
+            self._uses.clear()
+            self._names.clear()
+            result = yield from self._unnamed(statement, values)  # in autocommit the refused statement left nothing
+        return self._rows(result)
+
+    def detect_pooler(self) -> Generator[Any, Any, None]:
+        """Prepare nothing if a pooler is between: then the server's process is not the one that was announced."""
+        if self.prepare_threshold is None:
+            return
+        self.pgconn.send_query_params(b"SELECT pg_backend_pid()", None)
+        result = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != _TUPLES_OK or int(result.get_value(0, 0) or 0) != self.pgconn.backend_pid:
+            self.prepare_threshold = None
+
+    def _unnamed(self, statement: Statement, values: list[Any]) -> Generator[Any, Any, pq.abc.PGresult]:
+        self.pgconn.send_query_params(statement._numbered, values)  # noqa: SLF001
+        result: pq.abc.PGresult = (yield from generators.execute(self.pgconn))[-1]
+        return result
+
+    def _prepare(self, statement: Statement) -> Generator[Any, Any, bytes]:
+        self._named += 1  # a name is never used again: the server may still know it
+        name = b"gathering_%d" % self._named
+        self.pgconn.send_prepare(name, statement._numbered)  # noqa: SLF001
+        result = (yield from generators.execute(self.pgconn))[-1]
+        if result.status != _COMMAND_OK:
+            raise psycopg.errors.error_from_result(result, "utf-8")
+        self._names[statement] = name
+        return name
+
+    @staticmethod
+    def _is_gone(result: pq.abc.PGresult) -> bool:
+        """Whether a prepared statement is gone (DEALLOCATE, DISCARD), or unusable because DDL changed its result."""
+        sqlstate, source = result.error_field(_SQLSTATE), result.error_field(_SOURCE_FUNCTION)
+        return sqlstate == b"26000" or (sqlstate == b"0A000" and source == b"RevalidateCachedQuery")
+
+    @staticmethod
+    def _rows(result: pq.abc.PGresult) -> Rows:
+        if result.status != _TUPLES_OK:
+            raise psycopg.errors.error_from_result(result, "utf-8")
+        get = result.get_value
+        return [None if (value := get(row, 0)) is None else value.decode() for row in range(result.ntuples)]
+
+
+class DirectConnection(_Direct, psycopg.Connection[Any]):
+    """The sync connection of ``Database``."""
+
     watchdog = _Watchdog()
 
+    def fetch(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        """Send a statement and return the first column of its rows, as text.
+
+        Raises:
+            psycopg.Error: The class, SQLSTATE and diagnostics are those of psycopg's cursor.
+        """
+        with self.lock:
+            return self.wait(self._steps(statement, parameters))
+
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        """Wait as psycopg does, under the watchdog."""
         return super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
 
     def commit(self) -> None:
+        """Commit; raise ``TransactionAbortedError`` if the transaction has failed."""
         with _no_silent_rollback(self.pgconn):
             super().commit()
 
 
-class _AsyncConnection(psycopg.AsyncConnection[Any]):
+class AsyncDirectConnection(_Direct, psycopg.AsyncConnection[Any]):
+    """The async connection of ``Database``."""
+
     watchdog = _Watchdog()
 
+    async def fetch(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        """The async twin of ``DirectConnection.fetch``."""
+        async with self.lock:
+            return await self.wait(self._steps(statement, parameters))
+
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109 - psycopg's signature
+        """Wait as psycopg does, under the watchdog."""
         return await super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
 
     async def commit(self) -> None:
+        """Commit; raise ``TransactionAbortedError`` if the transaction has failed."""
         with _no_silent_rollback(self.pgconn):
             await super().commit()
 
@@ -200,29 +347,30 @@ def _no_silent_rollback(pgconn: pq.abc.PGconn) -> Iterator[None]:
 # Connecting
 
 
-def _connect(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> _Connection:
+def _connect(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> DirectConnection:
     rest = dict(arguments)
     watchdog = _Watchdog(rest.pop("answer_timeout"))
     try:
-        connection = _Connection.connect(**rest)
+        connection = DirectConnection.connect(**rest)
     except psycopg.Error as error:
         raise _connect_error(error, rest) from error
-    return _checked(connection, watchdog)
+    _check(connection, watchdog)
+    connection.wait(connection.detect_pooler())
+    return connection
 
 
-async def _connect_async(*_args: object, **arguments: Any) -> _AsyncConnection:
+async def _connect_async(*_args: object, **arguments: Any) -> AsyncDirectConnection:
     watchdog = _Watchdog(arguments.pop("answer_timeout"))
     try:
-        connection = await _AsyncConnection.connect(**arguments)
+        connection = await AsyncDirectConnection.connect(**arguments)
     except psycopg.Error as error:
         raise await asyncio.to_thread(_connect_error, error, arguments) from error
-    return _checked(connection, watchdog)
+    _check(connection, watchdog)
+    await connection.wait(connection.detect_pooler())
+    return connection
 
 
-C = TypeVar("C", _Connection, _AsyncConnection)
-
-
-def _checked(connection: C, watchdog: _Watchdog) -> C:
+def _check(connection: DirectConnection | AsyncDirectConnection, watchdog: _Watchdog) -> None:
     """Refuse a server that is too old or a database in another encoding, and attach the watchdog."""
     version, encoding = connection.info.server_version, connection.info.parameter_status("server_encoding")
     problem = None
@@ -235,7 +383,6 @@ def _checked(connection: C, watchdog: _Watchdog) -> C:
         raise ConfigurationError(problem)
     connection.watchdog = watchdog
     connection.add_notice_handler(watchdog.notice)
-    return connection
 
 
 def _connect_error(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
@@ -266,6 +413,31 @@ def _connect_error(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseE
     return ConfigurationError(
         f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
     )
+
+
+def direct(connection: Connection) -> DirectConnection | AsyncDirectConnection | None:
+    """The driver's connection if a statement may go to it directly, past SQLAlchemy and psycopg's cursor.
+
+    None where something listens to statements (echo, tracing, error trackers), where the connection or its cursors are
+    of other classes, and before BEGIN: then the statement goes through SQLAlchemy.
+    """
+    driver: Any = connection.connection.driver_connection
+    if type(driver) not in _CURSORS or driver.cursor_factory is not _CURSORS[type(driver)]:
+        return None
+    engine_events, dialect_events = connection.dispatch, connection.dialect.dispatch
+    if (
+        connection._echo  # noqa: SLF001 - the engine's ``echo`` or its logger's level
+        or engine_events.before_cursor_execute
+        or engine_events.after_cursor_execute
+        or dialect_events.do_execute
+        or dialect_events.handle_error
+    ):
+        return None
+    usable: DirectConnection | AsyncDirectConnection | None = driver if driver.is_direct() else None
+    return usable
+
+
+_CURSORS: dict[type, type] = {DirectConnection: psycopg.Cursor, AsyncDirectConnection: psycopg.AsyncCursor}
 
 
 def open_second_connection(connection: Connection) -> psycopg.Connection[Any]:

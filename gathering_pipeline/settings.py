@@ -68,8 +68,8 @@ class DatabaseSettings(BaseSettings):
             while the server answers the probe. None: never probe.
         tcp_user_timeout: Longest time that sent data may stay unacknowledged.
         statement_timeout: Limit for a statement, enforced by the server; None: as the server is configured.
-        prepare_threshold: Executions after which a statement is prepared; None for a pooler that can't keep prepared
-            statements.
+        prepare_threshold: Executions after which a statement is prepared; None: never. Behind a pooler nothing is
+            prepared, whatever this says.
     """
 
     model_config = SettingsConfigDict(

@@ -108,13 +108,10 @@ def pooler(server: servers.Server) -> Iterator[str | None]:
 @pytest.fixture
 def database(database_url: str, pooler: str | None) -> Iterator[Database]:
     from gathering_pipeline.database import Database
-    from gathering_pipeline.settings import DatabaseSettings
 
-    settings = None
     if pooler is not None:
         database_url = make_url(pooler).set(database=make_url(database_url).database).render_as_string()
-        settings = DatabaseSettings(prepare_threshold=None)
-    with Database(database_url, settings=settings) as made:
+    with Database(database_url) as made:
         yield made
 
 

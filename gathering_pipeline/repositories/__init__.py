@@ -1,9 +1,8 @@
-"""Repositories, sync and async: every statement that this package sends for its users is in here."""
+"""The only place with statements: repositories for services, async and sync."""
 
-from .aio import AsyncEventRepository, AsyncPipelineRepository, AsyncRunRepository
-from .events import EventRepository
-from .pipelines import PipelineRepository
-from .runs import RunRepository
+from .events import AsyncEventRepository, EventRepository
+from .pipelines import AsyncPipelineRepository, PipelineRepository
+from .runs import AsyncRunRepository, RunRepository
 
 __all__ = [
     "AsyncEventRepository",

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from pydantic import BaseModel
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from gathering_pipeline.arguments import check_count, check_cursor, check_type
+from gathering_pipeline.connections import AsyncDirectConnection, DirectConnection, Rows, Statement, direct
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     DatabaseUnavailableError,
@@ -40,50 +44,45 @@ from gathering_pipeline.models import Page, PipelineRead, RunRead
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", RunRead, PipelineRead)
+A = ParamSpec("A")
+R = TypeVar("R")
+T = TypeVar("T")
 
-# --- statements ------------------------------------------------------------------------------------------------------
-
-
-class ReadOnly(str):
-    """A statement that writes nothing: a connection that breaks during it leaves no outcome unknown."""
-
-    __slots__ = ()
+# --- ways to the database --------------------------------------------------------------------------------------------
 
 
-class Repository:
-    """Base of the repositories: a session, and the ways to send a statement in its transaction."""
+class AsyncRepository:
+    """Base of the async repositories, which are the source of the sync ones: their methods await one statement each."""
 
-    def __init__(self, session: Session) -> None:
-        hint = f"'with database.session() as session:' gives one; Async{type(self).__name__} takes an AsyncSession"
-        check_type(session, (Session, scoped_session), "session", hint)
-        self._session = session
+    def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
+        name = type(self).__name__.removeprefix("Async")
+        hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
+        check_type(session, (AsyncSession, async_scoped_session), "session", hint)
+        self._transport: _Blocking | _Awaiting = _Awaiting(session)
 
-    def _rows(self, statement: str, **parameters: Any) -> list[Any]:
+    async def _rows(self, statement: Statement, **parameters: Any) -> Rows:
         """Send one statement, after a flush, and return its rows.
-
-        The statement goes to the session's driver connection: SQLAlchemy's result would take as long as a statement
-        this quick.
 
         Raises:
             PipelineError: What the database refused, typed.
             psycopg.Error: Any other error of the database; ``is_transient`` says whether to run the transaction again.
         """
-        with connected(self._session, read_only=isinstance(statement, ReadOnly)) as connection:
-            cursor = connection.connection.cursor()
-            try:
-                cursor.execute(statement, parameters)
-                return list(cursor.fetchall())
-            finally:
-                cursor.close()
+        return await self._transport.send(statement, parameters)
 
-    def _read(self, model: type[M], statement: str, **parameters: Any) -> list[M]:
-        """Send one statement whose rows are JSON texts, and parse each row.
+    async def _read(self, model: type[M], statement: Statement, **parameters: Any) -> list[M]:
+        """Send one statement whose rows are JSON objects, and parse each row.
 
         One text a row is parsed in one go, which is far quicker than sixteen columns through the driver and validation.
         """
-        return [model.model_validate_json(row[0]) for row in self._rows(statement, **parameters)]
+        return [model.model_validate_json(row or "null") for row in await self._rows(statement, **parameters)]
 
-    def _page(self, model: type[P], statement: str, after: int | None, limit: int, **parameters: Any) -> Page[P]:
+    async def _values(self, statement: Statement, **parameters: Any) -> list[Any]:
+        """Send one statement whose rows are JSON, and parse each row."""
+        return [json.loads(row or "null") for row in await self._rows(statement, **parameters)]
+
+    async def _page(
+        self, model: type[P], statement: Statement, after: int | None, limit: int, **parameters: Any
+    ) -> Page[P]:
         """Read one page by keyset: the last page is as fast as the first.
 
         Args:
@@ -98,12 +97,109 @@ class Repository:
             InvalidCursorError: ``after`` is not the cursor of a page.
         """
         start, size = check_cursor(after), check_count(limit, "limit")
-        rows = self._read(model, statement, after=start, limit=size + 1, **parameters)
+        rows = await self._read(model, statement, after=start, limit=size + 1, **parameters)
         return Page(items=tuple(rows[:size]), next_cursor=rows[size - 1].id if len(rows) > size else None)
 
 
+class Repository:
+    """Base of the sync repositories: the methods of the async one, run on a sync session, where nothing waits."""
+
+    _source: type[AsyncRepository]
+
+    def __init__(self, session: Session | scoped_session[Session]) -> None:
+        hint = f"'with database.session() as session:' gives one; Async{type(self).__name__} takes an AsyncSession"
+        check_type(session, (Session, scoped_session), "session", hint)
+        self._calls = self._source.__new__(self._source)
+        self._calls._transport = _Blocking(session)  # noqa: SLF001 - the two classes are one piece
+
+
+def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Repository, A], R]:
+    """Make the sync twin of an async repository's method, with the same arguments, result and errors."""
+
+    @wraps(method)
+    def twin(self: Repository, /, *args: A.args, **kwargs: A.kwargs) -> R:
+        coroutine = method(self._calls, *args, **kwargs)
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+        coroutine.close()
+        raise AssertionError(f"{method.__qualname__} waited")
+
+    return twin
+
+
+class _Blocking:
+    """Sends statements on a sync session."""
+
+    def __init__(self, session: Session | scoped_session[Session]) -> None:
+        self._session = session
+
+    async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        return _send(self._session, statement, parameters)
+
+    async def run(self, action: Callable[[Session], T]) -> T:
+        """Run what needs the session itself, such as a statement of the ORM."""
+        return action(self._session)  # type: ignore[arg-type]  # a scoped_session has the methods of its session
+
+
+class _Awaiting:
+    """Sends statements on an async session; those that go to the driver directly need no greenlet."""
+
+    def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
+        self._session = session
+        self._connection: Connection | None = None
+
+    async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        session = self._current()
+        connection = self._checked_out(session.sync_session)
+        if connection is None:
+            connection = await session.run_sync(self._check_out)
+        driver = direct(connection)
+        if not isinstance(driver, AsyncDirectConnection):
+            return await session.run_sync(_send, statement, parameters)
+        try:
+            return await driver.fetch(statement, parameters)
+        except BaseException as error:
+            typed = await session.run_sync(_failure, connection, driver, error, may_write=not statement.read_only)
+            if typed is error:
+                raise
+            raise typed from error
+
+    async def run(self, action: Callable[[Session], T]) -> T:
+        return await self._current().run_sync(action)
+
+    def _current(self) -> AsyncSession:
+        """The session; of a scoped one that of the current task."""
+        return self._session() if isinstance(self._session, async_scoped_session) else self._session
+
+    def _check_out(self, session: Session) -> Connection:
+        with connected(session) as connection:
+            self._connection = connection
+            return connection
+
+    def _checked_out(self, session: Session) -> Connection | None:
+        """The session's connection, if it still has it, and nothing to flush: both would have to wait."""
+        connection = self._connection
+        if connection is None or connection.closed or connection.invalidated or not session.in_transaction():
+            return None
+        return None if session.new or session.dirty or session.deleted else connection
+
+
+def _send(session: Session | scoped_session[Session], statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+    with connected(session, read_only=statement.read_only) as connection:
+        driver = direct(connection)
+        if isinstance(driver, DirectConnection):
+            return driver.fetch(statement, parameters)
+        try:
+            return [row[0] for row in connection.exec_driver_sql(statement.sql, dict(parameters))]
+        except DBAPIError as error:
+            raise error.orig or error from error  # one statement has one error, whichever way it went
+
+
 @contextmanager
-def connected(session: Session, *, read_only: bool = False) -> Iterator[Connection]:
+def connected(session: Session | scoped_session[Session], *, read_only: bool = False) -> Iterator[Connection]:
     """Flush the session and give its connection; raise the database's errors as errors of this package.
 
     An error that this package doesn't define passes unchanged.
@@ -121,30 +217,45 @@ def connected(session: Session, *, read_only: bool = False) -> Iterator[Connecti
         session.flush()
         may_write = not read_only
         yield connection
-    except (psycopg.Error, DBAPIError) as error:
+    except BaseException as error:
+        typed = _failure(session, connection, driver, error, may_write=may_write)
+        if typed is error:
+            raise
+        raise typed from error
+
+
+def _failure(
+    session: Session | scoped_session[Session],
+    connection: Connection | None,
+    driver: Any,
+    error: BaseException,
+    *,
+    may_write: bool,
+) -> BaseException:
+    """Give up a connection that can't be used any more, and return the error to raise."""
+    if isinstance(error, (psycopg.Error, DBAPIError)):
         if connection is not None and driver is not None and driver.closed:
             _discard(connection, error)
             broken = _broken(error, outcome_unknown=driver.autocommit and may_write)
             _begin_anew(session, driver)
-            raise broken from error
-        typed = _typed(error)
-        if typed is None:
-            raise
-        raise typed from error
-    except PendingRollbackError as error:
-        raise TransactionAbortedError from error
-    except PoolTimeout as error:
-        raise DatabaseUnavailableError(
+            return broken
+        return _typed(error) or error
+    if isinstance(error, PendingRollbackError):
+        return TransactionAbortedError()
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailableError(
             "no connection became free in the pool: try again, or raise pool_size or max_overflow"
-        ) from error
-    except BaseException as error:
-        if connection is not None and not isinstance(error, Exception):
-            connection.invalidate(error)  # interrupted: the server may still be running the statement
-            _begin_anew(session, driver)
-        raise
+        )
+    if isinstance(error, Exception) or connection is None or driver is None:
+        return error
+    # an interrupt: the driver has cancelled the statement, or closed the connection where that failed
+    if driver.closed or driver.info.transaction_status == TransactionStatus.ACTIVE:
+        connection.invalidate(error)
+        _begin_anew(session, driver)
+    return error
 
 
-def _discard(connection: Connection, error: Exception) -> None:
+def _discard(connection: Connection, error: BaseException) -> None:
     """Remove a broken connection from the pool, as SQLAlchemy does after errors of its own statements."""
     if not connection.invalidated:
         # the pool's other connections are older than the break: none is handed out again
@@ -152,7 +263,7 @@ def _discard(connection: Connection, error: Exception) -> None:
         connection.invalidate(error)
 
 
-def _begin_anew(session: Session, driver: Any) -> None:
+def _begin_anew(session: Session | scoped_session[Session], driver: Any) -> None:
     """In autocommit mode let the next call take another connection; there is nothing to roll back."""
     if driver is not None and driver.autocommit:
         session.rollback()

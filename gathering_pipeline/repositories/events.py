@@ -6,10 +6,11 @@ import re
 from datetime import timedelta
 
 from gathering_pipeline.arguments import MAX_BIGINT, check_count, check_duration, check_id
+from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import show
-from gathering_pipeline.repositories._call import ReadOnly, Repository
+from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
 # --- statements; alembic/sql/011b_events/1_log.sql explains the order of events, and which of them can be read -------
 
@@ -18,26 +19,32 @@ WITH database AS MATERIALIZED (
     SELECT c.system_identifier || '-' || d.oid AS name, pg_snapshot_xmax(pg_current_snapshot()) AS next_xid
     FROM pg_control_system() c, pg_database d WHERE d.datname = current_database()
 )"""
-READ = ReadOnly(f"""{_DATABASE}
-SELECT d.name, d.next_xid::text::numeric, to_json(e)::text
+READ = Statement(
+    f"""{_DATABASE}
+SELECT json_build_array(d.name, d.next_xid::text, e)::text
 FROM database d LEFT JOIN LATERAL (
     SELECT e.*, d.name || '-' || e.xid || '-' || e.id AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
 ) e ON true
-ORDER BY e.xid, e.id""")
-LAST = ReadOnly(f"""{_DATABASE}
-SELECT d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0)
+ORDER BY e.xid, e.id""",
+    read_only=True,
+)
+LAST = Statement(
+    f"""{_DATABASE}
+SELECT to_json(d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0))::text
 FROM database d LEFT JOIN LATERAL (
     SELECT xid, id FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
-) e ON true""")
-PURGE = "SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)"
+) e ON true""",
+    read_only=True,
+)
+PURGE = Statement("SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)::text")
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
-class EventRepository(Repository):
+class AsyncEventRepository(AsyncRepository):
     """The log of lifecycle events. Works in the caller's session and never commits.
 
     An event can be read when the transaction that changed the status has committed, and every transaction that began
@@ -46,7 +53,7 @@ class EventRepository(Repository):
     the run is last.
     """
 
-    def read(self, after: str | None = None, limit: int = 500, run_id: int | None = None) -> EventPage:
+    async def read(self, after: str | None = None, limit: int = 500, run_id: int | None = None) -> EventPage:
         """Read the events after a cursor: none is missed, and none comes twice.
 
         Args:
@@ -60,34 +67,44 @@ class EventRepository(Repository):
         """
         database, xid, last_id = _parse_cursor(after)
         run = None if run_id is None else check_id(run_id, "run_id")
-        rows = self._rows(READ, run=run, xid=str(xid), id=last_id, limit=check_count(limit, "limit"))
+        rows = await self._values(READ, run=run, xid=str(xid), id=last_id, limit=check_count(limit, "limit"))
         current_database, next_xid, _ = rows[0]
         if database not in (None, current_database):
             raise InvalidCursorError(f"the cursor {after!r} is of another database: start again with after=None")
-        if xid > next_xid:
+        if xid > int(next_xid):
             raise InvalidCursorError(
                 f"the cursor {after!r} is ahead of the database, which was restored from a backup: start again with"
                 " after=None"
             )
-        items = tuple(PipelineEvent.model_validate_json(event) for _, _, event in rows if event is not None)
+        items = tuple(PipelineEvent.model_validate(event) for _, _, event in rows if event is not None)
         return EventPage(items=items, next_cursor=items[-1].cursor if items else after or f"{current_database}-0-0")
 
-    def last(self) -> str:
+    async def last(self) -> str:
         """Read the cursor of the newest event that can be read, to follow only later events."""
-        cursor: str = self._rows(LAST)[0][0]
+        cursor: str = (await self._values(LAST))[0]
         return cursor
 
-    def purge(self, older_than: timedelta, limit: int = 10_000) -> int:
+    async def purge(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Delete at most ``limit`` events from over ``older_than`` ago; commit and repeat until it returns 0.
 
         Events are kept until then, also events of deleted runs. A reader that is further behind misses them.
         """
         age = check_duration(older_than, "older_than", allow_zero=True)
-        return int(self._rows(PURGE, older_than=age, limit=check_count(limit, "limit"))[0][0])
+        return int((await self._values(PURGE, older_than=age, limit=check_count(limit, "limit")))[0])
 
 
 # database (system identifier and oid), transaction, id
 _CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
+
+
+class EventRepository(Repository):
+    """The sync twin of ``AsyncEventRepository``, for a ``Session``."""
+
+    _source = AsyncEventRepository
+
+    read = blocking(AsyncEventRepository.read)
+    last = blocking(AsyncEventRepository.last)
+    purge = blocking(AsyncEventRepository.purge)
 
 
 def _parse_cursor(cursor: object) -> tuple[str | None, int, int]:

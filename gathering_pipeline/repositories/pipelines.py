@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import BigInteger, func, insert, literal, update
+from sqlalchemy import BigInteger, Executable, Row, func, insert, literal, update
+from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import (
     check_flag,
@@ -15,22 +17,26 @@ from gathering_pipeline.arguments import (
     check_text,
     check_type,
 )
+from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
-from gathering_pipeline.repositories._call import ReadOnly, Repository, connected
+from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected
 
 # --- statements; alembic/schema.sql has the function -----------------------------------------------------------------
 
-GET = ReadOnly("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s")
-SEARCH = ReadOnly("""
+GET = Statement("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s::bigint", read_only=True)
+SEARCH = Statement(
+    """
 SELECT to_json(p)::text FROM circle.pipelines p
-WHERE p.id < %(after)s AND (%(status)s::text IS NULL OR p.status = %(status)s)
+WHERE p.id < %(after)s::bigint AND (%(status)s::text IS NULL OR p.status = %(status)s)
   AND (%(name)s::text IS NULL OR strpos(lower(p.name), lower(%(name)s)) > 0)
-ORDER BY p.id DESC LIMIT %(limit)s""")
-DELETE = "SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)"
+ORDER BY p.id DESC LIMIT %(limit)s""",
+    read_only=True,
+)
+DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)")
 
 _RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
 
@@ -38,14 +44,14 @@ _RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
-class PipelineRepository(Repository):
+class AsyncPipelineRepository(AsyncRepository):
     """Pipelines. Works in the caller's session and never commits; returns frozen read models.
 
     A refused call raises a ``PipelineError`` and changes nothing. ``create`` and ``update`` go through the ORM, whose
     hooks check the graph before anything is sent.
     """
 
-    def create(self, data: PipelineCreate, *, allow_incomplete: bool = False) -> PipelineRead:
+    async def create(self, data: PipelineCreate, *, allow_incomplete: bool = False) -> PipelineRead:
         """Store a pipeline.
 
         Args:
@@ -58,22 +64,22 @@ class PipelineRepository(Repository):
         check_type(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
         statement = insert(Pipeline).values(values).returning(*_RETURNED)
-        with connected(self._session):
-            row = self._session.execute(statement, execution_options={"allow_incomplete": allow_incomplete}).one()
+        row = await self._row(statement, {"allow_incomplete": allow_incomplete})
+        assert row is not None, "an INSERT returns its row"
         return PipelineRead.model_validate(row._asdict())
 
-    def get(self, pipeline_id: int) -> PipelineRead:
+    async def get(self, pipeline_id: int) -> PipelineRead:
         """Read a pipeline.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
         """
-        pipelines = self._read(PipelineRead, GET, pipeline_id=check_pipeline_id(pipeline_id))
+        pipelines = await self._read(PipelineRead, GET, pipeline_id=check_pipeline_id(pipeline_id))
         if not pipelines:
             raise PipelineNotFoundError(pipeline_id)
         return pipelines[0]
 
-    def search(
+    async def search(
         self,
         status: PipelineStatus | None = None,
         name: str | None = None,
@@ -92,9 +98,9 @@ class PipelineRepository(Repository):
             "status": None if status is None else check_status(status, PipelineStatus),
             "name": None if name is None else check_text(name, "name"),
         }
-        return self._page(PipelineRead, SEARCH, after, limit, **filters)
+        return await self._page(PipelineRead, SEARCH, after, limit, **filters)
 
-    def update(
+    async def update(
         self,
         pipeline_id: int,
         changes: PipelineUpdate,
@@ -124,13 +130,12 @@ class PipelineRepository(Repository):
             statement = statement.where(Pipeline.version == version)
         statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(*_RETURNED)
         options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
-        with connected(self._session):
-            row = self._session.execute(statement, execution_options=options).one_or_none()
+        row = await self._row(statement, options)
         if row is None:
-            raise StaleVersionError(pipeline_id, expected_version or 0, self.get(pipeline_id).version)
+            raise StaleVersionError(pipeline_id, expected_version or 0, (await self.get(pipeline_id)).version)
         return PipelineRead.model_validate(row._asdict())
 
-    def activate(self, pipeline_id: int) -> PipelineRead:
+    async def activate(self, pipeline_id: int) -> PipelineRead:
         """Activate a pipeline: runs of it can be created.
 
         Raises:
@@ -138,21 +143,21 @@ class PipelineRepository(Repository):
             InvalidPipelineError: Its graph is broken or incomplete.
         """
         while True:
-            pipeline = self.get(pipeline_id)
+            pipeline = await self.get(pipeline_id)
             # The database checks pipelines that become active, not those that were active before it had checks.
             prepare_graph(pipeline.nodes, pipeline.edges)
             with suppress(StaleVersionError):  # edited concurrently: check the new graph
-                return self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.version)
+                return await self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.version)
 
-    def pause(self, pipeline_id: int) -> PipelineRead:
+    async def pause(self, pipeline_id: int) -> PipelineRead:
         """Pause a pipeline: no run of it can be created; live runs go on.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
         """
-        return self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.PAUSED))
+        return await self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.PAUSED))
 
-    def delete(self, pipeline_id: int, force: bool = False) -> None:
+    async def delete(self, pipeline_id: int, force: bool = False) -> None:
         """Delete a pipeline with its versions and its runs.
 
         Args:
@@ -163,4 +168,27 @@ class PipelineRepository(Repository):
             PipelineNotFoundError: The pipeline doesn't exist.
             PipelineInUseError: Runs are pending or running, and ``force`` is not set.
         """
-        self._rows(DELETE, pipeline_id=check_pipeline_id(pipeline_id), force=check_flag(force, "force"))
+        await self._rows(DELETE, pipeline_id=check_pipeline_id(pipeline_id), force=check_flag(force, "force"))
+
+    async def _row(self, statement: Executable, options: Mapping[str, Any]) -> Row[Any] | None:
+        """Execute a statement of the ORM, so that its hooks see it, and return its row."""
+
+        def execute(session: Session) -> Row[Any] | None:
+            with connected(session):
+                return session.execute(statement, execution_options=options).one_or_none()
+
+        return await self._transport.run(execute)
+
+
+class PipelineRepository(Repository):
+    """The sync twin of ``AsyncPipelineRepository``, for a ``Session``."""
+
+    _source = AsyncPipelineRepository
+
+    create = blocking(AsyncPipelineRepository.create)
+    get = blocking(AsyncPipelineRepository.get)
+    search = blocking(AsyncPipelineRepository.search)
+    update = blocking(AsyncPipelineRepository.update)
+    activate = blocking(AsyncPipelineRepository.activate)
+    pause = blocking(AsyncPipelineRepository.pause)
+    delete = blocking(AsyncPipelineRepository.delete)

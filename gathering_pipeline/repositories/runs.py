@@ -21,6 +21,7 @@ from gathering_pipeline.arguments import (
     check_token,
     encode_json,
 )
+from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import (
     IntegrityViolationError,
     InvalidDataError,
@@ -33,58 +34,83 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.json_values import MAX_DEPTH, json_path
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
-from gathering_pipeline.repositories._call import ReadOnly, Repository
+from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
 # --- statements; alembic/schema.sql has the functions ----------------------------------------------------------------
 
-CREATE = "SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
-START = "SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text"
-CONCLUDE = "SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
-FINISH = "SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text"
-START_NODE = "SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
-COMPLETE_NODE = "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
-SKIP_NODE = "SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text"
-FAIL_NODE = "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
-ADVANCE = """
+CREATE = Statement("SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text")
+START = Statement("SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text")
+CONCLUDE = Statement("SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text")
+FINISH = Statement("SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text")
+START_NODE = Statement("SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text")
+COMPLETE_NODE = Statement(
+    "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+)
+SKIP_NODE = Statement("SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text")
+FAIL_NODE = Statement(
+    "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
+)
+ADVANCE = Statement("""
 SELECT to_json(n)::text FROM circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s) n
-ORDER BY n.position, n.id"""
-RECORD = "SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s)"
-CLAIM = """
-SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
-ORDER BY r.id"""
-HEARTBEAT = "SELECT circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s))"
-RELEASE = "SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text"
-RECOVER = "SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
-EXPIRE = "SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id"
-APPEND_LOG = "SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)"
-PURGE = "SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)"
-
-GET = ReadOnly("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s")
-NODES = ReadOnly("""
-SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s ORDER BY n.position, n.id""")
-READY = ReadOnly("""
-SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
-WHERE n.run_id = %(run_id)s AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
 ORDER BY n.position, n.id""")
-DEFINITION = ReadOnly("""
-SELECT r.pipeline_version, v.nodes, v.edges FROM circle.pipeline_runs r
+RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s)")
+CLAIM = Statement("""
+SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
+ORDER BY r.id""")
+HEARTBEAT = Statement(
+    "SELECT to_json(circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s)))::text"
+)
+RELEASE = Statement("SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text")
+RECOVER = Statement("SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id")
+EXPIRE = Statement("SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
+APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)")
+PURGE = Statement("SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)::text")
+
+GET = Statement("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint", read_only=True)
+NODES = Statement(
+    """
+SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s::bigint
+ORDER BY n.position, n.id""",
+    read_only=True,
+)
+READY = Statement(
+    """
+SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
+WHERE n.run_id = %(run_id)s::bigint AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
+ORDER BY n.position, n.id""",
+    read_only=True,
+)
+DEFINITION = Statement(
+    """
+SELECT json_build_array(r.pipeline_version, v.nodes, v.edges)::text FROM circle.pipeline_runs r
 LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-WHERE r.id = %(run_id)s""")
-SEARCH = ReadOnly("""
+WHERE r.id = %(run_id)s::bigint""",
+    read_only=True,
+)
+SEARCH = Statement(
+    """
 SELECT to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
-ORDER BY r.id DESC""")
-COUNTS = ReadOnly("SELECT status, count(*) FROM circle.pipeline_runs GROUP BY status")
-STATISTICS = ReadOnly("""
-SELECT status, count(*) AS runs,
-       percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
-           FILTER (WHERE status = 'completed' AND started_at IS NOT NULL) AS quantiles
-FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s GROUP BY status""")
+ORDER BY r.id DESC""",
+    read_only=True,
+)
+COUNTS = Statement(
+    "SELECT json_build_array(status, count(*))::text FROM circle.pipeline_runs GROUP BY status", read_only=True
+)
+STATISTICS = Statement(
+    """
+SELECT json_build_array(
+    status, count(*),
+    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
+        FILTER (WHERE status = 'completed' AND started_at IS NOT NULL))::text
+FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s::bigint GROUP BY status""",
+    read_only=True,
+)
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
 
 
-class RunRepository(Repository):
+class AsyncRunRepository(AsyncRepository):
     """Runs and their node runs. Every transition is one statement and one round trip.
 
     Works in the caller's session and never commits. A refused call raises a ``PipelineError`` and changes nothing. As
@@ -97,7 +123,9 @@ class RunRepository(Repository):
 
     # --- runs ---
 
-    def create(self, pipeline_id: int, trigger_data: Any = None, *, idempotency_key: str | None = None) -> RunRead:
+    async def create(
+        self, pipeline_id: int, trigger_data: Any = None, *, idempotency_key: str | None = None
+    ) -> RunRead:
         """Create a ``pending`` run of an active pipeline, with a pending node run for each node of its graph.
 
         Args:
@@ -115,22 +143,22 @@ class RunRepository(Repository):
         key = None if idempotency_key is None else check_text(idempotency_key, "idempotency_key", 255)
         parameters = {"pipeline_id": check_pipeline_id(pipeline_id), "trigger_data": data, "key": key}
         try:
-            return self._read(RunRead, CREATE, **parameters)[0]
+            return (await self._read(RunRead, CREATE, **parameters))[0]
         except IntegrityViolationError as error:
             if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted concurrently
                 raise PipelineNotFoundError(pipeline_id) from error
             raise
 
-    def start(self, run_id: int, *, token: int | None = None) -> RunRead:
+    async def start(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Start a pending run.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
             IllegalTransitionError: It is not pending.
         """
-        return self._run(START, run_id, token)
+        return await self._run(START, run_id, token)
 
-    def complete(self, run_id: int, *, token: int | None = None) -> RunRead:
+    async def complete(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Complete a running run whose nodes are all terminal and none of them failed.
 
         Raises:
@@ -138,9 +166,9 @@ class RunRepository(Repository):
             IllegalTransitionError: It is not running, or has live or failed nodes.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(CONCLUDE, run_id, token, status="completed", error=None)
+        return await self._run(CONCLUDE, run_id, token, status="completed", error=None)
 
-    def finish(self, run_id: int, *, token: int | None = None) -> RunRead:
+    async def finish(self, run_id: int, *, token: int | None = None) -> RunRead:
         """End a running run: ``failed`` with the error of the first node that failed, ``completed`` if none failed.
 
         Raises:
@@ -148,9 +176,9 @@ class RunRepository(Repository):
             IllegalTransitionError: It is not running, or a node is running, ready or waiting for a retry.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(FINISH, run_id, token)
+        return await self._run(FINISH, run_id, token)
 
-    def fail(self, run_id: int, error: str, *, token: int | None = None) -> RunRead:
+    async def fail(self, run_id: int, error: str, *, token: int | None = None) -> RunRead:
         """Fail a pending or running run and cancel its live nodes.
 
         Raises:
@@ -158,9 +186,9 @@ class RunRepository(Repository):
             IllegalTransitionError: It is terminal.
             LeaseLostError: The token is not the run's.
         """
-        return self._run(CONCLUDE, run_id, token, status="failed", error=check_text(error, "error"))
+        return await self._run(CONCLUDE, run_id, token, status="failed", error=check_text(error, "error"))
 
-    def cancel(self, run_id: int, reason: str | None = None) -> RunRead:
+    async def cancel(self, run_id: int, reason: str | None = None) -> RunRead:
         """Cancel a pending or running run, whether or not a worker holds it, and cancel its live nodes.
 
         Raises:
@@ -168,9 +196,9 @@ class RunRepository(Repository):
             IllegalTransitionError: It is terminal.
         """
         text = None if reason is None else check_text(reason, "reason")
-        return self._run(CONCLUDE, run_id, None, status="cancelled", error=text)
+        return await self._run(CONCLUDE, run_id, None, status="cancelled", error=text)
 
-    def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
+    async def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
         """Append one JSON entry to the ``logs`` of a run in any status.
 
         Raises:
@@ -179,11 +207,13 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
         """
         text = encode_json(entry, "entry", MAX_DEPTH - 1) or "null"  # the list of entries is one level
-        self._rows(APPEND_LOG, run_id=check_run_id(run_id), entry=text, token=check_token(token))
+        await self._rows(APPEND_LOG, run_id=check_run_id(run_id), entry=text, token=check_token(token))
 
     # --- nodes ---
 
-    def start_node(self, run_id: int, node_id: str, input_data: Any = None, *, token: int | None = None) -> NodeRunRead:
+    async def start_node(
+        self, run_id: int, node_id: str, input_data: Any = None, *, token: int | None = None
+    ) -> NodeRunRead:
         """Start a ready node of a running run.
 
         Raises:
@@ -194,9 +224,11 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: The input can't be stored.
         """
-        return self._node(START_NODE, run_id, node_id, token, data=encode_json(input_data, "input_data"))
+        return await self._node(START_NODE, run_id, node_id, token, data=encode_json(input_data, "input_data"))
 
-    def complete_node(self, run_id: int, node_id: str, output: Any = None, *, token: int | None = None) -> NodeRunRead:
+    async def complete_node(
+        self, run_id: int, node_id: str, output: Any = None, *, token: int | None = None
+    ) -> NodeRunRead:
         """Complete a running node, or a pending node whose executor reports afterwards.
 
         Raises:
@@ -206,9 +238,9 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: The output can't be stored.
         """
-        return self._node(COMPLETE_NODE, run_id, node_id, token, data=encode_json(output, "output"))
+        return await self._node(COMPLETE_NODE, run_id, node_id, token, data=encode_json(output, "output"))
 
-    def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeRunRead:
+    async def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeRunRead:
         """Skip a pending node, and every node whose predecessors are then all skipped.
 
         Raises:
@@ -217,9 +249,9 @@ class RunRepository(Repository):
             IllegalTransitionError: The node is not pending, or the run is not running.
             LeaseLostError: The token is not the run's.
         """
-        return self._node(SKIP_NODE, run_id, node_id, token)
+        return await self._node(SKIP_NODE, run_id, node_id, token)
 
-    def fail_node(
+    async def fail_node(
         self, run_id: int, node_id: str, error: str, retryable: bool = True, *, token: int | None = None
     ) -> NodeRunRead:
         """Report a failed attempt: the returned node run is ``pending`` if a retry is left, else ``failed``.
@@ -234,9 +266,11 @@ class RunRepository(Repository):
             LeaseLostError: The token is not the run's.
         """
         text = check_text(error, "error")
-        return self._node(FAIL_NODE, run_id, node_id, token, error=text, retryable=check_flag(retryable, "retryable"))
+        return await self._node(
+            FAIL_NODE, run_id, node_id, token, error=text, retryable=check_flag(retryable, "retryable")
+        )
 
-    def advance(
+    async def advance(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), *, token: int | None = None
     ) -> list[NodeRunRead]:
         """Record results, start the nodes that became ready, and end the run when nothing is left, in one call.
@@ -256,9 +290,11 @@ class RunRepository(Repository):
             InvalidDataError: An output can't be stored.
         """
         text = _encode_results(results)
-        return self._read(NodeRunRead, ADVANCE, run_id=check_run_id(run_id), results=text, token=check_token(token))
+        return await self._read(
+            NodeRunRead, ADVANCE, run_id=check_run_id(run_id), results=text, token=check_token(token)
+        )
 
-    def record(
+    async def record(
         self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], *, token: int | None = None
     ) -> None:
         """Record any number of results, all or none, for executors that report afterwards.
@@ -274,11 +310,11 @@ class RunRepository(Repository):
             InvalidDataError: An output can't be stored.
         """
         text = _encode_results(results)
-        self._rows(RECORD, run_id=check_run_id(run_id), results=text, token=check_token(token))
+        await self._rows(RECORD, run_id=check_run_id(run_id), results=text, token=check_token(token))
 
     # --- leases and sweeps ---
 
-    def claim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[RunRead]:
+    async def claim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[RunRead]:
         """Claim the oldest pending runs for a worker: they become running, and no other worker gets them.
 
         Args:
@@ -289,7 +325,7 @@ class RunRepository(Repository):
         Returns:
             The claimed runs, oldest first; the worker's calls on a run need its ``claim_token``.
         """
-        return self._read(
+        return await self._read(
             RunRead,
             CLAIM,
             worker_id=check_text(worker_id, "worker_id", 255),
@@ -297,7 +333,7 @@ class RunRepository(Repository):
             limit=check_count(limit, "limit"),
         )
 
-    def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
+    async def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
         """Extend the lease of a claimed run.
 
         Returns:
@@ -308,50 +344,49 @@ class RunRepository(Repository):
             LeaseLostError: The caller doesn't hold the run any more; ``.status`` says whether it was cancelled.
         """
         seconds = check_duration(lease, "lease")
-        rows = self._rows(HEARTBEAT, run_id=check_run_id(run_id), token=check_token(token), lease=seconds)
-        lease_expires_at: datetime = rows[0][0]
-        return lease_expires_at
+        rows = await self._values(HEARTBEAT, run_id=check_run_id(run_id), token=check_token(token), lease=seconds)
+        return datetime.fromisoformat(rows[0])
 
-    def release(self, run_id: int, *, token: int) -> RunRead:
+    async def release(self, run_id: int, *, token: int) -> RunRead:
         """Release a claimed run: the run and its running nodes become pending again, and no attempt is counted.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
             LeaseLostError: The caller doesn't hold the run any more.
         """
-        return self._run(RELEASE, run_id, token)
+        return await self._run(RELEASE, run_id, token)
 
-    def recover(self, limit: int = 100, max_claims: int = 10) -> list[RunRead]:
+    async def recover(self, limit: int = 100, max_claims: int = 10) -> list[RunRead]:
         """Release runs whose lease expired: their running nodes count as failed attempts.
 
         A run that was claimed ``max_claims`` times fails instead. Runs without a lease are never recovered.
         """
         most, claims = check_count(limit, "limit"), check_count(max_claims, "max_claims")
-        return self._read(RunRead, RECOVER, limit=most, max_claims=claims)
+        return await self._read(RunRead, RECOVER, limit=most, max_claims=claims)
 
-    def expire(self, limit: int = 100) -> list[RunRead]:
+    async def expire(self, limit: int = 100) -> list[RunRead]:
         """End running runs that are past the ``timeout_seconds`` of their pipeline with status ``timeout``."""
-        return self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
+        return await self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
-    def purge(self, older_than: timedelta, limit: int = 1000) -> int:
+    async def purge(self, older_than: timedelta, limit: int = 1000) -> int:
         """Delete at most ``limit`` runs that ended over ``older_than`` ago; commit and repeat until it returns 0."""
         age = check_duration(older_than, "older_than", allow_zero=True)
-        return int(self._rows(PURGE, older_than=age, limit=check_count(limit, "limit"))[0][0])
+        return int((await self._values(PURGE, older_than=age, limit=check_count(limit, "limit")))[0])
 
     # --- reads ---
 
-    def get(self, run_id: int) -> RunRead:
+    async def get(self, run_id: int) -> RunRead:
         """Read a run.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
         """
-        runs = self._read(RunRead, GET, run_id=check_run_id(run_id))
+        runs = await self._read(RunRead, GET, run_id=check_run_id(run_id))
         if not runs:
             raise RunNotFoundError(run_id)
         return runs[0]
 
-    def search(
+    async def search(
         self,
         pipeline_id: int | None = None,
         status: RunStatus | None = None,
@@ -368,32 +403,32 @@ class RunRepository(Repository):
         """
         name = None if status is None else check_status(status, RunStatus)
         pipeline = None if pipeline_id is None else check_id(pipeline_id, "pipeline_id")
-        return self._page(RunRead, SEARCH, after, limit, pipeline=pipeline, status=name)
+        return await self._page(RunRead, SEARCH, after, limit, pipeline=pipeline, status=name)
 
-    def nodes(self, run_id: int) -> list[NodeRunRead]:
+    async def nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read a run's nodes in execution order.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
         """
-        return self._nodes(NODES, run_id)
+        return await self._nodes(NODES, run_id)
 
-    def ready_nodes(self, run_id: int) -> list[NodeRunRead]:
+    async def ready_nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read the nodes of a running run that may start now, in execution order.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
         """
-        return self._nodes(READY, run_id)
+        return await self._nodes(READY, run_id)
 
-    def definition(self, run_id: int) -> PipelineDefinition:
+    async def definition(self, run_id: int) -> PipelineDefinition:
         """Read the graph that a run is bound to, as it was when the run was created.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
             InvalidPipelineError: The run is bound to no graph: it is older than versions, or its graph was broken.
         """
-        rows = self._rows(DEFINITION, run_id=check_run_id(run_id))
+        rows = await self._values(DEFINITION, run_id=check_run_id(run_id))
         if not rows:
             raise RunNotFoundError(run_id)
         version, nodes, edges = rows[0]
@@ -402,15 +437,16 @@ class RunRepository(Repository):
             raise InvalidPipelineError([Issue("error", "no_version", message)])
         return PipelineDefinition.from_json(nodes, edges)
 
-    def counts(self) -> dict[RunStatus, int]:
+    async def counts(self) -> dict[RunStatus, int]:
         """Count runs by status; a status without runs is 0."""
-        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in self._rows(COUNTS)}
+        rows = await self._values(COUNTS)
+        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in rows}
 
-    def statistics(self, pipeline_id: int) -> RunStatistics:
+    async def statistics(self, pipeline_id: int) -> RunStatistics:
         """Read how many runs of a pipeline have each status, and how long they took."""
         counts = dict.fromkeys(RunStatus, 0)
         quantiles: tuple[float, float] | None = None
-        for status, number, durations in self._rows(STATISTICS, pipeline=check_id(pipeline_id, "pipeline_id")):
+        for status, number, durations in await self._values(STATISTICS, pipeline=check_id(pipeline_id, "pipeline_id")):
             counts[RunStatus(status)] = number
             quantiles = durations or quantiles
         ended = counts[RunStatus.COMPLETED] + counts[RunStatus.FAILED] + counts[RunStatus.TIMEOUT]
@@ -423,18 +459,58 @@ class RunRepository(Repository):
 
     # --- statements on one run ---
 
-    def _run(self, statement: str, run_id: int, token: int | None, **parameters: Any) -> RunRead:
-        return self._read(RunRead, statement, run_id=check_run_id(run_id), token=check_token(token), **parameters)[0]
+    async def _run(self, statement: Statement, run_id: int, token: int | None, **parameters: Any) -> RunRead:
+        parameters |= {"run_id": check_run_id(run_id), "token": check_token(token)}
+        return (await self._read(RunRead, statement, **parameters))[0]
 
-    def _node(self, statement: str, run_id: int, node_id: str, token: int | None, **parameters: Any) -> NodeRunRead:
-        parameters |= {"node_id": check_text(node_id, "node_id"), "token": check_token(token)}
-        return self._read(NodeRunRead, statement, run_id=check_run_id(run_id), **parameters)[0]
+    async def _node(
+        self, statement: Statement, run_id: int, node_id: str, token: int | None, **parameters: Any
+    ) -> NodeRunRead:
+        parameters |= {
+            "run_id": check_run_id(run_id),
+            "node_id": check_text(node_id, "node_id"),
+            "token": check_token(token),
+        }
+        return (await self._read(NodeRunRead, statement, **parameters))[0]
 
-    def _nodes(self, statement: str, run_id: int) -> list[NodeRunRead]:
-        nodes = self._read(NodeRunRead, statement, run_id=check_run_id(run_id))
+    async def _nodes(self, statement: Statement, run_id: int) -> list[NodeRunRead]:
+        nodes = await self._read(NodeRunRead, statement, run_id=check_run_id(run_id))
         if not nodes:
-            self.get(run_id)  # raises if the run doesn't exist
+            await self.get(run_id)  # raises if the run doesn't exist
         return nodes
+
+
+class RunRepository(Repository):
+    """The sync twin of ``AsyncRunRepository``, for a ``Session``."""
+
+    _source = AsyncRunRepository
+
+    create = blocking(AsyncRunRepository.create)
+    start = blocking(AsyncRunRepository.start)
+    complete = blocking(AsyncRunRepository.complete)
+    finish = blocking(AsyncRunRepository.finish)
+    fail = blocking(AsyncRunRepository.fail)
+    cancel = blocking(AsyncRunRepository.cancel)
+    append_log = blocking(AsyncRunRepository.append_log)
+    start_node = blocking(AsyncRunRepository.start_node)
+    complete_node = blocking(AsyncRunRepository.complete_node)
+    skip_node = blocking(AsyncRunRepository.skip_node)
+    fail_node = blocking(AsyncRunRepository.fail_node)
+    advance = blocking(AsyncRunRepository.advance)
+    record = blocking(AsyncRunRepository.record)
+    claim = blocking(AsyncRunRepository.claim)
+    heartbeat = blocking(AsyncRunRepository.heartbeat)
+    release = blocking(AsyncRunRepository.release)
+    recover = blocking(AsyncRunRepository.recover)
+    expire = blocking(AsyncRunRepository.expire)
+    purge = blocking(AsyncRunRepository.purge)
+    get = blocking(AsyncRunRepository.get)
+    search = blocking(AsyncRunRepository.search)
+    nodes = blocking(AsyncRunRepository.nodes)
+    ready_nodes = blocking(AsyncRunRepository.ready_nodes)
+    definition = blocking(AsyncRunRepository.definition)
+    counts = blocking(AsyncRunRepository.counts)
+    statistics = blocking(AsyncRunRepository.statistics)
 
 
 _RESULTS = TypeAdapter(list[NodeExecutionResult])

@@ -49,7 +49,7 @@ def test_call_with_dict_for_schema_raises_with_advice(session: Session) -> None:
 
 def test_repository_of_scoped_session_works(database: Database) -> None:
     scoped = scoped_session(sessionmaker(database.engine))
-    assert RunRepository(scoped).counts()  # type: ignore[arg-type]
+    assert RunRepository(scoped).counts()
     scoped.remove()
 
 

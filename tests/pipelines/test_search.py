@@ -5,6 +5,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
     InvalidCursorError,
@@ -78,9 +79,11 @@ def test_search_with_bad_arguments_raises(pipelines: PipelineRepository) -> None
     assert pipelines.search(name="", after=2**40).items == ()
 
 
-def test_search_with_one_bad_row_returns_the_page(pipelines: PipelineRepository, raw: psycopg.Connection) -> None:
+def test_search_with_one_bad_row_returns_the_page(
+    pipelines: PipelineRepository, session: Session, raw: psycopg.Connection
+) -> None:
     pipelines.create(new("good"))
-    pipelines._session.commit()
+    session.commit()
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER ALL")
     raw.execute("""INSERT INTO circle.pipelines (name, nodes, edges) VALUES ('bad', '{"a": 1}', '"x"')""")
     raw.execute("ALTER TABLE circle.pipelines ENABLE TRIGGER ALL")

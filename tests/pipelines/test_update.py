@@ -76,7 +76,7 @@ def test_update_active_pipeline_to_incomplete_raises(each: Session) -> None:
     assert pipelines.update(made.id, both, allow_incomplete=True).status == "paused"
 
 
-def test_update_missing_pipeline_raises_not_found(pipelines: PipelineRepository) -> None:
+def test_update_missing_pipeline_raises_not_found(pipelines: PipelineRepository, session: Session) -> None:
     for call in (
         lambda: pipelines.update(1, PipelineUpdate(name="x")),
         lambda: pipelines.update(1, PipelineUpdate(name="x"), expected_version=3),
@@ -89,4 +89,4 @@ def test_update_missing_pipeline_raises_not_found(pipelines: PipelineRepository)
     ):
         with pytest.raises(PipelineNotFoundError):
             call()
-        pipelines._session.rollback()
+        session.rollback()
