@@ -1,7 +1,7 @@
 """A tour on a database of its own: ``python -m examples.demo``.
 
-Stores a pipeline, shows a broken one refused, and has two worker processes run it. Exits with 1 if anything is not as
-the tour says.
+The tour stores a pipeline, shows how a broken pipeline is refused, and lets two worker processes execute runs. It
+checks what it prints, and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gathering_pipeline import (
     NodeRunRead,
     NodeStatus,
     PipelineCreate,
+    PipelineEvent,
     PipelineRead,
     PipelineRepository,
     RunRead,
@@ -40,40 +41,40 @@ from gathering_pipeline import (
 HERE = Path(__file__).parent
 RUNS = 6
 WORKERS = ("ada", "grace")
-LONGEST_SECONDS = 30.0
-OTHERS = ("DATABASE_URL", "GATHERING_", "PG")
-"""Variables of the shell that could lead to another database, or change how it is used."""
+TIMEOUT_SECONDS = 30.0
+SHELL_PREFIXES = ("DATABASE_URL", "GATHERING_", "PG")
+"""Variables of the shell that name another database, or change how a database is used."""
 
 
-class NotAsPromisedError(Exception):
-    """The tour went wrong."""
+class DemoError(Exception):
+    """A check of the tour failed."""
 
 
-def expect(condition: object, otherwise: str) -> None:
-    """Stop the tour unless something holds."""
+def check(condition: object, message: str) -> None:
+    """Stop the tour unless a condition holds."""
     if not condition:
-        raise NotAsPromisedError(otherwise)
+        raise DemoError(message)
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
-    """Stop the tour unless something comes to hold before long."""
-    deadline = time.monotonic() + LONGEST_SECONDS
+def wait_until(condition: Callable[[], bool], message: str) -> None:
+    """Wait for a condition; stop the tour after ``TIMEOUT_SECONDS``."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
-        expect(time.monotonic() < deadline, otherwise)
+        check(time.monotonic() < deadline, message)
         time.sleep(0.1)
 
 
-def example(name: str) -> PipelineCreate:
-    """Read a pipeline beside this file."""
+def load_pipeline(name: str) -> PipelineCreate:
+    """Read a pipeline from a file of this folder."""
     return PipelineCreate(**json.loads((HERE / name).read_text(encoding="utf-8")))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns of numbers stand to the right."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; columns of numbers are right-aligned."""
     lines = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     right = [all(cell == "" or isinstance(cell, (int, float)) for cell in column) for column in zip(*rows, strict=True)]
-    for line in (list(head), ["-" * width for width in widths], *lines):
+    for line in (list(header), ["-" * width for width in widths], *lines):
         cells = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
         print("  " + "  ".join(cells).rstrip())
     print()
@@ -81,7 +82,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 @contextmanager
 def temporary_server() -> Iterator[str]:
-    """The URL of an embedded PostgreSQL that leaves nothing behind."""
+    """The URL of an embedded PostgreSQL, which is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="gathering-demo-"))
     try:
         server = embedded.start(folder / "data")
@@ -94,70 +95,85 @@ def temporary_server() -> Iterator[str]:
 
 
 @contextmanager
-def workers(database: Database, url: str) -> Iterator[None]:
-    """Two worker processes; in the end each is told to stop, and has to do so cleanly."""
-    processes = [
-        subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, "-m", "examples.worker", "--name", name],
-            cwd=HERE.parent,
-            env=os.environ | {"GATHERING_DATABASE_URL": f"{url}&application_name={name}"},
-        )
-        for name in WORKERS
-    ]
+def running_workers(database: Database) -> Iterator[None]:
+    """Two worker processes; at the end each receives SIGTERM and has to exit with 0."""
+    processes = [start_worker(database, name) for name in WORKERS]
     try:
-        wait_until(lambda: connected(database) >= set(WORKERS), "the workers do not start")
+        wait_until(lambda: connected_programs(database) >= set(WORKERS), "the workers do not start")
         yield
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for name, process in zip(WORKERS, processes, strict=True):
-            expect(process.wait(10) == 0, f"worker {name} did not stop cleanly")
+            check(process.wait(10) == 0, f"worker {name} did not exit with 0")
     finally:
         for process in processes:
             process.kill()
             process.wait()
 
 
-def connected(database: Database) -> set[str]:
-    """The names under which programs are connected to the server."""
+def start_worker(database: Database, name: str) -> subprocess.Popen[bytes]:
+    """Start a worker process; ``name`` is also the name of its connections."""
+    url = database.engine.url.update_query_dict({"application_name": name})
+    return subprocess.Popen(  # noqa: S603 - a program of this folder
+        [sys.executable, "-m", "examples.worker", "--name", name],
+        cwd=HERE.parent,
+        env=os.environ | {"GATHERING_DATABASE_URL": url.render_as_string(hide_password=False)},
+    )
+
+
+def connected_programs(database: Database) -> set[str]:
+    """The names of the programs that are connected to the database."""
+    statement = "SELECT application_name FROM pg_stat_activity WHERE datname = current_database()"
     with database.engine.connect() as connection:
-        return set(connection.scalars(text("SELECT application_name FROM pg_stat_activity")))
+        return set(connection.scalars(text(statement)))
 
 
-def store(database: Database) -> PipelineRead:
-    """Store the good pipeline; the bad one is refused."""
+def store_pipelines(database: Database) -> PipelineRead:
+    """Store the valid pipeline; the broken one is refused."""
     with database.session() as session:
         pipelines = PipelineRepository(session)
-        pipeline = pipelines.create(example("code_review.json"))
+        pipeline = pipelines.create(load_pipeline("code_review.json"))
         print(f"Stored {pipeline.name!r} as pipeline {pipeline.id}, version {pipeline.version}.")
         try:
-            pipelines.create(example("broken.json"))
+            pipelines.create(load_pipeline("broken.json"))
         except InvalidPipelineError as error:
             print(f"Refused 'broken.json': {error}\n")
-            expect("cycle: review -> fix -> retest -> review" in str(error), "the cycle is not in the message")
+            check("cycle: review -> fix -> retest -> review" in str(error), "the cycle is not in the message")
         else:
-            raise NotAsPromisedError("the cyclic pipeline was stored")
+            raise DemoError("the cyclic pipeline was stored")
         stored = [found.id for found in pipelines.search().items]
-        expect(stored == [pipeline.id], "something else was stored")
+        check(stored == [pipeline.id], "something else was stored")
     return pipeline
 
 
 def wait_for_end(database: Database, run_ids: Sequence[int]) -> list[RunRead]:
-    """Wait until the runs are over."""
+    """Wait until the runs are completed."""
     with database.session(autocommit=True) as session:
         runs = RunRepository(session)
         wait_until(lambda: runs.counts()[RunStatus.COMPLETED] == len(run_ids), "the runs do not complete")
         return [runs.get(run_id) for run_id in run_ids]
 
 
-def show(runs: Sequence[RunRead], nodes: Sequence[NodeRunRead]) -> None:
+def read_events(database: Database, run_id: int) -> tuple[PipelineEvent, ...]:
+    """The events of a terminal run. An event can be read once no older transaction of the server is open."""
+    with database.session(autocommit=True) as session:
+        events = EventRepository(session)
+        wait_until(
+            lambda: any(event.type in follow.TERMINAL for event in events.read(run_id=run_id).items),
+            f"the last event of run {run_id} does not arrive",
+        )
+        return events.read(run_id=run_id).items
+
+
+def print_runs(runs: Sequence[RunRead], nodes: Sequence[NodeRunRead]) -> None:
     """Print the runs, and the nodes of the first one."""
-    head = ("run", "status", "worker", "claims", "seconds")
-    table(head, [(run.id, run.status, run.worker_id, run.claim_count, took(run)) for run in runs])
+    header = ("run", "status", "worker", "claims", "seconds")
+    print_table(header, [(run.id, run.status, run.worker_id, run.claim_count, duration_seconds(run)) for run in runs])
     begin = runs[0].started_at
     assert begin is not None
     print(f"Run {runs[0].id}, node by node (milliseconds):\n")
-    table(
-        ("node", "type", "status", "retries", "began at", "took"),
+    print_table(
+        ("node", "type", "status", "retries", "started at", "duration"),
         [
             (node.node_id, node.node_type, node.status, node.retry_count, began, node.duration_ms)
             for node in nodes
@@ -166,21 +182,28 @@ def show(runs: Sequence[RunRead], nodes: Sequence[NodeRunRead]) -> None:
     )
 
 
-def took(run: RunRead) -> float:
-    """Duration of a run that is over, in seconds."""
+def duration_seconds(run: RunRead) -> float:
+    """Duration of a terminal run."""
     assert run.started_at is not None
     assert run.completed_at is not None
     return round((run.completed_at - run.started_at).total_seconds(), 2)
 
 
 def tour(url: str) -> None:
-    """The whole tour."""
+    """The whole tour, on an empty database.
+
+    Args:
+        url: SQLAlchemy URL of the database.
+
+    Raises:
+        DemoError: A check failed.
+    """
     with Database(url) as database:
         database.upgrade()
         database.check()
         print("Upgraded the schema to head.")
-        pipeline = store(database)
-        with workers(database, url):
+        pipeline = store_pipelines(database)
+        with running_workers(database):
             with database.session() as session:
                 run_ids = [RunRepository(session).create(pipeline.id, {"branch": f"topic-{n}"}).id for n in range(RUNS)]
             print(f"Created {RUNS} runs for two workers, {' and '.join(WORKERS)}.\n", flush=True)
@@ -189,40 +212,42 @@ def tour(url: str) -> None:
         with database.session() as session:
             repository = RunRepository(session)
             nodes = [repository.nodes(run_id) for run_id in run_ids]
-            history = EventRepository(session).read(run_id=run_ids[0]).items
             counted = PipelineRepository(session).get(pipeline.id)
-    show(runs, nodes[0])
+        history = read_events(database, run_ids[0])
+    print_runs(runs, nodes[0])
     print(f"Its events, as examples.follow prints them (the last 4 of {len(history)}):\n")
     for event in history[-4:]:
-        print(f"  {follow.line(event)}")
+        print(f"  {follow.format_event(event)}")
     print()
-    expect(history[0].type == EventType.PIPELINE_RUN_STARTED, "the first event is not the start")
-    expect(history[-1].type == EventType.PIPELINE_RUN_COMPLETED, "the last event is not the end")
-    expect({run.worker_id for run in runs} == set(WORKERS), "one worker did all the work")
-    expect(all(run.claim_count == 1 for run in runs), "a run was claimed twice")
-    expect((counted.run_count, counted.success_count, counted.error_count) == (RUNS, RUNS, 0), "the counters are wrong")
+    check(history[0].type == EventType.PIPELINE_RUN_STARTED, "the first event is not the start of the run")
+    check(history[-1].type == EventType.PIPELINE_RUN_COMPLETED, "the last event is not the end of the run")
+    check({run.worker_id for run in runs} == set(WORKERS), "one worker executed all runs")
+    check(all(run.claim_count == 1 for run in runs), "a run was claimed twice")
+    check((counted.run_count, counted.success_count, counted.error_count) == (RUNS, RUNS, 0), "the counters are wrong")
     skipped = {"ask", "remind"}
     for of_run in nodes:
-        expect(len(of_run) == len(pipeline.nodes), "a node is missing")
+        check(len(of_run) == len(pipeline.nodes), "a node is missing")
         for node in of_run:
             expected = NodeStatus.SKIPPED if node.node_id in skipped else NodeStatus.COMPLETED
-            expect(node.status is expected, f"{node.node_id} is {node.status}, not {expected}")
-            expect(node.retry_count == (node.node_id == "security"), f"{node.node_id} was retried {node.retry_count} x")
+            check(node.status is expected, f"{node.node_id} is {node.status}, not {expected}")
+            check(
+                node.retry_count == (node.node_id == "security"), f"{node.node_id} was retried {node.retry_count} times"
+            )
 
 
 def main() -> int:
-    """Run the tour and tell how it went."""
-    for name in [name for name in os.environ if name.startswith(OTHERS)]:
+    """Take the tour; the exit status says whether all checks passed."""
+    for name in [name for name in os.environ if name.startswith(SHELL_PREFIXES)]:
         del os.environ[name]
     begun = time.monotonic()
     try:
         with temporary_server() as url:
             print(f"Started the embedded PostgreSQL in {time.monotonic() - begun:.1f} s.")
             tour(url)
-    except NotAsPromisedError as error:
-        print(f"Not as promised: {error}", file=sys.stderr)
+    except DemoError as error:
+        print(f"Failed: {error}", file=sys.stderr)
         return 1
-    print(f"Everything as promised, in {time.monotonic() - begun:.1f} s.")
+    print(f"All checks passed, in {time.monotonic() - begun:.1f} s.")
     return 0
 
 

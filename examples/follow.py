@@ -1,17 +1,19 @@
-"""Prints events as they happen: ``python -m examples.follow [RUN]``, of one run until it ends, or of all from now on.
+"""Prints events as they happen: ``python -m examples.follow [RUN]``.
 
-The database is the one that the environment names (GATHERING_DATABASE_URL, DATABASE_URL), else the embedded one.
+With a run's id the program prints all events of that run and stops at its end; without an id it prints the events of
+all runs from now on. The database is the one that GATHERING_DATABASE_URL or DATABASE_URL names, else the embedded one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from gathering_pipeline import Database, EventRepository, EventType, PipelineError, PipelineEvent
 
-ENDS = {
+TERMINAL = {
     EventType.PIPELINE_RUN_COMPLETED,
     EventType.PIPELINE_RUN_FAILED,
     EventType.PIPELINE_RUN_CANCELLED,
@@ -19,26 +21,26 @@ ENDS = {
 }
 
 
-def line(event: PipelineEvent) -> str:
+def format_event(event: PipelineEvent) -> str:
     """An event as one line."""
     time = event.created_at.astimezone().isoformat(" ", "milliseconds")
     data = "  ".join(f"{name}={value}" for name, value in event.data.items() if value is not None)
     return f"{time}  run {event.run_id}  {event.type:<24}  {event.node_id or '':<16}  {data}".rstrip()
 
 
-def main() -> int:
-    """Follow until the run ends, or until Ctrl-C."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print events until the run ends, or until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m examples.follow", description="Prints events as they happen.")
-    parser.add_argument("run", nargs="?", type=int, help="a run's id; without it all runs, from now on")
-    run_id = parser.parse_args().run
+    parser.add_argument("run", nargs="?", type=int, help="id of a run; without it, all runs from now on")
+    run_id: int | None = parser.parse_args(arguments).run
     try:
         with suppress(KeyboardInterrupt), Database() as database:
             with database.session() as session:
-                # the history of one run, but not that of all of them; a program that stores its cursor goes on there
+                # None starts at the oldest event, which is too much for all runs. A service stores its cursor instead.
                 after = EventRepository(session).last() if run_id is None else None
             for event in database.listen(run_id, after):
-                print(line(event), flush=True)
-                if run_id is not None and event.type in ENDS:
+                print(format_event(event), flush=True)
+                if run_id is not None and event.type in TERMINAL:
                     break
     except PipelineError as error:
         print(error, file=sys.stderr)

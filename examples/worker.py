@@ -1,10 +1,10 @@
-"""An asyncio worker, as the start of your own executor: ``python -m examples.worker [--name NAME] [--once]``.
+"""An asyncio worker to start your own executor from: ``python -m examples.worker [--name NAME] [--once]``.
 
-It claims runs from the database that the environment names, runs the ready nodes of each in parallel, keeps its leases,
-has failed nodes retried, and takes back the runs of workers that died. Any number of workers may run beside each other.
-On SIGTERM or SIGINT it gives its runs back, and another worker goes on with them.
+The worker claims runs from the database that the environment names, executes the ready nodes of each run in parallel,
+extends its leases, reports failed attempts for a retry, and recovers the runs of workers that died. Any number of
+workers may run concurrently. On SIGTERM or SIGINT the worker releases its runs, and another worker continues them.
 
-``perform`` is what to replace: it only pretends, as a node's ``config["simulate"]`` says.
+Replace ``perform``: it only simulates a node, as ``config["simulate"]`` says.
 """
 
 from __future__ import annotations
@@ -37,15 +37,25 @@ from gathering_pipeline import (
 LEASE = timedelta(seconds=15)
 POLL_SECONDS = 0.1
 SWEEP_SECONDS = 5.0
-LONGEST_PAUSE = 15.0
-"""Seconds between two attempts to reach a database that is away for long."""
-RUNS_AT_ONCE = 2
+MAX_PAUSE_SECONDS = 15.0
+"""Longest time between two attempts to reach an unavailable database."""
+MAX_RUNS = 2
+"""Runs that one worker executes concurrently."""
 
 logger = logging.getLogger("examples.worker")
 
 
 async def perform(node: PipelineNode, inputs: Mapping[str, Any], attempt: int) -> dict[str, Any]:
-    """Do what a node says and return its output; an exception is a failed attempt, counted from 0."""
+    """Execute a node and return its output.
+
+    Args:
+        node: The node.
+        inputs: Outputs of its predecessors, by node id.
+        attempt: Number of the attempt, from 0.
+
+    Raises:
+        Exception: The attempt failed.
+    """
     simulate = node.config.get("simulate") or {}
     await asyncio.sleep((node.config if node.type == "delay" else simulate).get("seconds") or 0)
     if attempt < simulate.get("failures", 0):
@@ -55,8 +65,8 @@ async def perform(node: PipelineNode, inputs: Mapping[str, Any], attempt: int) -
     return dict(simulate.get("output") or {})
 
 
-def untaken(graph: PipelineDefinition, condition_id: str, *, result: bool) -> list[str]:
-    """The nodes that only edges lead to which a condition does not take: the first ones of its untaken branches."""
+def untaken_nodes(graph: PipelineDefinition, condition_id: str, *, result: bool) -> list[str]:
+    """The first nodes of the branches that a condition does not take: only its untaken edges lead to them."""
     taken = (None, "true" if result else "false")
     dead = {edge.to_node for edge in graph.edges if edge.from_node == condition_id and edge.condition not in taken}
     return sorted(
@@ -74,13 +84,13 @@ class Worker:
 
     @asynccontextmanager
     async def runs(self) -> AsyncIterator[AsyncRunRepository]:
-        """A repository for a moment: each call commits, and no connection is held while nodes work."""
+        """A repository for one or two calls: each call commits, and no connection is held while nodes are executed."""
         async with self.database.async_session(autocommit=True) as session:
             yield AsyncRunRepository(session)
 
     async def serve(self, *, once: bool = False) -> None:
-        """Work; with ``once`` only until there is nothing left to claim."""
-        drivers: set[asyncio.Task[None]] = set()
+        """Execute runs until ``stopping`` is set; with ``once``, until no run is left to claim."""
+        executions: set[asyncio.Task[None]] = set()
         stopped = asyncio.create_task(self.stopping.wait())
         sweep_at, pause = monotonic(), POLL_SECONDS
         while not stopped.done():
@@ -89,57 +99,57 @@ class Worker:
                     if monotonic() >= sweep_at:
                         sweep_at = monotonic() + SWEEP_SECONDS
                         for run in [*await runs.recover(), *await runs.expire()]:
-                            logger.warning("run %s was left behind, it is %s now", run.id, run.status)
-                    if len(drivers) < RUNS_AT_ONCE:  # one at a time, so that other workers get some, too
+                            logger.warning("run %s was abandoned, it is %s now", run.id, run.status)
+                    if len(executions) < MAX_RUNS:  # claims one run at a time, which leaves some to other workers
                         for run in await runs.claim(self.name, LEASE):
-                            drivers.add(asyncio.create_task(self.drive(run)))
+                            executions.add(asyncio.create_task(self.execute_leased(run)))
                 pause = POLL_SECONDS
             except Exception as error:
                 if once or not is_transient(error):
                     raise
-                pause = min(2 * pause, LONGEST_PAUSE)
-                logger.warning("the database is away, next attempt within %.1f s: %s", pause, error)
-            if once and not drivers:
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+                logger.warning("the database is unavailable, next attempt within %.1f s: %s", pause, error)
+            if once and not executions:
                 break
-            # at random, so that many workers don't come all at once when it is back
+            # random, so that many workers don't reconnect at the same moment
             timeout = pause * random.uniform(0.5, 1)  # noqa: S311 - no secret
-            await asyncio.wait({stopped, *drivers}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            drivers = {driver for driver in drivers if not driver.done()}
-        for task in (stopped, *drivers):
+            await asyncio.wait({stopped, *executions}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            executions = {execution for execution in executions if not execution.done()}
+        for task in (stopped, *executions):
             task.cancel()
-        await asyncio.gather(stopped, *drivers, return_exceptions=True)
+        await asyncio.gather(stopped, *executions, return_exceptions=True)
 
-    async def drive(self, run: RunRead) -> None:
-        """Hold a run and take it to its end; if that is broken off, give it back."""
+    async def execute_leased(self, run: RunRead) -> None:
+        """Execute a run and extend its lease meanwhile; release the run when the task is cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                keeper = group.create_task(self.keep(run))
+                heartbeat = group.create_task(self.extend_lease(run))
                 await self.execute(run, group)
-                keeper.cancel()
+                heartbeat.cancel()
         except asyncio.CancelledError:
             async with self.runs() as runs:
                 await runs.release(run.id, token=run.claim_token)
-            logger.info("run %s given back", run.id)
+            logger.info("run %s released", run.id)
             raise
         except ExceptionGroup as errors:
-            # LeaseLostError: it was cancelled, or is somebody else's by now. A broken connection: its lease runs out,
-            # and somebody goes on with it.
+            # LeaseLostError: the run was cancelled, or another worker holds it. A broken connection: the lease expires,
+            # and another worker continues the run.
             logger.warning("run %s dropped: %s", run.id, errors.exceptions[0])
         else:
             logger.info("run %s done", run.id)
 
-    async def keep(self, run: RunRead) -> None:
-        """Extend the lease for ever."""
+    async def extend_lease(self, run: RunRead) -> None:
+        """Extend the lease until the task is cancelled."""
         while True:
             await asyncio.sleep(LEASE.total_seconds() / 3)
             async with self.runs() as runs:
                 await runs.heartbeat(run.id, LEASE, token=run.claim_token)
 
     async def execute(self, run: RunRead, group: asyncio.TaskGroup) -> None:
-        """Run every node as soon as it is ready. ``advance`` says which ones are, and ends the run after the last."""
+        """Execute each node as soon as it is ready. ``advance`` returns these nodes and ends the run at last."""
         async with self.runs() as runs:
             graph = await runs.definition(run.id)
-            stored = await runs.nodes(run.id)  # somebody may have been at work on it
+            stored = await runs.nodes(run.id)  # another worker may have executed a part of it
         outputs = {node.node_id: node.output_data for node in stored if node.status is NodeStatus.COMPLETED}
         retries = {node.node_id for node in stored if node.status is NodeStatus.PENDING and node.retry_count}
         results: list[NodeExecutionResult] = []
@@ -169,27 +179,27 @@ class Worker:
             for result in [result for result in results if result.status == "completed"]:
                 outputs[result.node_id] = result.output
                 if graph.node_map[result.node_id].type == "condition":
-                    skipped = untaken(graph, result.node_id, result=bool((result.output or {})["result"]))
+                    skipped = untaken_nodes(graph, result.node_id, result=bool((result.output or {})["result"]))
                     results += [NodeExecutionResult(node_id=node_id, status="skipped") for node_id in skipped]
 
     async def attempt(self, node: PipelineNode, inputs: Mapping[str, Any], retry_count: int) -> NodeExecutionResult:
-        """Run a node once."""
-        begun = monotonic()
+        """Execute a node once."""
+        begin = monotonic()
         try:
             output = await perform(node, inputs, retry_count)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the node's failure
+        except Exception as error:  # noqa: BLE001 - any error is the node's failure
             return NodeExecutionResult(node_id=node.id, status="failed", error=f"{type(error).__name__}: {error}")
-        spent = round((monotonic() - begun) * 1000)
+        spent = round((monotonic() - begin) * 1000)
         return NodeExecutionResult(
             node_id=node.id, status="completed", output=output, duration_ms=spent, retry_count=retry_count
         )
 
 
 async def main() -> None:
-    """Run a worker as the command line says."""
+    """Run a worker with the options of the command line."""
     parser = argparse.ArgumentParser(description="Execute pipeline runs.")
     parser.add_argument("--name", default=f"worker-{os.getpid()}", help="shown as the run's worker_id")
-    parser.add_argument("--once", action="store_true", help="end when nothing is left to claim")
+    parser.add_argument("--once", action="store_true", help="exit when no run is left to claim")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {options.name}: %(message)s", datefmt="%H:%M:%S")
     async with Database() as database:

@@ -47,5 +47,5 @@ def test_worker_without_server_retries_with_backoff() -> None:
     process.terminate()
     rest = process.communicate(timeout=30)[1].splitlines()
     assert process.returncode == 0
-    assert "the database is away" in first
+    assert "the database is unavailable" in first
     assert 1 <= len(rest) <= 8  # at ten a second they would be forty
