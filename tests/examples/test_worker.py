@@ -1,7 +1,12 @@
-"""The example worker executes runs, and releases them when it is stopped."""
+"""The example worker: how it executes runs, how it stops, and what it prints where the database can't be used."""
 
 import asyncio
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +14,48 @@ import pytest
 from examples import demo
 from examples.worker import Worker
 from gathering_pipeline import Database, NodeStatus, PipelineNode, PipelineRepository, RunRead, RunRepository, RunStatus
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = "postgresql://localhost:1/name"
+
+
+def start_worker(url: str, *options: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"GATHERING_DATABASE_URL": url}
+    command = [sys.executable, "-m", "examples.worker", *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_worker_once_without_a_server_fails_in_a_sentence() -> None:
+    process = start_worker(NOWHERE, "--once")
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert printed.startswith("no answer from the PostgreSQL server at localhost:1")
+    assert printed.count("\n") == 1
+
+
+def test_worker_without_a_schema_fails_in_a_sentence(empty_database_url: str) -> None:
+    process = start_worker(empty_database_url)
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert printed.startswith("the schema lacks")
+    assert printed.count("\n") == 1
+
+
+def test_worker_once_without_a_run_exits_with_0(database: Database) -> None:
+    process = start_worker(database.engine.url.render_as_string(hide_password=False), "--once")
+    assert (process.communicate(timeout=30)[1], process.returncode) == ("", 0)
+
+
+def test_worker_without_a_server_retries_at_growing_intervals() -> None:
+    process = start_worker(NOWHERE)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    time.sleep(4)
+    process.terminate()
+    rest = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 0
+    assert "the database is unavailable" in first
+    assert 1 <= len(rest) <= 8  # a fixed interval of 0.1 s would give forty
 
 
 @pytest.fixture
@@ -18,7 +65,7 @@ def run(database: Database) -> RunRead:
         return RunRepository(session).create(pipeline.id)
 
 
-def test_once_executes_a_run_to_its_end(database: Database, run: RunRead) -> None:
+def test_worker_once_executes_a_run_to_its_end(database: Database, run: RunRead) -> None:
     async def serve() -> None:
         await Worker(database, "ada").serve(once=True)
         await database.adispose()
