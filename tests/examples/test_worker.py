@@ -25,7 +25,7 @@ def start_worker(url: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_worker_once_without_a_server_fails_in_a_sentence() -> None:
+def test_worker_once_without_server_prints_one_sentence() -> None:
     process = start_worker(NOWHERE, "--once")
     _, printed = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -33,7 +33,7 @@ def test_worker_once_without_a_server_fails_in_a_sentence() -> None:
     assert printed.count("\n") == 1
 
 
-def test_worker_without_a_schema_fails_in_a_sentence(empty_database_url: str) -> None:
+def test_worker_without_schema_prints_one_sentence(empty_database_url: str) -> None:
     process = start_worker(empty_database_url)
     _, printed = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -41,12 +41,12 @@ def test_worker_without_a_schema_fails_in_a_sentence(empty_database_url: str) ->
     assert printed.count("\n") == 1
 
 
-def test_worker_once_without_a_run_exits_with_0(database: Database) -> None:
+def test_worker_once_without_runs_exits_successfully(database: Database) -> None:
     process = start_worker(database.engine.url.render_as_string(hide_password=False), "--once")
     assert (process.communicate(timeout=30)[1], process.returncode) == ("", 0)
 
 
-def test_worker_without_a_server_retries_at_growing_intervals() -> None:
+def test_worker_without_server_retries_with_backoff() -> None:
     process = start_worker(NOWHERE)
     assert process.stderr is not None
     first = process.stderr.readline()
