@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, LiteralString, NamedTuple, ParamSpec, TypeVar
@@ -186,13 +186,13 @@ def _select_in_session(databases: Databases) -> None:
         session.connection().exec_driver_sql("SELECT 1")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.breakdown", description="Where the time of a call goes."
     )
     add_size_option(parser)
-    size: Size = parser.parse_args().size
+    size: Size = parser.parse_args(arguments).size
     remove_database_settings()
     with open_server() as server, server.databases() as databases:
         for name, figures in measure(databases, size):

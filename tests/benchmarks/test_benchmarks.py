@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -173,14 +174,10 @@ def test_breakdown_measures_every_call_on_every_level(databases: Databases) -> N
     assert run_counts(databases.floor_url) == {"completed": 2}
 
 
-def program(server: servers.Server, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"GATHERING_TEST_URL": server.url, "GATHERING_POOL_SIZE": "not a number"}
-    command = [sys.executable, "-m", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_program_prints_the_benchmarks_in_the_order_asked_for(server: servers.Server) -> None:
-    done = program(server, "benchmarks", "--tiny", "wal", "steps")
+    environment = os.environ | {"GATHERING_TEST_URL": server.url, "GATHERING_POOL_SIZE": "not a number"}
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "wal", "steps"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     header, *lines = done.stdout.splitlines()
     assert header.split() == ["what", "ours", "floor", "ratio", "bar"]
@@ -194,10 +191,13 @@ def test_program_prints_the_benchmarks_in_the_order_asked_for(server: servers.Se
     assert all(line.endswith(("met", "missed")) for line in lines)
 
 
-def test_breakdown_program_prints_every_level(server: servers.Server) -> None:
-    done = program(server, "benchmarks.breakdown", "--tiny")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [line[:34].strip() for line in done.stdout.splitlines()] == LEVELS
+def test_breakdown_program_prints_every_level(
+    bench_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(breakdown, "open_server", lambda: nullcontext(bench_server))
+    monkeypatch.setattr(breakdown, "remove_database_settings", lambda: None)
+    breakdown.main(["--tiny"])
+    assert [line[:34].strip() for line in capsys.readouterr().out.splitlines()] == LEVELS
 
 
 def test_program_refuses_an_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
