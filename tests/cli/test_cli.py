@@ -28,8 +28,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("gathering-pipeline")
 
 
-def run(*words: str, **options: str) -> Result:
-    return CliRunner().invoke(cli, ["db", *words], **options)  # type: ignore[arg-type]
+def run(*words: str, input: str | None = None, **environment: str) -> Result:
+    """A command in this process, which takes a tenth of the time of a new one."""
+    return CliRunner().invoke(cli, ["db", *words], input=input, env=environment)
 
 
 def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,30 +52,30 @@ def test_upgrade_session_from_preflight_to_doctor_succeeds(empty_database_url: s
 
     with raw.transaction():
         raw.execute("SELECT FROM circle.pipelines")
-        looked = program("db", "preflight", **where)
-    assert looked.returncode == 3
+        looked = run("preflight", **where)
+    assert looked.exit_code == 3
     assert f"the schema is at revision 007_pipeline_execution; {len(pending())} steps to {head}" in looked.stdout
     assert [line for line in looked.stdout.splitlines() if "1,234" in line and "ACCESS EXCLUSIVE" in line]
     assert f"blocked by session {raw.info.backend_pid}" in looked.stdout
-    assert program("db", "preflight", **where).returncode == 0
+    assert run("preflight", **where).exit_code == 0
 
     done = program("db", "upgrade", **where)
     assert (done.returncode, done.stdout) == (0, f"the schema is at revision {head}\n")
     assert "Running upgrade 007_pipeline_execution -> 008_integrity" in done.stderr
-    assert program("db", "check", **where).returncode == 0
-    healthy = program("db", "doctor", **where)
-    assert (healthy.returncode, healthy.stdout) == (0, "no problems found\n")
+    assert run("check", **where).exit_code == 0
+    healthy = run("doctor", **where)
+    assert (healthy.exit_code, healthy.stdout) == (0, "no problems found\n")
 
     raw.execute("ALTER TABLE circle.pipelines DISABLE TRIGGER pipelines_accept")
     sick = program("db", "doctor", **where)
     assert sick.returncode == 3
     assert sick.stdout.startswith("error demoted_trigger: trigger pipelines_accept of circle.pipelines: is disabled")
     assert "ENABLE ALWAYS TRIGGER" in sick.stdout
-    mended = program("db", "doctor", "--repair", **where)
-    assert mended.returncode == 0
-    assert mended.stdout.startswith("repaired demoted_trigger: trigger pipelines_accept")
-    assert program("db", "doctor", **where).returncode == 0
-    assert sick.stderr == mended.stderr == f"database: {described(empty_database_url)}\n"
+    repaired = run("doctor", "--repair", **where)
+    assert repaired.exit_code == 0
+    assert repaired.stdout.startswith("repaired demoted_trigger: trigger pipelines_accept")
+    assert run("doctor", **where).exit_code == 0
+    assert sick.stderr == repaired.stderr == f"database: {described(empty_database_url)}\n"
 
 
 def described(url: str) -> str:
@@ -152,8 +153,8 @@ def test_json_option_prints_json(database_url: str, connect: Connect) -> None:
 def test_migration_url_overrides_other_variables(database_url: str) -> None:
     unused = "postgresql://nobody@127.0.0.1:1/none"
     names = {"GATHERING_MIGRATION_URL": database_url, "GATHERING_DATABASE_URL": unused, "DATABASE_URL": unused}
-    assert program("db", "check", **names).returncode == 0
-    assert program("db", "check", "--url", unused, **names).returncode == 1
+    assert run("check", **names).exit_code == 0
+    assert run("check", "--url", unused, **names).exit_code == 1
 
 
 def test_each_command_prints_its_database_first(database_url: str) -> None:
@@ -187,15 +188,15 @@ def test_command_without_url_names_embedded_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["GATHERING_DATABASE_URL", "DATABASE_URL"])
 def test_command_with_empty_variable_exits_with_error(name: str, database_url: str) -> None:
     """As ``Database()`` does."""
-    assert f"{name} can't be used: it is empty" in one_sentence(program("db", "upgrade", **{name: ""}))
+    assert f"{name} can't be used: it is empty" in one_sentence(run("upgrade", **{name: ""}))
     for used in ({"GATHERING_MIGRATION_URL": database_url}, {"GATHERING_DATABASE_URL": database_url}):
-        assert program("db", "check", **{name: ""} | used).returncode == 0
-    assert program("db", "check", "--url", database_url, **{name: ""}).returncode == 0
-    assert "--url is set but empty" in one_sentence(program("db", "check", "--url", "", DATABASE_URL=database_url))
+        assert run("check", **{name: ""} | used).exit_code == 0
+    assert run("check", "--url", database_url, **{name: ""}).exit_code == 0
+    assert "--url is set but empty" in one_sentence(run("check", "--url", "", DATABASE_URL=database_url))
 
 
 def test_command_with_empty_migration_url_ignores_it(database_url: str) -> None:
-    assert program("db", "check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).returncode == 0
+    assert run("check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -220,8 +221,9 @@ def test_command_without_revision_row_prints_the_statement(
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
-    assert (done.returncode, done.stdout) == (1, "")
+def one_sentence(done: Result | subprocess.CompletedProcess[str]) -> str:
+    code = done.exit_code if isinstance(done, Result) else done.returncode
+    assert (code, done.stdout) == (1, "")
     lines = [line for line in done.stderr.splitlines() if not line.startswith("database: ")]
     assert lines[0].startswith("Error: ")
     assert len(lines) == 1, done.stderr
@@ -230,19 +232,19 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize("command", ["upgrade", "current", "check", "doctor", "preflight"])
 def test_command_without_server_prints_one_sentence(command: str) -> None:
-    done = program("db", command, "--url", "postgresql://me:secret@127.0.0.1:1/none")
+    done = run(command, "--url", "postgresql://me:secret@127.0.0.1:1/none")
     assert "no answer from the PostgreSQL server at 127.0.0.1:1" in one_sentence(done)
     assert "secret" not in done.stderr
 
 
 def test_command_errors_print_one_sentence(database_url: str, empty_database_url: str, connect: Connect) -> None:
     assert "is not PostgreSQL" in one_sentence(program("db", "check", "--url", "sqlite:///x"))
-    assert "GATHERING_POOL_SIZE" in one_sentence(program("db", "check", GATHERING_POOL_SIZE="none at all"))
+    assert "GATHERING_POOL_SIZE" in one_sentence(run("check", GATHERING_POOL_SIZE="none at all"))
     mistyped = f"identified by '099_future': there are base, {', '.join(migrations.revisions())} and head"
     for words in (["upgrade", "099_future"], ["downgrade", "--yes", "099_future"]):
-        assert one_sentence(program("db", *words, "--url", database_url)).endswith(mistyped)
-    assert one_sentence(program("db", "sql", "099_future")).endswith(mistyped)
-    assert "none, this code needs" in one_sentence(program("db", "check", "--url", empty_database_url))
+        assert one_sentence(run(*words, "--url", database_url)).endswith(mistyped)
+    assert one_sentence(run("sql", "099_future")).endswith(mistyped)
+    assert "none, this code needs" in one_sentence(run("check", "--url", empty_database_url))
 
     raw = connect(empty_database_url)
     raw.execute("CREATE SCHEMA circle; CREATE TABLE circle.pipelines (id serial PRIMARY KEY, name int NOT NULL)")
@@ -261,9 +263,8 @@ def test_command_by_role_without_rights_prints_one_sentence(database_url: str, a
         place = "" if host else f"{guest['host']}:{guest['port']}"
         url = f"postgresql://{role}:guest@{place}/{guest['dbname']}{host}"
         for command in ("upgrade", "current", "doctor"):
-            done = program("db", command, "--url", url)
-            assert done.returncode == 1
-            assert "Traceback" not in done.stderr
+            done = run(command, "--url", url)
+            assert (done.exit_code, type(done.exception)) == (1, SystemExit), "no traceback"
             assert "Error: PostgreSQL reports: permission denied" in done.stderr
             assert "(SQLSTATE 42501)" in done.stderr
     finally:
@@ -272,7 +273,7 @@ def test_command_by_role_without_rights_prints_one_sentence(database_url: str, a
 
 def test_unknown_command_exits_with_usage() -> None:
     assert program("db", "upgrad").returncode == 2
-    assert program("db", "downgrade").returncode == 2
+    assert run("downgrade").exit_code == 2
 
 
 # --- the extra -------------------------------------------------------------------------------------------------------
