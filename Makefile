@@ -4,10 +4,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PATHS := gathering_pipeline alembic tests $(wildcard examples benchmarks)
+PGBOUNCER := $(shell PATH=$$PATH:/usr/sbin command -v pgbouncer)
+WORKERS ?= auto
+# What depends on no server, or starts its own; single files have the marker "once".
+ONCE := benchmarks cli documentation examples reliability unit
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
+.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
 	generated build clean
 
 help: ## This list
@@ -26,47 +30,55 @@ $(READY): pyproject.toml constraints.txt
 demo: setup ## A tour on a database of its own
 	$(BIN)/python -m examples.demo
 
-test: lint types pytest ## Everything that guards a change: lint, types, tests on PostgreSQL
+# Each part prints once it is done, and a part that fails stops no other. What depends on the server is run on both kinds.
+test: setup ## Every check of a change: lint, types, tests on PostgreSQL
+	@$(MAKE) --no-print-directory parts PARTS="lint types"
+
+pytest: setup ## The tests, on each kind of server that is there, and through PgBouncer
+	@$(MAKE) --no-print-directory parts
+
+parts: setup
+	@parts="pytest-all"; \
+	if [ "$$($(BIN)/python -m tests.support.servers)" = container ]; then parts="$$parts pytest-embedded"; fi; \
+	parts="$$parts $(PARTS)"; \
+	if [ -n "$(PGBOUNCER)" ]; then parts="$$parts pytest-pgbouncer"; \
+		else echo "pgbouncer is not installed: nothing is tested through it"; fi; \
+	echo "running" $$parts; \
+	$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target $$parts
 
 lint: setup ## ruff, and the floors of the package
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-types: setup ## mypy and pyright
+types: setup ## mypy and pyright, over the README's Python, too
 	$(BIN)/mypy
+	$(BIN)/python -m tests.support.readme > .mypy_cache/readme.py
+	$(BIN)/mypy .mypy_cache/readme.py
 	$(BIN)/pyright
-
-# Where the tests run in a container (another PostgreSQL than the embedded one), what talks to a server is run on both, at once.
-pytest: setup ## The tests, with coverage; and those that need a server also on the embedded one
-	@if [ "$$($(BIN)/python -m tests.support.servers)" = container ]; then \
-		$(MAKE) --no-print-directory -j 2 --output-sync=target pytest-all pytest-embedded; \
-	else $(MAKE) --no-print-directory pytest-all; fi
-	@if PATH=$$PATH:/usr/sbin command -v pgbouncer >/dev/null; then $(MAKE) --no-print-directory pytest-pgbouncer; \
-		else echo "pgbouncer is not installed: nothing was tested through it"; fi
 
 pytest-all: setup ## All tests once, with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	COVERAGE_PROCESS_START="$(CURDIR)/pyproject.toml" $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
-	GATHERING_TEST_POOLER=$$(PATH=$$PATH:/usr/sbin command -v pgbouncer) $(BIN)/python -m pytest \
-		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py
+pytest-embedded: setup ## The tests that depend on the server, on the embedded one
+	GATHERING_TEST_SERVER=embedded $(PYTEST) -m "not once" $(patsubst %,--ignore tests/%,$(ONCE))
 
-pytest-embedded: setup ## The tests that need a server, on the embedded one
-	GATHERING_TEST_SERVER=embedded $(BIN)/python -m pytest --ignore tests/unit --ignore tests/reliability
+pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
+	GATHERING_TEST_POOLER="$(PGBOUNCER)" $(PYTEST) \
+		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 GATHERING_KILLS=50 \
 		$(BIN)/python -m pytest tests/reliability
 
-migration-load: setup ## Each revision up and down beside four writers, on 5,000,000 runs; takes a quarter of an hour and 20 GB
+migration-load: setup ## Each revision up and down while four writers work, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \
 		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no
 
-fuzz: setup ## 20,000 random graphs through every door, and an hour of odd definitions
+fuzz: setup ## 20,000 random graphs on every write path, and an hour of odd definitions
 	GATHERING_GRAPHS=20000 GATHERING_SEED=$${GATHERING_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s
 	GATHERING_EXAMPLES=100000 $(BIN)/python -m pytest tests/unit/test_fuzz_definition.py
 

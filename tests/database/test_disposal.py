@@ -9,6 +9,8 @@ from gathering_pipeline import (
     Database,
 )
 
+pytestmark = pytest.mark.once
+
 
 def test_dispose_error_is_raised(database: Database) -> None:
     async def use() -> None:

@@ -11,6 +11,8 @@ from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableErr
 from gathering_pipeline.settings import DatabaseSettings
 from tests.support.servers import connect
 
+pytestmark = pytest.mark.once
+
 # Run by a process of its own: starts the server, tells its process id, ends when its input ends.
 CLIENT = """
 import sys

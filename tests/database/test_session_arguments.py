@@ -21,6 +21,8 @@ from gathering_pipeline import (
 )
 from tests.support.sessions import KEPT, names, run_async
 
+pytestmark = pytest.mark.once
+
 
 def test_repository_of_non_session_raises_with_advice(database: Database) -> None:
     wrong: list[Any] = [database, database.session(), AsyncSession(), None]

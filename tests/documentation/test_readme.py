@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, from its top to its end, and what it prints is what it says."""
+"""The README's Python runs from top to bottom and prints what it says; ``make types`` checks its types."""
 
 from __future__ import annotations
 
@@ -11,20 +11,9 @@ from pathlib import Path
 import psycopg
 
 import gathering_pipeline
+from tests.support.readme import BLOCK, blocks
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks() -> str:
-    """All blocks as one program whose lines stand where they stand in the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = [""] * text.count("\n")
-    for match in BLOCK.finditer(text):
-        first = text.count("\n", 0, match.start(1))
-        body = match.group(1).splitlines()
-        lines[first : first + len(body)] = body
-    return "\n".join(lines)
 
 
 def test_readme_python_runs_and_prints_what_it_says(empty_database_url: str, tmp_path: Path) -> None:
@@ -52,14 +41,6 @@ def test_operations_page_purge_deletes_history(database_url: str, raw: psycopg.C
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
     assert raw.execute("SELECT id FROM circle.pipeline_runs").fetchall() == [(2,)]
     assert raw.execute("SELECT count(*) FROM circle.pipeline_events").fetchone() == (0,)
-
-
-def test_readme_python_passes_mypy_strict(tmp_path: Path) -> None:
-    program = tmp_path / "readme.py"
-    program.write_text(blocks(), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", str(program)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_readme_begins_with_the_two_commands() -> None:

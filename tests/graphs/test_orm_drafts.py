@@ -18,6 +18,8 @@ from gathering_pipeline import (
 from tests.support.graphs import CYCLIC, DRAFT, EDGE, TRIGGER, UNFINISHED, values
 from tests.support.orm_writes import INSERTS, Run, stored
 
+pytestmark = pytest.mark.once
+
 INCOMPLETE = {"no nodes yet": ([], []), "missing config": DRAFT}
 
 

@@ -29,6 +29,8 @@ from tests.support.orm_writes import (
     stored,
 )
 
+pytestmark = pytest.mark.once
+
 
 @by_each_insert
 def test_insert_good_graph_stores_it_unchanged(write: Any, run: Run, raw: psycopg.Connection) -> None:

@@ -18,6 +18,8 @@ from gathering_pipeline import (
 from tests.support.graphs import CYCLIC, EDGE, GOOD, TRIGGER
 from tests.support.orm_writes import Run, stored
 
+pytestmark = pytest.mark.once
+
 LEGACY: dict[str, tuple[Any, Any]] = {
     "cycle": CYCLIC,
     "dangling": ([TRIGGER], [EDGE]),

@@ -29,6 +29,8 @@ from gathering_pipeline import (
 from tests.support.graphs import AGENT, BACK, CYCLIC, EDGE, GOOD, TRIGGER, values
 from tests.support.orm_writes import Run, stored
 
+pytestmark = pytest.mark.once
+
 
 def test_definition_reads_and_replaces_the_graph(session: Session, raw: psycopg.Connection) -> None:
     pipeline = Pipeline(**values())

@@ -19,6 +19,8 @@ from gathering_pipeline import (
 from tests.support.graphs import BACK, CYCLIC, DRAFT, EDGE, GOOD, TRIGGER, values
 from tests.support.orm_writes import Run, by_each_update, insert_many, stored
 
+pytestmark = pytest.mark.once
+
 
 @by_each_update
 def test_update_good_graph_is_stored(write: Any, run: Run, pipeline_id: int, raw: psycopg.Connection) -> None:

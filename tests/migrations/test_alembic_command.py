@@ -17,6 +17,8 @@ from tests.support import servers
 from tests.support.databases import Connect
 from tests.support.revisions import run_alembic
 
+pytestmark = pytest.mark.once
+
 
 def test_alembic_upgrade_and_downgrade_succeed(empty_database_url: str) -> None:
     options = ["-x", "lock_timeout=1s", "-x", "yield=true", "-x", "patience=7.5"]

@@ -13,6 +13,8 @@ from gathering_pipeline.errors import (
 from tests.support.databases import Connect
 from tests.support.revisions import BIG_TABLE, INDEX, run_alembic, write_revision
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("value", [False, "false", "off", "0"])
 def test_option_spelled_as_false_is_off(

@@ -11,6 +11,8 @@ import pytest
 
 from gathering_pipeline import migrations, migrator
 
+pytestmark = pytest.mark.once
+
 FOLDER = Path(__file__).parents[2] / "alembic"
 REVISION_FILES = sorted((FOLDER / "versions").glob("*.py"))
 

@@ -10,6 +10,8 @@ import pytest
 from gathering_pipeline import migrations
 from tests.support.schema import catalog
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys

@@ -1,8 +1,8 @@
 """Migrators and servers that are killed in every step of every revision, up and down; then the migration is run again.
 
-For each step a process is forked that ends itself, or the server, with SIGKILL while it is in that step. What is left
-behind has to lead to the same catalog as a migration that nobody disturbed. The server is killed in one step of each
-revision, and with ``GATHERING_ROUNDS`` (``make reliability``) in every one, which takes a recovery each time.
+A process is forked that ends itself, or the server, with SIGKILL while it is in a step. What is left behind has to lead to
+the same catalog as an undisturbed migration. The short form kills in one step of each revision, taken at random, and with
+``GATHERING_ROUNDS`` (``make reliability``) in every one; tests/migrations/test_interrupted_steps.py always interrupts each.
 """
 
 # psycopg takes literal SQL; statements are put together here.
@@ -72,10 +72,10 @@ def migrate_and_die(url: str, target: str, direction: str, at: int, postmaster: 
 
 
 def die_in_every_step(url: str, start: str, target: str, direction: str, steps: int, data_dir: str) -> None:
-    """The program: fork a migrator for each step, and then let one come through."""
+    """The program: fork a migrator for each step to be killed in, and then let one complete."""
     running = embedded.start(Path(data_dir)) if data_dir else None
     postmaster, server = None, []
-    for at in range(1, steps + 1) if running is None or LONG else [random.randint(1, steps)]:
+    for at in range(1, steps + 1) if LONG else [random.randint(1, steps)]:
         with servers.connect(url) as raw:
             if running is not None:
                 (folder,) = raw.execute("SHOW data_directory").fetchone() or ("",)
