@@ -36,7 +36,7 @@ from gathering_pipeline import (
 )
 from gathering_pipeline.repositories._call import translate
 from gathering_pipeline.validator import Limits
-from tests.support import schema, servers
+from tests.support import databases, schema, servers
 from tests.support.graphs import AGENT, BACK, EDGE, GOOD, TRIGGER, Graph
 from tests.support.orm_writes import INSERTS, UPDATES
 from tests.support.write_paths import (
@@ -471,7 +471,7 @@ def sql_paths(only_stage: Stage) -> Iterator[dict[str, tuple[int, Write]]]:
 
 
 def clear(stage: Stage) -> None:
-    stage.raw.execute("TRUNCATE circle.pipelines, circle.pipeline_version_nodes RESTART IDENTITY CASCADE")
+    databases.delete_rows(stage.raw)
     stage.raw.execute(
         """INSERT INTO circle.pipelines (name, created_at, updated_at, nodes, edges)
             VALUES ('there before', '2025-01-01Z', '2025-01-01Z', %s, %s)""",

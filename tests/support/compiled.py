@@ -21,14 +21,9 @@ def by_python(nodes: list[Any], edges: list[Any]) -> list[tuple[Any, ...]]:
     definition = PipelineDefinition.from_json(nodes, edges)
     order = get_execution_order(definition)
     place = {node: position for position, node in enumerate(order)}
-    ends = {(place[edge.from_node], place[edge.to_node]) for edge in definition.edges}
-    return [
-        (
-            at,
-            node,
-            definition.node_map[node].type,
-            sorted(source for source, target in ends if target == at),
-            sorted(target for source, target in ends if source == at),
-        )
-        for at, node in enumerate(order)
-    ]
+    before: list[list[int]] = [[] for _ in order]
+    after: list[list[int]] = [[] for _ in order]
+    for source, target in sorted({(place[edge.from_node], place[edge.to_node]) for edge in definition.edges}):
+        before[target].append(source)
+        after[source].append(target)
+    return [(at, node, definition.node_map[node].type, before[at], after[at]) for at, node in enumerate(order)]

@@ -53,11 +53,16 @@ def unguarded(raw: psycopg.Connection, table: str) -> Iterator[None]:
         raw.execute(f"ALTER TABLE circle.{table} ENABLE {'ALWAYS' if enabled == 'A' else ''} TRIGGER {name}")
 
 
+def delete_rows(raw: psycopg.Connection) -> None:
+    """Delete every row, and let ids begin at 1 again; of few rows quicker than TRUNCATE or a new database."""
+    raw.execute(
+        """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_version_nodes; DELETE FROM circle.pipeline_events;
+        SELECT setval(format('circle.%s_id_seq', name), 1, false)
+        FROM unnest(ARRAY['pipelines', 'pipeline_runs', 'pipeline_node_runs', 'pipeline_events']) name"""
+    )
+
+
 def empty(url: str) -> None:
-    """Delete every row, and let ids begin at 1 again; takes a tenth of the time of a new database."""
+    """``delete_rows`` of a database."""
     with connect(url) as raw:
-        raw.execute(
-            """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_version_nodes; DELETE FROM circle.pipeline_events;
-            SELECT setval(format('circle.%s_id_seq', name), 1, false)
-            FROM unnest(ARRAY['pipelines', 'pipeline_runs', 'pipeline_node_runs', 'pipeline_events']) name"""
-        )
+        delete_rows(raw)
