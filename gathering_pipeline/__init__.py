@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         InvalidDataError,
         InvalidPipelineError,
         Issue,
+        IssueCode,
         LeaseLostError,
         NodeNotReadyError,
         NodeRunNotFoundError,
@@ -40,15 +41,9 @@ if TYPE_CHECKING:
     from .events import EventPage, EventType, PipelineEvent
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
-        ActionNodeConfig,
-        AgentNodeConfig,
-        ConditionNodeConfig,
-        DelayNodeConfig,
-        NodeConfig,
         NodeExecutionResult,
         NodeRunRead,
         Page,
-        ParallelNodeConfig,
         PipelineCreate,
         PipelineDefinition,
         PipelineEdge,
@@ -57,6 +52,14 @@ if TYPE_CHECKING:
         PipelineUpdate,
         RunRead,
         RunStatistics,
+    )
+    from .node_types import (
+        ActionNodeConfig,
+        AgentNodeConfig,
+        ConditionNodeConfig,
+        DelayNodeConfig,
+        NodeConfig,
+        ParallelNodeConfig,
         TriggerNodeConfig,
     )
     from .orm import Pipeline, PipelineNodeRun, PipelineRun, metadata
@@ -72,7 +75,18 @@ if TYPE_CHECKING:
     from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
 
 # In this order a module loads nothing that a later one's name doesn't need: SQLAlchemy comes with the last ones.
-_MODULES = ("errors", "events", "lifecycle", "models", "validator", "settings", "orm", "repositories", "database")
+_MODULES = (
+    "errors",
+    "events",
+    "lifecycle",
+    "node_types",
+    "models",
+    "validator",
+    "settings",
+    "orm",
+    "repositories",
+    "database",
+)
 
 __all__ = [
     "ActionNodeConfig",
@@ -99,6 +113,7 @@ __all__ = [
     "InvalidDataError",
     "InvalidPipelineError",
     "Issue",
+    "IssueCode",
     "LeaseLostError",
     "Limits",
     "NodeConfig",

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from .errors import InvalidCursorError, InvalidDataError, PipelineNotFoundError, RunNotFoundError, shorten
-from .json_values import MAX_DEPTH, json_issues, show, text_reason
+from .json_values import MAX_DEPTH, json_issues, quote, text_reason
 
 MAX_BIGINT = 2**63 - 1
 """Largest value of PostgreSQL's ``BIGINT``."""
@@ -51,7 +51,7 @@ def check_id(value: object, name: str) -> int:
         InvalidDataError: It is not an integer, or not below 10^100.
     """
     if type(value) is not int or not -_MAX_ID < value < _MAX_ID:
-        raise InvalidDataError(f"{name} must be a whole number below 10^100, not {show(value)}")
+        raise InvalidDataError(f"{name} must be a whole number below 10^100, not {quote(value)}")
     return value if -MAX_BIGINT <= value <= MAX_BIGINT else -1
 
 
@@ -118,7 +118,7 @@ def check_status(value: str, statuses: type[StrEnum]) -> str:
     try:
         return statuses(value).value
     except ValueError:
-        raise InvalidDataError(f"status must be one of {', '.join(statuses)}, not {show(value)}") from None
+        raise InvalidDataError(f"status must be one of {', '.join(statuses)}, not {quote(value)}") from None
 
 
 def check_flag(value: object, name: str) -> bool:
@@ -128,7 +128,7 @@ def check_flag(value: object, name: str) -> bool:
         InvalidDataError: It is not a bool. (``None`` would be NULL, which is neither true nor false.)
     """
     if not isinstance(value, bool):
-        raise InvalidDataError(f"{name} must be True or False, not {show(value)}")
+        raise InvalidDataError(f"{name} must be True or False, not {quote(value)}")
     return value
 
 
@@ -139,7 +139,7 @@ def check_count(value: object, name: str) -> int:
         InvalidDataError: It is not an integer from 1 to ``MAX_COUNT``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_COUNT:
-        raise InvalidDataError(f"{name} must be a whole number from 1 to {MAX_COUNT}, not {show(value)}")
+        raise InvalidDataError(f"{name} must be a whole number from 1 to {MAX_COUNT}, not {quote(value)}")
     return value
 
 
@@ -156,7 +156,7 @@ def check_duration(value: object, name: str, *, allow_zero: bool = False) -> flo
     lowest = timedelta(0) if allow_zero else timedelta.resolution
     if not isinstance(value, timedelta) or not lowest <= value <= MAX_DURATION:
         span = f"{'from' if allow_zero else 'above'} 0 and at most {MAX_DURATION.days} days"
-        raise InvalidDataError(f"{name} must be a timedelta {span}, not {show(value)}")
+        raise InvalidDataError(f"{name} must be a timedelta {span}, not {quote(value)}")
     return value.total_seconds()
 
 
@@ -172,7 +172,7 @@ def check_cursor(after: object) -> int:
     if after is None:
         return MAX_BIGINT
     if isinstance(after, bool) or not isinstance(after, int):
-        raise InvalidCursorError(f"after must be the next_cursor of a page, not {show(after)}")
+        raise InvalidCursorError(f"after must be the next_cursor of a page, not {quote(after)}")
     return min(max(after, 0), MAX_BIGINT)
 
 

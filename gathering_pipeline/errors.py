@@ -3,7 +3,7 @@
 ::
 
     PipelineError
-    ├── InvalidPipelineError (ValueError)      the graph or a field is not valid; ``.issues`` names each place
+    ├── InvalidPipelineError (ValueError)      the graph or a field is invalid; ``.issues`` names each place
     ├── InvalidDataError (ValueError)          an argument can't be stored: not JSON, out of range, unknown status
     ├── NotFoundError (LookupError)
     │   ├── PipelineNotFoundError
@@ -12,19 +12,19 @@
     ├── ConflictError                          the call is well formed, but the stored state refuses it
     │   ├── PipelineInactiveError              a run of a pipeline that is not ``active``
     │   ├── PipelineInUseError                 delete of a pipeline with live runs
-    │   ├── StaleVersionError                  the graph was changed by somebody else
-    │   ├── IllegalTransitionError             not in the table of ``lifecycle``
-    │   ├── NodeNotReadyError                  a predecessor or a delay is still awaited
+    │   ├── StaleVersionError                  the graph has been changed since it was read
+    │   ├── IllegalTransitionError             the transition is not in the tables of ``lifecycle``
+    │   ├── NodeNotReadyError                  the node waits for a predecessor or a retry delay
     │   ├── LeaseLostError                     the token is not the run's current one
     │   └── IntegrityViolationError            a constraint of the schema refused the row
     ├── DatabaseError
     │   ├── ConfigurationError (ValueError)    URL, settings or server that can't be used
-    │   ├── DatabaseUnavailableError           no connection; try again later
-    │   ├── TransactionAbortedError            an error before ended the transaction; nothing of it is stored
-    │   ├── CommitIndeterminateError           it is open whether what was done is, or stays, stored
+    │   ├── DatabaseUnavailableError           no connection; retry later
+    │   ├── TransactionAbortedError            an earlier error ended the transaction; nothing is stored
+    │   ├── CommitIndeterminateError           the outcome of the commit is unknown
     │   ├── SchemaRevisionError                the schema is at another revision than the code
-    │   └── AdoptionError                      tables that only look like ours
-    └── InvalidCursorError (ValueError)        a page or event cursor from elsewhere
+    │   └── AdoptionError                      existing tables differ from those of this package
+    └── InvalidCursorError (ValueError)        not a cursor of this repository
 
 Errors that come from PostgreSQL are recognised by SQLSTATE and constraint name, never by their text, and are raised
 ``from`` the driver's error.
@@ -34,10 +34,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 MAX_MESSAGE = 1_000
-"""Longest message in characters; what is longer is cut in its middle."""
+"""Longest message in characters; a longer one is cut in its middle."""
+
+Severity = Literal["error", "warning"]
 
 
 def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
@@ -48,23 +51,104 @@ def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-@dataclass(frozen=True, slots=True)
-class Issue:
-    """One finding about a graph.
+class IssueCode(StrEnum):
+    """Stable names of the rules for pipelines; Python and the database report a fault under the same code.
+
+    A code has one severity. An error refuses the pipeline; a warning is only logged.
 
     Attributes:
-        severity: ``error`` refuses the graph, ``warning`` is only logged.
-        code: Stable name of the rule, such as ``cycle`` or ``missing_config``.
+        NOT_A_LIST: Error. ``nodes`` or ``edges`` is not a JSON list.
+        INVALID_NODE: Error. A node is not an object, or its ``name``, ``position`` or ``next`` is missing or of the
+            wrong type.
+        INVALID_EDGE: Error. An edge is not an object, its ``from``, ``to`` or ``condition`` is missing or of the wrong
+            type, or ``from`` and ``from_node`` (``to`` and ``to_node``) differ.
+        INVALID_ID: Error. The id of a node or an edge is missing, not a string, blank, too long, or begins or ends with
+            a blank.
+        INVALID_TYPE: Error. The type of a node is missing or unknown.
+        INVALID_CONFIG: Error. ``config`` is not an object, or one of its values has the wrong type or range.
+        INVALID_JSON: Error. JSONB can't hold a value or a key: NUL, a lone surrogate, NaN, a number too large for a
+            float, a Python object, nesting too deep.
+        NO_NODES: Error. The graph is empty; accepted in a draft.
+        MISSING_CONFIG: Error. The configuration lacks a key that the node's type requires; accepted in a draft.
+        DUPLICATE_NODE: Error. Two nodes have the same id.
+        DUPLICATE_EDGE: Error. Two edges have the same id.
+        UNKNOWN_SOURCE: Error. An edge begins at a node that doesn't exist.
+        UNKNOWN_TARGET: Error. An edge ends at a node that doesn't exist.
+        CYCLE: Error. The edges form a cycle; ``loc`` is the node of the cycle that stands first.
+        TOO_LARGE: Error. The pipeline has more nodes, edges, bytes or values than the limits allow.
+        INVALID_FIELD: Error. Another column of the pipeline, such as ``name`` or ``timeout_seconds``, is invalid.
+        NO_VERSION: Error. The stored pipeline has no valid graph that a run could use.
+        MISSING_ACTION: Warning. An action node has no ``action``.
+        ORPHAN: Warning. A node other than a trigger has no edges.
+        UNKNOWN_NEXT: Warning. ``next`` names a node that doesn't exist.
+        CONTRADICTING_NEXT: Warning. ``next`` contradicts the edges, which decide.
+        SIMILAR_IDS: Warning. Two ids look the same (equal under NFKC), but name different nodes.
+        PARALLEL_EDGES: Warning. Two edges connect the same nodes in the same direction.
+    """
+
+    NOT_A_LIST = "not_a_list"
+    INVALID_NODE = "invalid_node"
+    INVALID_EDGE = "invalid_edge"
+    INVALID_ID = "invalid_id"
+    INVALID_TYPE = "invalid_type"
+    INVALID_CONFIG = "invalid_config"
+    INVALID_JSON = "invalid_json"
+    NO_NODES = "no_nodes"
+    MISSING_CONFIG = "missing_config"
+    DUPLICATE_NODE = "duplicate_node"
+    DUPLICATE_EDGE = "duplicate_edge"
+    UNKNOWN_SOURCE = "unknown_source"
+    UNKNOWN_TARGET = "unknown_target"
+    CYCLE = "cycle"
+    TOO_LARGE = "too_large"
+    INVALID_FIELD = "invalid_field"
+    NO_VERSION = "no_version"
+    MISSING_ACTION = "missing_action"
+    ORPHAN = "orphan"
+    UNKNOWN_NEXT = "unknown_next"
+    CONTRADICTING_NEXT = "contradicting_next"
+    SIMILAR_IDS = "similar_ids"
+    PARALLEL_EDGES = "parallel_edges"
+
+    @property
+    def severity(self) -> Severity:
+        """Whether the code refuses a pipeline (``error``) or is only logged (``warning``)."""
+        return "warning" if self in _WARNINGS else "error"
+
+
+_WARNINGS = frozenset(
+    {
+        IssueCode.MISSING_ACTION,
+        IssueCode.ORPHAN,
+        IssueCode.UNKNOWN_NEXT,
+        IssueCode.CONTRADICTING_NEXT,
+        IssueCode.SIMILAR_IDS,
+        IssueCode.PARALLEL_EDGES,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One finding about a pipeline.
+
+    Attributes:
+        severity: ``error`` refuses the pipeline, ``warning`` is only logged; always the severity of the code.
+        code: The rule, see ``IssueCode``.
         message: One readable sentence that names the place.
         node_id: The node concerned, if one is.
         edge_id: The edge concerned, if one is.
+        loc: Path of the place in the pipeline, such as ``("nodes", 3, "config", "agent_id")`` or ``("edges", 0,
+            "from")``; the path ends at an object or a list where one of its keys is missing or invalid JSON, and is
+            empty for the pipeline as a whole.
     """
 
-    severity: Literal["error", "warning"]
-    code: str
+    severity: Severity
+    code: IssueCode
     message: str
     node_id: str | None = None
     edge_id: str | None = None
+    loc: tuple[str | int, ...] = ()
 
 
 class PipelineError(Exception):
@@ -75,7 +159,7 @@ class InvalidPipelineError(PipelineError, ValueError):
     """A graph or a field of a pipeline was refused; nothing was stored.
 
     Attributes:
-        issues: Every error found, not only the first.
+        issues: Every error found; the message names the first 20.
     """
 
     def __init__(self, issues: Sequence[Issue]) -> None:
@@ -86,11 +170,11 @@ class InvalidPipelineError(PipelineError, ValueError):
 
 
 class InvalidDataError(PipelineError, ValueError):
-    """An argument can't be stored as it is; the message names its path."""
+    """An argument can't be stored; the message names its path."""
 
 
 class NotFoundError(PipelineError, LookupError):
-    """What was asked for doesn't exist."""
+    """A requested row doesn't exist."""
 
 
 class PipelineNotFoundError(NotFoundError):
@@ -119,16 +203,16 @@ class NodeRunNotFoundError(NotFoundError):
 
 
 class ConflictError(PipelineError):
-    """The call is well formed, but what is stored refuses it; nothing was changed."""
+    """The call is well formed, but the stored state refuses it; nothing was changed."""
 
 
 class PipelineInactiveError(ConflictError):
-    """A run was asked of a pipeline that is not ``active``."""
+    """Only an ``active`` pipeline can be run."""
 
     def __init__(self, pipeline_id: int, status: str) -> None:
         self.pipeline_id = pipeline_id
         self.status = status
-        super().__init__(f"pipeline {pipeline_id} is {status}, not active: activate it before it is run")
+        super().__init__(f"pipeline {pipeline_id} is {status}, not active: activate it first")
 
 
 class PipelineInUseError(ConflictError):
@@ -156,8 +240,8 @@ class IllegalTransitionError(ConflictError):
     Attributes:
         entity: ``"run"`` or ``"node run"``.
         id: The run's id; for a node run ``"RUN_ID/NODE_ID"``.
-        current: The status that is stored.
-        requested: The status that was asked for.
+        current: The stored status.
+        requested: The requested status.
     """
 
     def __init__(self, entity: str, id: int | str, current: str, requested: str, reason: str = "") -> None:
@@ -175,8 +259,8 @@ class NodeNotReadyError(ConflictError):
     """A node can't start yet.
 
     Attributes:
-        waiting_for: Ids of the predecessors that are neither completed nor skipped; empty when a retry delay or an
-            earlier failure in the run holds the node back (the message says which).
+        waiting_for: Ids of the predecessors that are neither completed nor skipped; empty when a retry delay or a
+            failed node of the run blocks the node (the message says which).
     """
 
     def __init__(self, run_id: int, node_id: str, waiting_for: Sequence[str], reason: str = "") -> None:
@@ -191,7 +275,7 @@ class LeaseLostError(ConflictError):
     """The caller doesn't hold the run: its token is missing, or no longer the current one.
 
     Attributes:
-        status: The run's status now; ``cancelled`` tells a worker why it lost the lease.
+        status: The run's current status, such as ``cancelled``.
     """
 
     def __init__(self, run_id: int, status: str) -> None:
@@ -216,11 +300,11 @@ class IntegrityViolationError(ConflictError):
 
 
 class DatabaseError(PipelineError):
-    """The database can't be used as asked."""
+    """The database can't be used as requested."""
 
 
 class ConfigurationError(DatabaseError, ValueError):
-    """A URL, a setting or a server that can't be used; the message says what to do."""
+    """A URL, a setting or a server is unusable; the message says what to do."""
 
 
 class DatabaseUnavailableError(DatabaseError):
@@ -228,25 +312,24 @@ class DatabaseUnavailableError(DatabaseError):
 
 
 class TransactionAbortedError(DatabaseError):
-    """The transaction was ended by an earlier error, a refused call for example; nothing of it is stored.
+    """The transaction was rolled back because an earlier call failed; nothing of it is stored.
 
-    Raised by the next call, or by the commit, of a caller that went on as if nothing had happened.
+    Raised by the next call in that transaction, or by its commit.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            "an error before, such as a refused call, ended the transaction, and it was rolled back: put a call that"
-            " may be refused into 'with session.begin_nested():', catch its error around that, or use"
-            " session(autocommit=True)"
+            "the transaction was rolled back because an earlier call failed: put a call that may be refused into"
+            " 'with session.begin_nested():' and catch its error outside that block, or use session(autocommit=True)"
         )
 
 
 class CommitIndeterminateError(DatabaseError):
-    """It is open whether what was done is stored, or stays so.
+    """The outcome of the commit is unknown.
 
-    The connection broke during the commit, or during a call in autocommit mode that writes, and so commits by itself;
-    or the server committed, but its standby did not confirm it, so that a failover may lose it. Running the same again
-    is right where it does no harm when done twice: see ``is_transient``.
+    The connection broke during the commit, or during a writing call in autocommit mode; or the server committed, but
+    its standby did not confirm, so that a failover may lose the transaction. Retry only what can safely run twice, see
+    ``is_transient``.
     """
 
 
@@ -258,9 +341,9 @@ class SchemaRevisionError(DatabaseError):
     """The schema's revision is not the one that this code was written for.
 
     Attributes:
-        found: The schema's revision, None before the first; also None where a call met what is ``missing``.
-        expected: The revision needed; None where a call met what is ``missing``.
-        missing: What a call did not find, as the server says it.
+        found: The schema's revision; ``None`` before the first, and where ``missing`` is set.
+        expected: The revision needed; ``None`` where ``missing`` is set.
+        missing: The object that a call did not find, in the server's words.
     """
 
     def __init__(self, found: str | None = None, expected: str | None = None, missing: str = "") -> None:
@@ -303,18 +386,18 @@ class AdoptionError(DatabaseError):
 
 
 class InvalidCursorError(PipelineError, ValueError):
-    """A cursor that this repository did not hand out."""
+    """The value is not a cursor of this repository."""
 
 
 _TRANSIENT = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03"})
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same transaction may succeed if it is run again from its beginning.
+    """Whether the same transaction may succeed when it is retried from its beginning.
 
-    True for serialization failures, deadlocks, lock timeouts, a server that is going down or coming up, broken
-    connections and ``CommitIndeterminateError``. What was under way may have been done all the same: give
-    ``RunRepository.create`` an ``idempotency_key``, and expect ``IllegalTransitionError`` of a transition that did.
+    True for serialization failures, deadlocks, lock timeouts, a server that shuts down or starts up, broken connections
+    and ``CommitIndeterminateError``. The first attempt may have been committed: give ``RunRepository.create`` an
+    ``idempotency_key``, and expect ``IllegalTransitionError`` from a transition that was.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -1,4 +1,4 @@
-"""The names of all lifecycle events, and an event as it is read."""
+"""The names of all lifecycle events, and the schema in which they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class EventType(StrEnum):
-    """What can happen to a run and to a node of a run; the value is the event's name on the wire."""
+    """The lifecycle events of runs and node runs; the value is the stored name."""
 
     PIPELINE_RUN_STARTED = "pipeline_run.started"
     PIPELINE_RUN_COMPLETED = "pipeline_run.completed"
@@ -28,14 +28,14 @@ class PipelineEvent(BaseModel):
     """A lifecycle event as stored.
 
     Attributes:
-        id: Grows within a run; numbers are left out.
+        id: Increases within a run, with gaps.
         run_id: The run.
         node_id: The node; ``None`` for an event of the run itself.
         type: What happened.
-        data: ``error`` of what failed, timed out or was cancelled; of a retry ``attempt`` (the one that ended, from 1),
-            ``error`` and ``available_at`` (when the next one is due).
+        data: ``error`` of a failure, timeout or cancellation; for a retry ``attempt`` (the one that failed, from 1),
+            ``error`` and ``available_at`` (time of the next attempt).
         created_at: When it happened, by the database's clock.
-        cursor: Where a reader goes on after this event; good for this database only.
+        cursor: The ``after=`` for the events that follow; valid in this database only.
     """
 
     # a later revision of the schema may have more columns
@@ -51,11 +51,11 @@ class PipelineEvent(BaseModel):
 
 
 class EventPage(BaseModel):
-    """A part of the event log.
+    """One page of the event log.
 
     Attributes:
-        items: The events, in the order in which they are read.
-        next_cursor: Goes into ``after=`` for what follows, also when ``items`` is empty.
+        items: The events in reading order.
+        next_cursor: The ``after=`` of the next page, also when ``items`` is empty.
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True)

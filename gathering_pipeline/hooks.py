@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from .errors import InvalidPipelineError, Issue, shorten
-from .json_values import scan, show
-from .models import MAX_INT32, PipelineDefinition, PipelineEdge, PipelineNode, PipelineUpdate
-from .validator import DEFAULT_LIMITS, INCOMPLETE_CODES, find_issues, parse_pipeline_definition, size_issues
+from .errors import InvalidPipelineError, Issue, IssueCode, shorten
+from .json_values import quote
+from .models import END_ALIASES, MAX_INT32, PipelineEdge, PipelineNode, PipelineUpdate, list_issue
+from .validator import INCOMPLETE_CODES, find_json_issues
 
-_ENDS = {"from_node": "from", "to_node": "to"}
-_STRUCTURE = frozenset({"duplicate_node", "duplicate_edge", "cycle"})
+_OF_NODES = frozenset({IssueCode.NO_NODES, IssueCode.UNKNOWN_SOURCE, IssueCode.UNKNOWN_TARGET})
 _COUNTERS = {"run_count", "success_count", "error_count"}
 _TIMES = {"last_run", "created_at", "updated_at"}
 _PLAIN_FIELDS = PipelineUpdate.model_fields.keys() - {"nodes", "edges"}
@@ -37,36 +35,18 @@ def prepare_graph(
     Raises:
         InvalidPipelineError: With every error in ``.issues``.
     """
-    for key, value in (("nodes", nodes), ("edges", edges)):
-        check_list(key, value)
-    assert isinstance(nodes, list)
-    assert isinstance(edges, list)
-    if too_many := size_issues(nodes, edges):
-        raise InvalidPipelineError(too_many)
     issues: list[Issue] = []
-    nodes = [_node_json(node) for node in nodes]
-    edges = [_edge_json(edge, index, issues) for index, edge in enumerate(edges)]
-    try:
-        found = find_issues(parse_pipeline_definition(nodes, edges))
-    except InvalidPipelineError as error:
-        found = [*error.issues, *(issue for issue in find_issues(_lenient(nodes, edges)) if issue.code in _STRUCTURE)]
+    if isinstance(nodes, list) and isinstance(edges, list):
+        nodes, edges = [_node_json(node) for node in nodes], _edges_json(edges, issues)
     accepted = INCOMPLETE_CODES if allow_incomplete else frozenset()
-    issues += [issue for issue in found if issue.severity == "error" and issue.code not in accepted]
-    if not issues and not 0 <= scan([nodes, edges], 100) <= DEFAULT_LIMITS.max_bytes:
-        # the text itself, with the keys that the models ignore
-        size = len(json.dumps([nodes, edges], ensure_ascii=False, separators=(",", ":")).encode())
-        if size > DEFAULT_LIMITS.max_bytes:
-            message = f"Pipeline has {size} bytes, more than the limit of {DEFAULT_LIMITS.max_bytes} bytes"
-            issues.append(Issue("error", "too_large", message))
-    if issues:
-        raise InvalidPipelineError(issues)
-    return nodes, edges
+    _refuse([*issues, *find_json_issues(nodes, edges)], accepted)
+    return nodes, edges  # type: ignore[return-value]  # find_json_issues reports what is not a list
 
 
 def prepare_fields(values: Mapping[str, Any], *, allow_incomplete: bool = False) -> dict[str, Any]:
     """Check the columns of ``pipelines`` that are about to be written, and return them with the graph as JSON.
 
-    Of a graph whose other half is not at hand only this half is checked; the database checks the whole.
+    Without the other half of the graph, only ``nodes`` or ``edges`` is checked; the database checks the whole.
 
     Raises:
         InvalidPipelineError: With every error in ``.issues``.
@@ -81,14 +61,26 @@ def prepare_fields(values: Mapping[str, Any], *, allow_incomplete: bool = False)
         elif "nodes" in values:
             checked["nodes"], _ = prepare_graph(values["nodes"], [], allow_incomplete=allow_incomplete)
         elif "edges" in values:
-            check_list("edges", values["edges"])
-            checked["edges"] = [_edge_json(edge, index, issues) for index, edge in enumerate(values["edges"])]
-            parse_pipeline_definition([], checked["edges"])
+            checked["edges"] = _prepare_edges(values["edges"])
     except InvalidPipelineError as error:
         issues += error.issues
     if issues:
         raise InvalidPipelineError(issues)
     return checked
+
+
+def _prepare_edges(edges: object) -> list[dict[str, Any]]:
+    check_list("edges", edges)
+    assert isinstance(edges, list)
+    issues: list[Issue] = []
+    edges = _edges_json(edges, issues)
+    _refuse([*issues, *find_json_issues([], edges)], _OF_NODES)
+    return edges
+
+
+def _refuse(issues: list[Issue], accepted: frozenset[IssueCode]) -> None:
+    if errors := [issue for issue in issues if issue.severity == "error" and issue.code not in accepted]:
+        raise InvalidPipelineError(errors)
 
 
 def _column_issues(values: Mapping[str, Any]) -> list[Issue]:
@@ -98,34 +90,33 @@ def _column_issues(values: Mapping[str, Any]) -> list[Issue]:
         PipelineUpdate.model_validate(fields)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
-        issues += [_refused(f"{detail['loc'][0]}: {shorten(detail['msg'], 200)}") for detail in details]
+        issues += [_field_issue(str(detail["loc"][0]), shorten(detail["msg"], 200)) for detail in details]
     for key in _COUNTERS & values.keys():
         if type(values[key]) is not int or not 0 <= values[key] <= MAX_INT32:
-            issues.append(_refused(f"{key}: must be a number from 0 to {MAX_INT32}, not {show(values[key])}"))
+            issues.append(_field_issue(key, f"must be a number from 0 to {MAX_INT32}, not {quote(values[key])}"))
     for key in _TIMES & values.keys():
         value = values[key]
         if value is not None and not (isinstance(value, datetime) and value.utcoffset() is not None):
-            issues.append(_refused(f"{key}: must be a datetime with a time zone, not {show(value)}"))
+            issues.append(_field_issue(key, f"must be a datetime with a time zone, not {quote(value)}"))
     return issues
 
 
-def check_list(key: str, value: object) -> None:
-    """Refuse ``nodes`` or ``edges`` that are not a list: null, text, an SQL expression.
+def check_list(key: Literal["nodes", "edges"], value: object) -> None:
+    """Check that ``nodes`` or ``edges`` is a list, and not null, text or an SQL expression.
 
     Raises:
         InvalidPipelineError: It is not a list.
     """
-    if not isinstance(value, list):
-        what = "null" if value is None else type(value).__name__
-        raise InvalidPipelineError([_refused(f"Invalid {key[:-1]} data: {key} must be a list, not {what}")])
+    if issues := list_issue(key, value):
+        raise InvalidPipelineError(issues)
 
 
-def _refused(message: str) -> Issue:
-    return Issue("error", "invalid_field", message)
+def _field_issue(key: str, reason: str) -> Issue:
+    return Issue("error", IssueCode.INVALID_FIELD, f"{key}: {reason}", loc=(key,))
 
 
 def _fields(item: PipelineNode | PipelineEdge) -> dict[str, Any]:
-    """What a model holds, without the defaults that nobody set; a default that was filled since counts as set."""
+    """The fields of a model without unset defaults; a default that was changed in place counts as set."""
     kept = item.model_fields_set
     return {key: value for key, value in item.__dict__.items() if key in kept or (value is not None and value != {})}
 
@@ -134,24 +125,17 @@ def _node_json(node: Any) -> Any:
     return _fields(node) if isinstance(node, PipelineNode) else node
 
 
+def _edges_json(edges: list[Any], issues: list[Issue]) -> list[Any]:
+    """Spell the ends of edges ``from`` and ``to``; an edge with both spellings must have equal ends."""
+    return [_edge_json(edge, index, issues) for index, edge in enumerate(edges)]
+
+
 def _edge_json(edge: Any, index: int, issues: list[Issue]) -> Any:
     given = _fields(edge) if isinstance(edge, PipelineEdge) else edge
-    if not isinstance(given, dict) or given.keys().isdisjoint(_ENDS):
+    if not isinstance(given, dict) or given.keys().isdisjoint(END_ALIASES):
         return given
-    for name, alias in _ENDS.items():
+    for name, alias in END_ALIASES.items():
         if name in given and given.get(alias, given[name]) != given[name]:
             message = f"Invalid edge data: edges[{index}] has both {alias} and {name}, and they differ"
-            issues.append(Issue("error", "invalid_edge", message))
-    return {_ENDS.get(key, key): value for key, value in given.items()}
-
-
-def _lenient(nodes: list[Any], edges: list[Any]) -> PipelineDefinition:
-    """A graph of items that have wrong shapes, too, so that one of them doesn't hide a cycle among the others."""
-    as_nodes = [PipelineNode.model_construct(**_known(PipelineNode, node)) for node in nodes]
-    as_edges = [PipelineEdge.model_construct(**_known(PipelineEdge, edge)) for edge in edges]
-    return PipelineDefinition.model_construct(nodes=as_nodes, edges=as_edges)
-
-
-def _known(model: type[PipelineNode | PipelineEdge], item: object) -> dict[str, Any]:
-    aliases = {field.alias or name: name for name, field in model.model_fields.items()}
-    return {aliases[key]: item[key] for key in aliases.keys() & item.keys()} if isinstance(item, dict) else {}
+            issues.append(Issue("error", IssueCode.INVALID_EDGE, message, loc=("edges", index, alias)))
+    return {END_ALIASES.get(key, key): value for key, value in given.items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from itertools import chain, islice
 from math import isfinite
 from sys import float_info
-from typing import Any
 
-from .errors import Issue, shorten
+from .errors import Issue, IssueCode, shorten
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a stored value."""
@@ -21,25 +20,28 @@ _MAX_FINDINGS = 100
 _UNUSUAL, _TOO_MANY = -1, -2
 
 
-def json_issues(value: object, path: str, depth: int = MAX_DEPTH) -> list[Issue]:
-    """What keeps a value from being stored as JSONB: at most 100 places, each named by its path.
+def json_issues(value: object, path: str, depth: int = MAX_DEPTH, loc: tuple[str | int, ...] = ()) -> list[Issue]:
+    """Name the places, at most 100, at which JSONB can't hold a value.
 
     Args:
         value: Trigger data, an output, a configuration, ...
-        path: What the messages call it.
-        depth: How deep lists and objects may be nested.
+        path: Name of the value in messages.
+        depth: Deepest nesting of lists and objects.
+        loc: Place of the value, with which the places begin.
     """
     size = scan([value], depth)
     if size >= 0:
         return []
     if size == _TOO_MANY:
-        return [Issue("error", "too_large", f"{path} has more than {_MAX_VALUES} values")]
-    findings = islice(_walk(value, path, depth), _MAX_FINDINGS)
-    return [Issue("error", "invalid_json", f"{shorten(where, 300)} {reason}") for where, reason in findings]
+        return [Issue("error", IssueCode.TOO_LARGE, f"{path} has more than {_MAX_VALUES} values", loc=loc)]
+    return [
+        Issue("error", IssueCode.INVALID_JSON, f"{json_path(path, keys)} {reason}", loc=(*loc, *keys))
+        for keys, reason in islice(_walk(value, depth), _MAX_FINDINGS)
+    ]
 
 
-def show(value: object) -> str:
-    """A value in a message: quoted and escaped, at most 120 characters."""
+def quote(value: object) -> str:
+    """Quote and escape a value for a message, in at most 120 characters."""
     if isinstance(value, str):
         return repr(shorten(value, 120))
     try:
@@ -51,60 +53,65 @@ def show(value: object) -> str:
 def json_path(root: str, keys: Iterable[object]) -> str:
     """Name a place in JSON, such as ``nodes[3].config.agent_id``; shortened where keys are long."""
     for key in keys:
-        root += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{show(key)}]"
+        root += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{quote(key)}]"
     return shorten(root, 300)
 
 
-def scan(values: Iterable[object], depth: int) -> int:
-    """A bound of the size of these values as JSON in bytes if they are surely good, else a negative number.
+def scan(values: Iterable[object], depth: int) -> int:  # noqa: C901, PLR0912 - a branch a type, which is the fastest
+    """Scan values for what JSONB can't hold: level by level, each value once.
 
-    It goes level by level and looks at each value once; whatever is not exactly JSON is left to ``_walk``.
+    Returns:
+        An upper bound of their size as JSON in bytes if they are certainly storable, else a negative number: what is
+        not exactly JSON, such as a tuple, is left to ``_walk``.
     """
     texts: list[str] = []
     integers: list[int] = []
     floats: list[float] = []
-    constants: list[object] = []
-    objects: list[dict[str, object]] = []
-    arrays: list[list[object]] = []
-    sort: dict[type, Callable[[Any], None]] = {
-        str: texts.append,
-        int: integers.append,
-        float: floats.append,
-        bool: constants.append,
-        type(None): constants.append,
-        dict: objects.append,
-        list: arrays.append,
-    }
-    total = 0
-    try:
-        while True:
-            for value in values:
-                sort[type(value)](value)
-            if not objects and not arrays:
-                break
-            if depth == 0:
+    constants = total = 0
+    while True:
+        objects: list[dict[str, object]] = []
+        arrays: list[list[object]] = []
+        for value in values:
+            kind = type(value)  # not isinstance: it is faster, and a subclass may hold more than JSON
+            if kind is str:
+                texts.append(value)  # type: ignore[arg-type]
+            elif kind is dict:
+                objects.append(value)  # type: ignore[arg-type]
+            elif kind is int:
+                integers.append(value)  # type: ignore[arg-type]
+            elif kind is list:
+                arrays.append(value)  # type: ignore[arg-type]
+            elif kind is float:
+                floats.append(value)  # type: ignore[arg-type]
+            elif kind is bool or value is None:
+                constants += 1
+            else:
                 return _UNUSUAL
-            depth -= 1
-            texts += chain.from_iterable(objects)
-            members = chain(chain.from_iterable(map(dict.values, objects)), chain.from_iterable(arrays))
-            values = list(islice(members, _MAX_VALUES))
-            total += len(values) + len(objects) + len(arrays)
-            if total >= _MAX_VALUES:
-                return _TOO_MANY
-            objects.clear()
-            arrays.clear()
-        array("q", integers)
-    except (KeyError, OverflowError, TypeError):  # another type, a huge number
-        return _UNUSUAL
+        if not objects and not arrays:
+            break
+        if depth == 0:
+            return _UNUSUAL
+        depth -= 1
+        for one in objects:
+            texts += one
+        members = chain(chain.from_iterable(map(dict.values, objects)), chain.from_iterable(arrays))
+        values = list(islice(members, _MAX_VALUES))
+        total += len(values) + len(objects) + len(arrays)
+        if total >= _MAX_VALUES:
+            return _TOO_MANY
     size = text_size(texts)
+    try:
+        array("q", integers)
+    except OverflowError:
+        return _UNUSUAL
     if size < 0 or (floats and not all(map(isfinite, floats))):
         return _UNUSUAL
     # a number takes up to 25 bytes; constants, brackets and commas up to six
-    return size + 6 * (total + len(constants)) + 25 * (len(integers) + len(floats))
+    return size + 6 * (total + constants) + 25 * (len(integers) + len(floats))
 
 
 def text_size(texts: list[str]) -> int:
-    """A bound of the size of these texts as JSON in bytes if all of them can be stored, else a negative number."""
+    """An upper bound of the size of texts as JSON in bytes if all of them are storable, else a negative number."""
     try:
         text = "".join(texts)
         size = len(text) if text.isascii() else len(text.encode())
@@ -117,7 +124,7 @@ def text_size(texts: list[str]) -> int:
 
 
 def text_reason(text: str) -> str | None:
-    """Why PostgreSQL can't store a text."""
+    """Why PostgreSQL can't store a text; ``None`` if it can."""
     if "\0" in text:
         return "contains NUL, which PostgreSQL can't store"
     try:
@@ -128,7 +135,7 @@ def text_reason(text: str) -> str | None:
 
 
 def _value_reason(value: object) -> str | None:
-    """What is wrong with a value that is neither a list nor an object."""
+    """Why JSONB can't hold a value that is neither a list nor an object; ``None`` if it can."""
     if value is None or isinstance(value, str):
         return text_reason(value) if value else None
     if isinstance(value, float):
@@ -138,36 +145,44 @@ def _value_reason(value: object) -> str | None:
     return f"is not JSON but a {type(value).__name__}"
 
 
-def _walk(value: object, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    """Each place that JSONB can't hold, and why; without recursion, and each container once for a depth."""
+_Keys = tuple[str | int, ...]
+
+
+def _walk(value: object, depth: int) -> Iterator[tuple[_Keys, str]]:
+    """Find each place that JSONB can't hold, and why; without recursion, and each container once for a depth."""
     seen: dict[int, int] = {}
     inside: set[int] = set()
-    stack: list[tuple[object, Iterator[tuple[str, object]]]] = [(None, iter([(path, value)]))]
+    stack: list[tuple[object, Iterator[tuple[_Keys, object]]]] = [(None, iter([((), value)]))]
     while stack:
         owner, members = stack[-1]
-        for where, item in members:
+        for keys, item in members:
             if not isinstance(item, dict | list | tuple):
                 if reason := _value_reason(item):
-                    yield where, reason
+                    yield keys, reason
             elif id(item) in inside:
-                yield where, "contains itself"
+                yield keys, "contains itself"
             elif len(stack) > depth:
-                yield where, f"is nested deeper than {MAX_DEPTH}"
+                yield keys, f"is nested deeper than {MAX_DEPTH}"
             elif seen.get(id(item), 0) < len(stack):
                 seen[id(item)] = len(stack)
                 inside.add(id(item))
                 for key in item if isinstance(item, dict) else ():
                     reason = text_reason(key) if isinstance(key, str) else "is not a string"
                     if reason:
-                        yield where, f"has a key that {reason}: {show(key)}"
-                items = item.items() if isinstance(item, dict) else enumerate(item)
-                stack.append((item, _named(where, items)))
+                        yield keys, f"has a key that {reason}: {quote(key)}"
+                stack.append((item, _members(keys, item)))
                 break
         else:
             stack.pop()
             inside.discard(id(owner))
 
 
-def _named(path: str, items: Iterable[tuple[object, object]]) -> Iterator[tuple[str, object]]:
-    for key, value in items:
-        yield json_path(path, [key]), value
+def _members(
+    keys: _Keys, owner: dict[object, object] | list[object] | tuple[object, ...]
+) -> Iterator[tuple[_Keys, object]]:
+    if isinstance(owner, dict):
+        for key, value in owner.items():
+            yield (*keys, str.__str__(key) if isinstance(key, str) else quote(key)), value
+    else:
+        for index, value in enumerate(owner):
+            yield (*keys, index), value

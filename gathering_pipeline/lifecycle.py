@@ -1,4 +1,4 @@
-"""Statuses, the transitions that are legal, and what each of them is called as an event.
+"""Statuses, legal transitions, and the event of each.
 
 The database carries the same table (``alembic/sql/009b_lifecycle/4_guards.sql``); a test compares the two cell by cell.
 """
@@ -22,7 +22,7 @@ class PipelineStatus(StrEnum):
 
 
 class RunStatus(StrEnum):
-    """Where a run is in its life."""
+    """Status of a run."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -33,12 +33,12 @@ class RunStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the run is over for ever."""
+        """Whether no transition leads out of this status."""
         return not RUN_TRANSITIONS[self]
 
 
 class NodeStatus(StrEnum):
-    """Where a node of a run is in its life."""
+    """Status of a node run."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -49,14 +49,14 @@ class NodeStatus(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the node is over for ever."""
+        """Whether no transition leads out of this status."""
         return not NODE_TRANSITIONS[self]
 
 
 RUN_TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = MappingProxyType(
     {
         RunStatus.PENDING: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),
-        # back to pending: given back by its worker, or the lease ran out
+        # back to pending: released by its worker, or the lease expired
         RunStatus.RUNNING: frozenset(set(RunStatus) - {RunStatus.RUNNING}),
         RunStatus.COMPLETED: frozenset(),
         RunStatus.FAILED: frozenset(),
@@ -64,7 +64,7 @@ RUN_TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = MappingProxyType(
         RunStatus.TIMEOUT: frozenset(),
     }
 )
-"""What a run may become, by its status."""
+"""The legal next statuses of a run, by its status."""
 
 NODE_TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = MappingProxyType(
     {
@@ -80,10 +80,10 @@ NODE_TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = MappingProxyType(
         NodeStatus.CANCELLED: frozenset(),
     }
 )
-"""What a node run may become, by its status; it moves only while its run is ``running``."""
+"""The legal next statuses of a node run, by its status; its run must be ``running``."""
 
 INITIAL_RUN_STATUSES = frozenset({RunStatus.PENDING, RunStatus.RUNNING})
-"""What a new run may be; a new node run may be anything, because executors may report afterwards."""
+"""Legal statuses of a new run; a new node run may have any, because executors may report afterwards."""
 
 RUN_EVENTS: Mapping[RunStatus, EventType] = MappingProxyType(
     {
@@ -94,7 +94,7 @@ RUN_EVENTS: Mapping[RunStatus, EventType] = MappingProxyType(
         RunStatus.TIMEOUT: EventType.PIPELINE_RUN_TIMEOUT,
     }
 )
-"""The event of a run's new status; one that is not here has none (a run given back)."""
+"""The event of a run's new status; ``pending`` (a released run) has none."""
 
 NODE_EVENTS: Mapping[NodeStatus, EventType] = MappingProxyType(
     {
@@ -106,11 +106,11 @@ NODE_EVENTS: Mapping[NodeStatus, EventType] = MappingProxyType(
         NodeStatus.PENDING: EventType.PIPELINE_NODE_RETRYING,
     }
 )
-"""The event of a node run's new status; a node cancelled with its run has none, the run's own event tells."""
+"""The event of a node run's new status; ``cancelled`` has none, because the run's own event reports it."""
 
 
 def retry_delay(retry_count: int, base_seconds: float, max_seconds: float) -> timedelta:
-    """How long a failed node waits before its next attempt: ``min(base * 2^n, max)``.
+    """The delay of a failed node before its next attempt: ``min(base * 2^n, max)``.
 
     Args:
         retry_count: Retries made so far, ``n``; the exponent is clamped at 62, so that no count overflows.

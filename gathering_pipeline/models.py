@@ -1,8 +1,8 @@
 """The graph of a pipeline, and the schemas in which rows are written and read (Pydantic; no SQLAlchemy).
 
-The graph models parse the JSON that existing databases hold. They check shapes only: what a graph means (ends of
-edges, cycles, what a node's configuration lacks) is reported by ``validator``, so that a half-drawn or broken graph can
-be held, shown and mended.
+The graph models parse the JSON that existing databases hold. They check shapes only: ``validator`` reports what a graph
+means (ends of edges, cycles, missing configuration), so that an unfinished or broken graph can be loaded, shown and
+repaired.
 """
 
 from __future__ import annotations
@@ -13,12 +13,46 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from .errors import InvalidPipelineError, Issue, shorten
-from .json_values import json_path, show, text_reason
+from .errors import InvalidPipelineError, Issue, IssueCode, shorten
+from .json_values import json_path, quote, text_reason
 from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+from .node_types import (
+    ActionNodeConfig,
+    AgentNodeConfig,
+    ConditionNodeConfig,
+    DelayNodeConfig,
+    NodeConfig,
+    NodeType,
+    ParallelNodeConfig,
+    TriggerNodeConfig,
+)
 
-NodeType = Literal["trigger", "agent", "condition", "action", "parallel", "delay"]
-"""What a node can be."""
+__all__ = [
+    "END_ALIASES",
+    "MAX_INT32",
+    "MAX_SECONDS",
+    "ActionNodeConfig",
+    "AgentNodeConfig",
+    "ConditionNodeConfig",
+    "DelayNodeConfig",
+    "NodeConfig",
+    "NodeExecutionResult",
+    "NodeRunRead",
+    "NodeType",
+    "Page",
+    "ParallelNodeConfig",
+    "PipelineCreate",
+    "PipelineDefinition",
+    "PipelineEdge",
+    "PipelineNode",
+    "PipelineRead",
+    "PipelineUpdate",
+    "RunRead",
+    "RunStatistics",
+    "TriggerNodeConfig",
+    "list_issue",
+    "shape_issues",
+]
 
 MAX_INT32 = 2_147_483_647
 """Largest value of PostgreSQL's ``INTEGER``."""
@@ -49,12 +83,12 @@ Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
-    # built on first use: until then a service that imports the package doesn't pay for Pydantic's schema machinery
+    # built on first use, so that importing the package is cheap
     model_config = ConfigDict(defer_build=True)
 
 
 class PipelineEdge(_Model):
-    """An arrow between two nodes; JSON spells its ends ``from`` and ``to``.
+    """A directed edge between two nodes; JSON spells its ends ``from`` and ``to``.
 
     Attributes:
         id: Unique among the edges of the graph.
@@ -78,10 +112,10 @@ class PipelineNode(_Model):
     Attributes:
         id: Unique among the nodes of the graph; at most 100 characters.
         type: What the node does; decides which configuration it needs.
-        name: What people call it.
+        name: Label for people.
         config: The raw configuration, see ``NodeConfig``; unknown keys and nulls are kept.
-        position: Where the editor draws it, such as ``{"x": 50, "y": 100}``.
-        next: Ids of the following nodes as some writers note them; the edges decide, not this.
+        position: Place in the editor, such as ``{"x": 50, "y": 100}``.
+        next: Ids of the following nodes, which some writers store; the edges decide.
     """
 
     id: Strict
@@ -92,71 +126,18 @@ class PipelineNode(_Model):
     next: Annotated[list[Strict], Field(strict=True)] | None = None
 
 
-class _NodeConfig(_Model):
-    model_config = ConfigDict(extra="allow")
-
-
-class TriggerNodeConfig(_NodeConfig):
-    """Configuration of a trigger; nothing is required."""
-
-    type: Literal["trigger"] = "trigger"
-
-
-class AgentNodeConfig(_NodeConfig):
-    """Configuration of an agent: who does what; existing rows hold ``agent_id`` as a number, too."""
-
-    type: Literal["agent"] = "agent"
-    agent_id: str = Field(coerce_numbers_to_str=True)
-    task: str
-
-
-class ConditionNodeConfig(_NodeConfig):
-    """Configuration of a condition: an expression."""
-
-    type: Literal["condition"] = "condition"
-    condition: str = "true"
-
-
-class ActionNodeConfig(_NodeConfig):
-    """Configuration of an action: its name, and whatever the action itself takes."""
-
-    type: Literal["action"] = "action"
-    action: str
-
-
-class ParallelNodeConfig(_NodeConfig):
-    """Configuration of a fork; nothing is required."""
-
-    type: Literal["parallel"] = "parallel"
-
-
-class DelayNodeConfig(_NodeConfig):
-    """Configuration of a delay, in seconds."""
-
-    type: Literal["delay"] = "delay"
-    # strict: the stored JSON is never rewritten, so an executor would be handed the "5" or the true as it is
-    seconds: float = Field(default=0, ge=0, allow_inf_nan=False, strict=True)
-
-
-NodeConfig = Annotated[
-    TriggerNodeConfig | AgentNodeConfig | ConditionNodeConfig | ActionNodeConfig | ParallelNodeConfig | DelayNodeConfig,
-    Field(discriminator="type"),
-]
-"""Any node's configuration, told apart by ``type``, which is the node's own type."""
-
-
 class PipelineDefinition(_Model):
-    """A graph: nodes and the edges between them. It may be broken; ``find_issues`` tells."""
+    """A graph: nodes and the edges between them. It may be invalid, see ``find_issues``."""
 
-    # The validator remembers the graph's order here: in a slot, which equality, copies and pickles ignore.
-    __slots__ = ("_compiled",)
+    # The validator caches the order here: in a slot, which equality, copies and pickles ignore.
+    __slots__ = ("_order",)
 
     nodes: list[PipelineNode]
     edges: list[PipelineEdge]
 
     @property
     def node_map(self) -> dict[str, PipelineNode]:
-        """The nodes by id; of nodes with one id the last."""
+        """The nodes by id; the last of several nodes with the same id."""
         return {node.id: node for node in self.nodes}
 
     @classmethod
@@ -170,47 +151,76 @@ class PipelineDefinition(_Model):
         Raises:
             InvalidPipelineError: With one issue for each place that is wrong.
         """
-        lists = {"node": nodes, "edge": edges}
-        wrong = {what: type(items).__name__ for what, items in lists.items() if not isinstance(items, list)}
-        if wrong:
-            raise InvalidPipelineError(
-                [_shape_issue(what, f"must be a list, not {kind}") for what, kind in wrong.items()]
-            )
+        if issues := [*list_issue("nodes", nodes), *list_issue("edges", edges)]:
+            raise InvalidPipelineError(issues)
         try:
             return cls.model_validate({"nodes": nodes, "edges": edges})
         except ValidationError as error:
-            issues = []
-            for detail in error.errors(include_url=False, include_context=False, include_input=False):
-                root, *keys = detail["loc"]
-                what = str(root)[:-1]
-                item: Any = lists[what][keys[0]]  # type: ignore[index]  # they are lists, and Pydantic names a place in them
-                issues.append(
-                    _shape_issue(what, detail["msg"], keys, item.get("id") if isinstance(item, dict) else None)
-                )
-            raise InvalidPipelineError(issues) from None
+            raise InvalidPipelineError(shape_issues(error, {"nodes": nodes, "edges": edges})) from None
 
 
-def _shape_issue(what: str, message: str, keys: Sequence[str | int] = (), item_id: object = None) -> Issue:
-    path = json_path(f"{what}s", keys)
-    name = item_id if isinstance(item_id, str) else None
-    label = f" ({what} {show(name)})" if name else ""
-    ids = (name, None) if what == "node" else (None, name)
-    return Issue("error", f"invalid_{what}", f"Invalid {what} data: {path}{label}: {shorten(message, 200)}", *ids)
+END_ALIASES = {"from_node": "from", "to_node": "to"}
+_FIELD_CODES = {"id": IssueCode.INVALID_ID, "type": IssueCode.INVALID_TYPE, "config": IssueCode.INVALID_CONFIG}
+_ITEM_CODES = {"nodes": IssueCode.INVALID_NODE, "edges": IssueCode.INVALID_EDGE}
+
+
+def list_issue(key: Literal["nodes", "edges"], value: object) -> list[Issue]:
+    """The issue of ``nodes`` or ``edges`` that is not a list; empty if it is one."""
+    if isinstance(value, list):
+        return []
+    kind = "null" if value is None else type(value).__name__
+    message = f"Invalid {key[:-1]} data: {key} must be a list, not {kind}"
+    return [Issue("error", IssueCode.NOT_A_LIST, message, loc=(key,))]
+
+
+def shape_issues(error: ValidationError, lists: dict[str, Any], prefix: tuple[str | int, ...] = ()) -> list[Issue]:
+    """Name each place at which Pydantic refused a graph.
+
+    Args:
+        error: The error of ``PipelineDefinition``, or of the item at ``prefix``.
+        lists: The lists that were parsed.
+        prefix: Place of what was parsed.
+    """
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    return [_shape_issue(lists, (*prefix, *detail["loc"]), detail["msg"]) for detail in details]
+
+
+def _shape_issue(lists: dict[str, Any], place: Sequence[str | int], reason: str) -> Issue:
+    root, index, *keys = place
+    assert isinstance(root, str)
+    assert isinstance(index, int)
+    keys = [END_ALIASES.get(str(key), key) for key in keys[:1]] + keys[1:]
+    code = _FIELD_CODES.get(str(keys[0]), _ITEM_CODES[root]) if keys else _ITEM_CODES[root]
+    if len(keys) > 1 and keys[0] in ("config", "position"):  # their values may be anything, so a key is refused
+        code, reason, keys = IssueCode.INVALID_JSON, f"has a key that is not a string: {quote(keys[1])}", keys[:1]
+    item = lists[root][index]
+    name = item.get("id") if isinstance(item, dict) else getattr(item, "id", None)
+    name = name if isinstance(name, str) else None
+    what = root[:-1]
+    label = f" ({what} {quote(name)})" if name else ""
+    return Issue(
+        "error",
+        code,
+        f"Invalid {what} data: {json_path(root, [index, *keys])}{label}: {shorten(reason, 200)}",
+        node_id=name if what == "node" else None,
+        edge_id=name if what == "edge" else None,
+        loc=(root, index, *keys),
+    )
 
 
 class NodeExecutionResult(_Model):
-    """What an executor reports about one node of a run.
+    """The result of one node of a run, reported by an executor.
 
     Attributes:
         node_id: The node.
-        status: How it ended.
+        status: Terminal status of the node.
         output: JSON object that the node produced.
-        error: Why it failed.
+        error: Reason of the failure.
         duration_ms: Time taken, in milliseconds.
         retry_count: Retries made, so 0 after one attempt.
     """
 
-    # an ``outputs`` that is no field would be lost without a word
+    # a misspelt field, such as ``outputs``, would be lost silently
     model_config = ConfigDict(extra="forbid")
 
     node_id: str
@@ -359,7 +369,7 @@ class NodeRunRead(_Read):
 
 
 class RunStatistics(_Read):
-    """How the runs of a pipeline went.
+    """Counts and durations of the runs of a pipeline.
 
     Attributes:
         runs: Number of runs by status.
@@ -375,7 +385,7 @@ class RunStatistics(_Read):
 
 
 class Page(_Read, Generic[T]):
-    """A part of a longer list; ``next_cursor`` goes into ``after=`` for the next one and is ``None`` on the last."""
+    """One page of a list; ``next_cursor`` is the ``after=`` of the next page, ``None`` on the last."""
 
     items: tuple[T, ...]
     next_cursor: int | None

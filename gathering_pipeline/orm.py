@@ -6,9 +6,10 @@ No queries are here. The hooks check what passes SQLAlchemy's unit of work and `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from enum import StrEnum
+from typing import Any, Literal
 
 from sqlalchemy import (
     BigInteger,
@@ -48,7 +49,9 @@ from sqlalchemy.types import UserDefinedType
 
 from . import hooks
 from .arguments import check_json
+from .lifecycle import NodeStatus, PipelineStatus, RunStatus
 from .models import PipelineDefinition
+from .node_types import NODE_TYPES
 
 SCHEMA = "circle"
 
@@ -72,32 +75,41 @@ class Base(DeclarativeBase):
 
 
 class JSONList(MutableList[Any]):
-    """A JSON list whose edits in place are seen; an edit inside one of its items is not (assign the item anew)."""
+    """A JSON list that tracks edits in place; an edit inside an item is not tracked (assign the item again)."""
 
     @classmethod
     def coerce(cls, key: str, value: object) -> JSONList | None:  # noqa: ARG003 - SQLAlchemy's signature
-        """Take any list; what a legacy row holds instead is shown as its only item, so that the row can be read."""
+        """Take any list; another value of a legacy row becomes the only item, so that the row can be read."""
         if value is None or isinstance(value, cls):
             return value
         return cls(value if isinstance(value, list | tuple) else [value])
 
 
-def _status_check(table: str, *statuses: str) -> CheckConstraint:
+def _status_check(table: str, statuses: type[StrEnum]) -> CheckConstraint:
     values = ", ".join(f"'{status}'" for status in statuses)
     return CheckConstraint(f"status IN ({values})", name=conv(f"{table}_status_check"))
+
+
+def _any_of(column: str, values: Iterable[str]) -> str:
+    return f"{column} = ANY ('{{{','.join(values)}}}')"
+
+
+def _terminal_check(statuses: type[RunStatus | NodeStatus]) -> CheckConstraint:
+    live = _any_of("status", [status for status in statuses if not status.is_terminal])
+    return CheckConstraint(f"({live}) = (completed_at IS NULL)", name="terminal_is_completed")
 
 
 class Pipeline(Base):
     """A stored pipeline.
 
     ``nodes`` and ``edges`` take raw JSON lists or Pydantic objects and hold JSON. The graph is checked when the object
-    is flushed: ``InvalidPipelineError`` unless it is valid. With ``allow_incomplete=True`` (not a column) a draft is
-    stored whose only errors are missing nodes or missing configuration. Loading a row never checks it.
+    is flushed: ``InvalidPipelineError`` unless it is valid. ``allow_incomplete=True`` (not a column) accepts a draft
+    without nodes or with missing configuration. Loading a row never checks it.
     """
 
     __tablename__ = "pipelines"
     __table_args__ = (
-        _status_check("pipelines", "active", "paused", "draft"),
+        _status_check("pipelines", PipelineStatus),
         CheckConstraint("timeout_seconds >= 0", name="timeout"),
         CheckConstraint("max_retries_per_node >= 0", name="retries"),
         CheckConstraint(
@@ -128,7 +140,7 @@ class Pipeline(Base):
     run_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     success_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     error_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    # evaluates_none: None is "no limit", and must not be taken for "left out", which is the default
+    # evaluates_none: None means "no limit"; left out, the column has its default
     timeout_seconds: Mapped[int | None] = mapped_column(Integer().evaluates_none(), server_default=text("3600"))
     max_retries_per_node: Mapped[int] = mapped_column(Integer, server_default=text("3"))
     retry_backoff_base: Mapped[float] = mapped_column(Float, server_default=text("1.0"))
@@ -140,13 +152,13 @@ class Pipeline(Base):
     def __init__(self, *, allow_incomplete: bool = False, **values: Any) -> None:
         super().__init__(**values)
         self.allow_incomplete = allow_incomplete
-        # a new object shows the lists that it will store, so that they can be appended to
+        # a new object has the lists that it will store, so that they can be appended to
         for key in ("nodes", "edges"):
             if key not in values and "definition" not in values:
                 setattr(self, key, [])
 
     @validates("nodes", "edges")
-    def _take_json(self, key: str, value: object) -> object:
+    def _take_json(self, key: Literal["nodes", "edges"], value: object) -> object:
         hooks.check_list(key, value)
         return value
 
@@ -170,9 +182,9 @@ class PipelineRun(Base):
 
     __tablename__ = "pipeline_runs"
     __table_args__ = (
-        _status_check("pipeline_runs", "pending", "running", "completed", "failed", "cancelled", "timeout"),
+        _status_check("pipeline_runs", RunStatus),
         CheckConstraint("duration_seconds >= 0", name="duration"),
-        CheckConstraint("(status = ANY ('{pending,running}')) = (completed_at IS NULL)", name="terminal_is_completed"),
+        _terminal_check(RunStatus),
         CheckConstraint(
             "completed_at >= started_at AND isfinite(created_at) AND isfinite(started_at) AND isfinite(completed_at)",
             name="times",
@@ -223,10 +235,10 @@ class PipelineNodeRun(Base):
 
     __tablename__ = "pipeline_node_runs"
     __table_args__ = (
-        _status_check("pipeline_node_runs", "pending", "running", "completed", "failed", "skipped", "cancelled"),
-        CheckConstraint("node_type = ANY ('{trigger,agent,condition,action,parallel,delay}')", name="type"),
+        _status_check("pipeline_node_runs", NodeStatus),
+        CheckConstraint(_any_of("node_type", NODE_TYPES), name="type"),
         CheckConstraint("retry_count >= 0 AND duration_ms >= 0", name="numbers"),
-        CheckConstraint("(status = ANY ('{pending,running}')) = (completed_at IS NULL)", name="terminal_is_completed"),
+        _terminal_check(NodeStatus),
         CheckConstraint("completed_at >= started_at AND isfinite(started_at) AND isfinite(completed_at)", name="times"),
         Index("idx_pipeline_node_runs_run_id", "run_id"),
         Index("idx_pipeline_node_runs_run_node", "run_id", "node_id", unique=True),
@@ -252,7 +264,7 @@ class PipelineNodeRun(Base):
 
 
 class PipelineVersion(Base):
-    """A graph as it was; written by the database, never changed."""
+    """A version of a graph; written by the database, never changed."""
 
     __tablename__ = "pipeline_versions"
 
@@ -279,7 +291,7 @@ class PipelineVersionNode(Base):
 
 
 class XID8(UserDefinedType[str]):
-    """The number of a transaction that is never used again; SQLAlchemy has no type for it."""
+    """The id of a transaction, never reused; SQLAlchemy has no type for it."""
 
     cache_ok = True
 
@@ -343,7 +355,7 @@ for _class in _JSON_COLUMNS:
 
 @event.listens_for(Session, "do_orm_execute")
 def _before_statement(state: ORMExecuteState) -> Result[Any] | None:
-    """Check ``insert(Pipeline)`` and ``update(Pipeline)``, which fire no mapper event."""
+    """Check ``insert(Pipeline)`` and ``update(Pipeline)``, for which mapper events don't fire."""
     statement: Any = state.statement
     if (
         not (state.is_insert or state.is_update)
@@ -352,13 +364,13 @@ def _before_statement(state: ORMExecuteState) -> Result[Any] | None:
         or getattr(statement, "select", None) is not None  # INSERT ... SELECT: only the database sees the rows
     ):
         return None
-    fixed = _by_name(statement._values or {})  # noqa: SLF001 - SQLAlchemy tells what is to be written nowhere else
+    fixed = _by_name(statement._values or {})  # noqa: SLF001 - SQLAlchemy has no public way to the values
 
     def graph(row: Mapping[Any, Any]) -> dict[str, Any]:
         values = fixed | _by_name(row)
         if state.is_insert:
             values = {key: [] for key in _GRAPH} | values
-        # SQL expressions are the database's to check, but a graph can't be one
+        # the database checks SQL expressions, but a graph can't be one
         values = {key: value for key, value in values.items() if key in _GRAPH or not isinstance(value, ClauseElement)}
         incomplete = bool(state.execution_options.get("allow_incomplete"))
         return hooks.prepare_fields(values, allow_incomplete=incomplete)

@@ -27,6 +27,7 @@ from gathering_pipeline.errors import (
     InvalidDataError,
     InvalidPipelineError,
     Issue,
+    IssueCode,
     LeaseLostError,
     NodeNotReadyError,
     NodeRunNotFoundError,
@@ -300,7 +301,7 @@ def translate(error: psycopg.Error) -> PipelineError | None:
         return TransactionAbortedError()
     if sqlstate == _INVALID_PIPELINE:
         issues = json.loads(diagnostics.message_detail or "{}")["issues"]
-        return InvalidPipelineError([Issue("error", **issue) for issue in issues])
+        return InvalidPipelineError([_issue(**issue) for issue in issues])
     if sqlstate in _BY_SQLSTATE:
         return _BY_SQLSTATE[sqlstate](**json.loads(diagnostics.message_detail or "{}"))
     if sqlstate.startswith("23"):  # integrity constraint violation
@@ -308,6 +309,11 @@ def translate(error: psycopg.Error) -> PipelineError | None:
     if sqlstate.startswith("22"):  # data exception
         return InvalidDataError(diagnostics.message_primary or "the database can't hold a value")
     return None
+
+
+def _issue(code: str, loc: list[str | int], **texts: str | None) -> Issue:
+    known = IssueCode(code)
+    return Issue(known.severity, known, loc=tuple(loc), **texts)  # type: ignore[arg-type]  # the message is a string
 
 
 def _typed(error: psycopg.Error | DBAPIError) -> PipelineError | None:

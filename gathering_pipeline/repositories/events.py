@@ -9,7 +9,7 @@ from gathering_pipeline.arguments import MAX_BIGINT, check_count, check_duration
 from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.events import EventPage, PipelineEvent
-from gathering_pipeline.json_values import show
+from gathering_pipeline.json_values import quote
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
 # --- statements; alembic/sql/011b_events/1_log.sql explains the order of events, and which of them can be read -------
@@ -113,5 +113,5 @@ def _parse_cursor(cursor: object) -> tuple[str | None, int, int]:
         return None, 0, 0
     match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
     if match is None or int(match[2]) > MAX_BIGINT or int(match[3]) > MAX_BIGINT:
-        raise InvalidCursorError(f"after must be the cursor of an event or of a page, not {show(cursor)}")
+        raise InvalidCursorError(f"after must be the cursor of an event or of a page, not {quote(cursor)}")
     return match[1], int(match[2]), int(match[3])

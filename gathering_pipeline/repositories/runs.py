@@ -27,6 +27,7 @@ from gathering_pipeline.errors import (
     InvalidDataError,
     InvalidPipelineError,
     Issue,
+    IssueCode,
     PipelineNotFoundError,
     RunNotFoundError,
     shorten,
@@ -434,7 +435,7 @@ class AsyncRunRepository(AsyncRepository):
         version, nodes, edges = rows[0]
         if version is None:
             message = f"run {run_id} is bound to no version of its pipeline's graph: cancel it and create it again"
-            raise InvalidPipelineError([Issue("error", "no_version", message)])
+            raise InvalidPipelineError([Issue("error", IssueCode.NO_VERSION, message)])
         return PipelineDefinition.from_json(nodes, edges)
 
     async def counts(self) -> dict[RunStatus, int]:
