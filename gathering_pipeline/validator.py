@@ -569,12 +569,14 @@ def _size(nodes: list[PipelineNode], edges: list[PipelineEdge], columns: _Column
     """An upper bound of a graph's size as JSON in bytes, or a negative number where a value may not be storable."""
     positions, nexts, conditions = _column(nodes, "position"), _column(nodes, "next"), _column(edges, "condition")
     texts = columns.nodes + columns.edges + _column(nodes, "name")
-    if any(conditions):
-        texts += filter(None, conditions)
-    for following in filter(None, nexts):
-        if type(following) is not list:
-            return -1
-        texts += following
+    if conditions.count(None) < len(conditions):
+        texts += [text for text in conditions if text is not None]
+    if nexts.count(None) < len(nexts):
+        for following in nexts:
+            if type(following) is list:
+                texts += following
+            elif following is not None:
+                return -1
     # models made without validation may hold any value; scan doesn't look at types
     if not {*map(type, positions)} <= _OBJECTS:
         return -1

@@ -22,8 +22,15 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine
 
-from gathering_pipeline import InvalidPipelineError, find_issues, get_execution_order, parse_pipeline_definition
-from gathering_pipeline.validator import INCOMPLETE_CODES
+from gathering_pipeline import (
+    InvalidPipelineError,
+    IssueCode,
+    find_issues,
+    get_execution_order,
+    parse_pipeline_definition,
+)
+from gathering_pipeline.repositories._call import translate
+from gathering_pipeline.validator import INCOMPLETE_CODES, find_json_issues
 from tests.support.write_paths import BY_HOOK, INSERTING, UPDATING, Row, Stage, refusal, sqlstate
 
 GRAPHS = int(os.environ.get("GATHERING_GRAPHS", "1000"))
@@ -43,6 +50,8 @@ class Case:
     """Ids in execution order by the oracle; none if the graph is illegal."""
     by_validator: list[str] | None
     """The same by what is tested."""
+    issues: Issues
+    """The errors that Python reports."""
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
@@ -280,7 +289,7 @@ def some_case(rng: random.Random, number: int) -> Case:
         applied.append("no list")
         row["nodes"] = rng.choice([None, {}, "[]", 0, True])
     orders = (answer(row["nodes"], row["edges"], active=status == "active") for answer in (by_oracle, by_validator))
-    return Case(row, applied, *orders)
+    return Case(row, applied, *orders, by_python(row["nodes"], row["edges"]))
 
 
 @lru_cache(10)
@@ -380,6 +389,21 @@ def by_validator(nodes: Any, edges: Any, *, active: bool) -> list[str] | None:
     return None if errors - (set() if active else INCOMPLETE_CODES) else get_execution_order(definition)
 
 
+Issues = frozenset[tuple[IssueCode, tuple[str | int, ...]]]
+"""Code and place of each error."""
+
+
+def by_python(nodes: Any, edges: Any) -> Issues:
+    issues = find_json_issues(nodes, edges)
+    return frozenset((issue.code, issue.loc) for issue in issues if issue.severity == "error")
+
+
+def reported(error: Exception) -> Issues:
+    """What the database or a hook reports; nothing where it is another refusal than that of a graph."""
+    typed = translate(error) if isinstance(error, psycopg.Error) else error
+    return frozenset((issue.code, issue.loc) for issue in getattr(typed, "issues", ()))
+
+
 # --- the write paths -------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +451,8 @@ def test_random_graph_is_stored_if_and_only_if_legal(path: str, stage: Stage, co
                 counted.update([f"refused by {sqlstate(error)}" if error else "not refused"])
                 if not error or not sqlstate(error).startswith(wanted):
                     failures.append(f"refused by {error!r}: {refused[-1]!a}")
+                elif unknown := reported(error) - refused[-1].issues:
+                    failures.append(f"reported as {unknown}, by Python as {refused[-1].issues}: {refused[-1]!a}")
             if refusal(write, [case.row for case in legal]):
                 failures += [
                     f"refused by {error!r}: {case!a}" for case in legal if (error := refusal(write, [case.row]))

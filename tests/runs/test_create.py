@@ -82,8 +82,8 @@ def test_create_inactive_pipeline_raises_inactive(
         (graph("a")[0], graph("a>b")[1], "unknown_target"),
         (graph("a")[0] * 2, [], "duplicate_node"),
         (*graph("a>b"), "no_version"),  # sound, but never compiled
-        ([{"id": "a", "type": "robot", "name": "A"}], [], "invalid_node"),
-        ({}, [], "invalid_shape"),
+        ([{"id": "a", "type": "robot", "name": "A"}], [], "invalid_type"),
+        ({}, [], "not_a_list"),
     ],
 )
 def test_create_broken_graph_raises_invalid_pipeline(

@@ -19,6 +19,7 @@ from gathering_pipeline.errors import (
     InvalidDataError,
     InvalidPipelineError,
     Issue,
+    IssueCode,
     LeaseLostError,
     NodeNotReadyError,
     NodeRunNotFoundError,
@@ -94,7 +95,7 @@ def test_messages(error: PipelineError, words: list[str]) -> None:
         NodeNotReadyError(1, "x", ["y" * 100] * 10000),
         IllegalTransitionError("node run", "x" * 10**6, "a", "b"),
         IntegrityViolationError("c", "x" * 10**6),
-        InvalidPipelineError([Issue("error", "c", "x" * 10**6)] * 1000),
+        InvalidPipelineError([Issue("error", IssueCode.CYCLE, "x" * 10**6)] * 1000),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -103,7 +104,7 @@ def test_messages_are_cut(error: PipelineError) -> None:
 
 
 def test_issues_are_kept_and_the_message_counts_them() -> None:
-    issues = [Issue("error", "code", f"problem {at}", node_id=str(at)) for at in range(25)]
+    issues = [Issue("error", IssueCode.CYCLE, f"problem {at}", node_id=str(at)) for at in range(25)]
     error = InvalidPipelineError(issues)
     assert tuple(issues) == error.issues
     assert str(error).startswith("problem 0; problem 1; ")

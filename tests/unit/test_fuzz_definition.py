@@ -23,6 +23,7 @@ from gathering_pipeline.validator import (
     INCOMPLETE_CODES,
     Limits,
     find_issues,
+    find_json_issues,
     get_execution_order,
     parse_pipeline_definition,
     validate_pipeline_dag,
@@ -159,7 +160,9 @@ def test_a_graph_is_parsed_checked_and_ordered_or_refused(nodes: Any, edges: Any
 def test_the_hook_accepts_what_is_valid_and_nothing_else(nodes: Any, edges: Any, incomplete: bool) -> None:
     nodes, edges = made(nodes), made(edges)
     definition, refused = answer(parse_pipeline_definition, nodes, edges)
-    issues = refused if definition is None else find_issues(definition)
+    issues = [*refused] if definition is None else find_issues(definition)
+    found = {(issue.code, issue.loc) for issue in find_json_issues(nodes, edges)}
+    assert {(issue.code, issue.loc) for issue in issues} <= found
     accepted = INCOMPLETE_CODES if incomplete else frozenset()
     valid = accepted.issuperset(issue.code for issue in issues if issue.severity == "error")
     stored, _ = answer(prepare_graph, nodes, edges, allow_incomplete=incomplete)

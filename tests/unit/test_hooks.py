@@ -74,7 +74,15 @@ class TestPrepareGraph:
         edges = [EDGE, {"id": "e2", "from": "b", "to": "b"}, EDGE]
         with pytest.raises(InvalidPipelineError) as caught:
             prepare_graph(nodes, edges)
-        expected = {"duplicate_node", "duplicate_edge", "cycle", "invalid_node"}
+        expected = {
+            "duplicate_node",
+            "duplicate_edge",
+            "cycle",
+            "missing_config",
+            "invalid_type",
+            "invalid_id",
+            "invalid_node",
+        }
         assert expected == {issue.code for issue in caught.value.issues}
 
     @pytest.mark.parametrize(
@@ -84,11 +92,11 @@ class TestPrepareGraph:
             ([TRIGGER], [EDGE], {"unknown_target"}),
             ([TRIGGER, AGENT], [EDGE, {"id": "f", "from": "b", "to": "a"}], {"cycle"}),
             ([TRIGGER], [{"id": "f", "from": "a", "to": "a"}], {"cycle"}),
-            ([TRIGGER, AGENT | {"config": None}], [], {"invalid_node"}),
+            ([TRIGGER, AGENT | {"config": None}], [], {"invalid_config"}),
             ([TRIGGER | {"config": {"x": Decimal(1)}}], [], {"invalid_json"}),
             ([TRIGGER | {"mine": "a\0"}], [], {"invalid_json"}),
             ([TRIGGER | {"id": "x" * 101}], [], {"invalid_id"}),
-            ([TRIGGER | {"id": 1}], [], {"invalid_node"}),
+            ([TRIGGER | {"id": 1}], [], {"invalid_id"}),
             ([TRIGGER, 3], [], {"invalid_node"}),
             ([TRIGGER], ["e"], {"invalid_edge"}),
         ],

@@ -173,7 +173,7 @@ class TestDefinition:
                 [{"id": "a", "type": "agent", "name": "A", "config": None}, 3], [{"id": "e", "from": "a"}]
             )
         assert [(issue.code, issue.node_id, issue.edge_id) for issue in caught.value.issues] == [
-            ("invalid_node", "a", None),
+            ("invalid_config", "a", None),
             ("invalid_node", None, None),
             ("invalid_edge", None, "e"),
         ]
@@ -301,7 +301,7 @@ class TestRead:
     def test_a_broken_graph_can_be_read(self) -> None:
         row = read({"not": "a list"}, None)
         assert (row.nodes, row.edges, row.status) == ({"not": "a list"}, None, PipelineStatus.DRAFT)
-        with pytest.raises(InvalidPipelineError, match="nodes: must be a list, not dict"):
+        with pytest.raises(InvalidPipelineError, match="nodes must be a list, not dict"):
             _ = row.definition
 
     def test_definition(self) -> None:

@@ -28,6 +28,7 @@ PROMISED = [
     "parse_pipeline_definition",
     "find_issues",
     "Issue",
+    "IssueCode",
     "Limits",
     "EventType",
     "PipelineEvent",
@@ -143,6 +144,7 @@ HEAVY = {"sqlalchemy", "alembic", "psycopg", "pydantic_settings", "pixeltable_pg
         "import gathering_pipeline.arguments",
         "import gathering_pipeline.validator",
         "import gathering_pipeline.models",
+        "import gathering_pipeline.node_types",
         "import gathering_pipeline.events",
         "import gathering_pipeline.lifecycle",
         "import gathering_pipeline.errors",
@@ -152,7 +154,7 @@ HEAVY = {"sqlalchemy", "alembic", "psycopg", "pydantic_settings", "pixeltable_pg
             "validate_pipeline_dag(parse_pipeline_definition([{'id': 'a', 'type': 'trigger', 'name': 'A'}], []))"
         ),
     ],
-    ids=["arguments", "validator", "models", "events", "lifecycle", "errors", "public names"],
+    ids=["arguments", "validator", "models", "node_types", "events", "lifecycle", "errors", "public names"],
 )
 def test_who_only_validates_loads_no_database_library(statement: str) -> None:
     assert loaded_by(statement) & HEAVY - {"asyncio"} == set()

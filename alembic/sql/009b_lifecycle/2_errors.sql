@@ -8,16 +8,29 @@
 --
 -- SQLSTATEs raised here; DETAIL is a JSON object with the values:
 --   PL001 illegal transition   PL002 no such pipeline   PL003 no such run       PL004 no such node run   PL005 node not ready
---   PL006 pipeline not active  PL007 lease lost         PL008 graph not valid   PL009 stale version      PL010 pipeline in use
+--   PL006 pipeline not active  PL007 lease lost         PL008 invalid graph     PL009 stale version      PL010 pipeline in use
 
 -- == create functions that raise errors
-CREATE OR REPLACE FUNCTION circle.refuse_graph(p_code text, p_message text, p_node_id text, p_edge_id text)
-RETURNS void LANGUAGE plpgsql AS $$
+-- An issue about a graph: a code of IssueCode in Python, and the path of the place, such as ["nodes", 3, "config", "task"].
+CREATE OR REPLACE FUNCTION circle.graph_issue(p_code text, p_message text, p_loc jsonb DEFAULT '[]', p_node_id text DEFAULT NULL,
+                                              p_edge_id text DEFAULT NULL)
+RETURNS jsonb LANGUAGE sql IMMUTABLE AS $$
+    SELECT jsonb_build_object('code', p_code, 'message', left(p_message, 1000), 'loc', p_loc, 'node_id', left(p_node_id, 200),
+                              'edge_id', left(p_edge_id, 200))
+$$;
+-- Raises PL008 with a list of issues, unless it is NULL or empty.
+CREATE OR REPLACE FUNCTION circle.refuse_issues(p_issues jsonb) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION '%', left(p_message, 1000) USING ERRCODE = 'PL008', DETAIL = jsonb_build_object(
-        'issues', jsonb_build_array(jsonb_build_object('code', p_code, 'message', left(p_message, 1000), 'node_id', left(p_node_id, 200),
-                           'edge_id', left(p_edge_id, 200))));
+    IF p_issues <> '[]' THEN
+        RAISE EXCEPTION '%', p_issues -> 0 ->> 'message'
+            USING ERRCODE = 'PL008', DETAIL = jsonb_build_object('issues', p_issues);
+    END IF;
 END $$;
+CREATE OR REPLACE FUNCTION circle.refuse_graph(p_code text, p_message text, p_loc jsonb DEFAULT '[]', p_node_id text DEFAULT NULL,
+                                               p_edge_id text DEFAULT NULL)
+RETURNS void LANGUAGE sql AS $$
+    SELECT circle.refuse_issues(jsonb_build_array(circle.graph_issue(p_code, p_message, p_loc, p_node_id, p_edge_id)))
+$$;
 CREATE OR REPLACE FUNCTION circle.refuse_run(p_run_id bigint, p_token bigint, p_requested text, p_reason text DEFAULT '')
 RETURNS void LANGUAGE plpgsql AS $$
 DECLARE

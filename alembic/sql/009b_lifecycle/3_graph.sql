@@ -1,6 +1,65 @@
 -- Revision 009: the graph compiler, and the versions of a pipeline's graph.
 
 -- == create the graph compiler
+-- The types of nodes; pipeline_node_runs has a CHECK with the same list.
+CREATE OR REPLACE FUNCTION circle.node_types() RETURNS text[] LANGUAGE sql IMMUTABLE AS $$
+    SELECT '{trigger,agent,condition,action,parallel,delay}'::text[]
+$$;
+CREATE OR REPLACE FUNCTION circle.refuse_no_lists(p_nodes jsonb, p_edges jsonb) RETURNS void LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
+        PERFORM circle.refuse_issues(jsonb_agg(circle.graph_issue('not_a_list', format('Invalid %s data: %s must be a list, not %s',
+            l.word, l.key, coalesce(jsonb_typeof(l.list), 'null')), jsonb_build_array(l.key))))
+        FROM (VALUES ('node', 'nodes', p_nodes), ('edge', 'edges', p_edges)) l (word, key, list)
+        WHERE coalesce(jsonb_typeof(l.list), '') <> 'array';
+    END IF;
+END $$;
+-- Raises PL008 for a graph that can't be sorted. p_open has the number of unsorted predecessors of each node. Python reports the
+-- same cycle: an edge from a node to itself, else the cycle that precedes the first unsorted node, found by following the last
+-- unsorted predecessor of each node. It begins with the node of the cycle that stands first.
+CREATE OR REPLACE FUNCTION circle.refuse_cycle(p_ids text[], p_sources integer[], p_targets integer[], p_open integer[])
+RETURNS void LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    before integer[] := array_fill(0, ARRAY[cardinality(p_ids)]);
+    seen boolean[] := array_fill(false, ARRAY[cardinality(p_ids)]);
+    node integer;
+    first integer;
+    start integer;
+    len integer := 0;
+    path text := '';
+BEGIN
+    SELECT min(e.source) INTO start FROM unnest(p_sources, p_targets) e (source, target) WHERE e.source = e.target;
+    IF start IS NOT NULL THEN
+        before[start] := start;
+    ELSE
+        FOR i IN 1 .. cardinality(p_sources) LOOP   -- sorted by source
+            IF p_open[p_sources[i]] > 0 THEN
+                before[p_targets[i]] := p_sources[i];
+            END IF;
+        END LOOP;
+        SELECT min(u.place) INTO node FROM unnest(p_open) WITH ORDINALITY u (waits, place) WHERE u.waits > 0;
+        WHILE NOT seen[node] LOOP
+            seen[node] := true;
+            node := before[node];
+        END LOOP;
+        first := node;
+        start := node;
+        LOOP   -- once around the cycle, for the node that stands first
+            node := before[node];
+            start := least(start, node);
+            EXIT WHEN node = first;
+        END LOOP;
+    END IF;
+    node := start;
+    LOOP
+        path := CASE WHEN len < 20 THEN ' -> ' || p_ids[node] || path ELSE path END;
+        node := before[node];
+        len := len + 1;
+        EXIT WHEN node = start;
+    END LOOP;
+    PERFORM circle.refuse_graph('cycle', format('Pipeline contains a cycle: %s%s%s', p_ids[start],
+        CASE WHEN len > 20 THEN format(' -> ... (%s nodes)', len) ELSE '' END, path), jsonb_build_array('nodes', start - 1), p_ids[start]);
+END $$;
 -- Refuses what is no graph or can't be sorted; else each node's generation (longest path from a root), and the edges as places
 -- in nodes, sorted, each pair once. Ids become integers once, by hash joins; generations then come from one pass over the
 -- edges where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
@@ -15,9 +74,7 @@ DECLARE
     n integer;
     bad record;
 BEGIN
-    IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
-        PERFORM circle.refuse_graph('invalid_shape', 'nodes and edges must be JSON arrays', NULL, NULL);
-    END IF;
+    PERFORM circle.refuse_no_lists(p_nodes, p_edges);
     p_nodes := p_nodes || '[]';   -- which is p_nodes, decompressed once and not by each of what follows
     p_edges := p_edges || '[]';
     n := jsonb_array_length(p_nodes);
@@ -25,21 +82,28 @@ BEGIN
     SELECT count(DISTINCT u.id COLLATE "C") AS distinct_ids, max(char_length(u.id)) AS longest, min(char_length(u.id)) AS shortest
     INTO bad FROM unnest(ids) u (id);
     IF n > 0 AND (bad.distinct_ids < n OR bad.longest > 100 OR bad.shortest < 1
-                  OR NOT types <@ '{trigger,agent,condition,action,parallel,delay}'
+                  OR NOT types <@ circle.node_types()
                   OR jsonb_path_match(p_nodes, '$[*].id.type() != "string"')) THEN
-        SELECT e.ord - 1 AS place, e.node ->> 'id' AS id, e.node ->> 'type' AS type INTO bad
+        SELECT e.ord - 1 AS place, e.node ->> 'id' AS id, f.code, f.key, f.reason INTO bad
         FROM jsonb_array_elements(p_nodes) WITH ORDINALITY e (node, ord)
-        WHERE (jsonb_typeof(e.node -> 'id') = 'string' AND char_length(e.node ->> 'id') BETWEEN 1 AND 100
-               AND e.node ->> 'type' IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay')) IS NOT TRUE
-        ORDER BY e.ord LIMIT 1;
+        CROSS JOIN LATERAL (VALUES
+            (1, 'invalid_node', NULL, 'is not an object', jsonb_typeof(e.node) = 'object'),
+            (2, 'invalid_id', 'id', 'must be a string of 1 to 100 characters',
+             jsonb_typeof(e.node -> 'id') = 'string' AND char_length(e.node ->> 'id') BETWEEN 1 AND 100),
+            (3, 'invalid_type', 'type', 'must be one of ' || array_to_string(circle.node_types(), ', '),
+             jsonb_typeof(e.node -> 'type') = 'string' AND e.node ->> 'type' = ANY (circle.node_types()))
+        ) f (ord, code, key, reason, good)
+        WHERE f.good IS NOT TRUE ORDER BY e.ord, f.ord LIMIT 1;
         IF FOUND THEN
-            PERFORM circle.refuse_graph('invalid_node', format(
-                'nodes[%s]: an id of 1 to 100 characters and a known type are needed, not id %s and type %s', bad.place,
-                coalesce(quote_literal(left(bad.id, 120)), 'null'), coalesce(quote_literal(left(bad.type, 60)), 'null')),
-                bad.id, NULL);
+            PERFORM circle.refuse_graph(bad.code, format('nodes[%s]%s %s', bad.place, '.' || bad.key, bad.reason),
+                                        jsonb_build_array('nodes', bad.place) || CASE WHEN bad.key IS NULL THEN '[]' ELSE to_jsonb(bad.key) END, bad.id);
         END IF;
-        SELECT u.id INTO bad FROM unnest(ids) u (id) GROUP BY u.id HAVING count(*) > 1 LIMIT 1;
-        PERFORM circle.refuse_graph('duplicate_node', format('Duplicate node id %L', bad.id), bad.id, NULL);
+        SELECT d.id, d.place INTO bad
+        FROM (SELECT u.id, u.place - 1 AS place, row_number() OVER (PARTITION BY u.id COLLATE "C" ORDER BY u.place) AS nth
+              FROM unnest(ids) WITH ORDINALITY u (id, place)) d
+        WHERE d.nth = 2 ORDER BY d.place LIMIT 1;
+        PERFORM circle.refuse_graph('duplicate_node', format('Duplicate node id %L', bad.id),
+                                    jsonb_build_array('nodes', bad.place, 'id'), bad.id);
     END IF;
 
     WITH places AS MATERIALIZED (
@@ -54,16 +118,19 @@ BEGIN
            coalesce(bool_and(source + target IS NOT NULL), true)
     INTO sources, targets, edge_count, sorted, complete FROM mapped;
     IF NOT complete THEN
-        SELECT e.ord - 1 AS place, e.edge ->> 'id' AS id, s.key, s.word, e.edge ->> s.key AS name INTO bad
+        SELECT e.ord - 1 AS place, e.edge, e.edge ->> 'id' AS id, s.key, s.word, e.edge ->> s.key AS name INTO bad
         FROM jsonb_array_elements(p_edges) WITH ORDINALITY e (edge, ord)
         CROSS JOIN (VALUES ('from', 'source'), ('to', 'target')) s (key, word)
         WHERE NOT EXISTS (SELECT FROM unnest(ids) u (id) WHERE u.id COLLATE "C" = e.edge ->> s.key)
         ORDER BY e.ord, s.key LIMIT 1;
-        IF bad.name IS NULL THEN
-            PERFORM circle.refuse_graph('invalid_edge', format('edges[%s].%s is not a string', bad.place, bad.key), NULL, bad.id);
+        IF jsonb_typeof(bad.edge) <> 'object' THEN
+            PERFORM circle.refuse_graph('invalid_edge', format('edges[%s] is not an object', bad.place),
+                                        jsonb_build_array('edges', bad.place));
         END IF;
-        PERFORM circle.refuse_graph('unknown_' || bad.word, format('Edge %L references unknown %s node: %L',
-            coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)), NULL, bad.id);
+        PERFORM circle.refuse_graph(
+            CASE jsonb_typeof(bad.edge -> bad.key) WHEN 'string' THEN 'unknown_' || bad.word ELSE 'invalid_edge' END,
+            format('Edge %L references unknown %s node: %L', coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)),
+            jsonb_build_array('edges', bad.place, bad.key), NULL, bad.id);
     END IF;
 
     generation := array_fill(0, ARRAY[n]);
@@ -109,34 +176,7 @@ BEGIN
                 END LOOP;
             END LOOP;
             IF tail < n THEN
-                -- walk backwards along predecessors that are open themselves, until a node comes again
-                DECLARE
-                    back integer[] := array_fill(0, ARRAY[n]);
-                    seen boolean[] := array_fill(false, ARRAY[n]);
-                    path text := '';
-                    len integer := 0;
-                    start integer;
-                BEGIN
-                    FOR i IN 1 .. edge_count LOOP
-                        IF open[sources[i]] > 0 THEN
-                            back[targets[i]] := sources[i];
-                        END IF;
-                    END LOOP;
-                    SELECT min(u.place) INTO node FROM unnest(open) WITH ORDINALITY u (waits, place) WHERE u.waits > 0;
-                    WHILE NOT seen[node] LOOP
-                        seen[node] := true;
-                        node := back[node];
-                    END LOOP;
-                    start := node;
-                    LOOP
-                        path := CASE WHEN len < 20 THEN ' -> ' || ids[node] || path ELSE path END;
-                        node := back[node];
-                        len := len + 1;
-                        EXIT WHEN node = start;
-                    END LOOP;
-                    PERFORM circle.refuse_graph('cycle', format('Pipeline contains a cycle: %s%s%s', ids[start],
-                        CASE WHEN len > 20 THEN format(' -> ... (%s nodes)', len) ELSE '' END, path), ids[start], NULL);
-                END;
+                PERFORM circle.refuse_cycle(ids, sources, targets, open);
             END IF;
         END;
     END IF;

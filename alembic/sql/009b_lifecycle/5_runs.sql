@@ -92,7 +92,7 @@ BEGIN
         SELECT node_count INTO expected FROM circle.pipeline_versions
         WHERE pipeline_id = r.pipeline_id AND version = r.pipeline_version;
         IF created = 0 THEN
-            PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', NULL, NULL);
+            PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
         ELSIF created <> expected THEN
             RAISE EXCEPTION 'version % of pipeline % has % of its % nodes', r.pipeline_version, r.pipeline_id, created, expected
                 USING ERRCODE = 'data_corrupted';
@@ -109,7 +109,7 @@ BEGIN
             USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
     ELSIF pipeline_status = 'active' THEN
         PERFORM circle.sort_graph(p.nodes, p.edges) FROM circle.pipelines p WHERE p.id = p_pipeline_id;
-        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again', NULL, NULL);
+        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
     END IF;
     RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, pipeline_status USING ERRCODE = 'PL006',
         DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', pipeline_status);

@@ -4,6 +4,7 @@ DROP FUNCTION IF EXISTS circle.pipeline_runs_json();
 DROP FUNCTION IF EXISTS circle.refuse_json(text, name, name);
 DROP FUNCTION IF EXISTS circle.pipelines_accept();
 DROP FUNCTION IF EXISTS circle.check_graph(jsonb, jsonb, boolean);
+DROP FUNCTION IF EXISTS circle.refuse_unreadable(text, jsonb);
 DROP FUNCTION IF EXISTS circle.begins_well(text);
 DROP FUNCTION IF EXISTS circle.edge_findings(jsonb);
 DROP FUNCTION IF EXISTS circle.surely_trimmed(text[]);
