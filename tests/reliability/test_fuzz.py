@@ -288,8 +288,8 @@ def some_case(rng: random.Random, number: int) -> Case:
     if rng.random() < 0.02:
         applied.append("no list")
         row["nodes"] = rng.choice([None, {}, "[]", 0, True])
-    orders = (answer(row["nodes"], row["edges"], active=status == "active") for answer in (by_oracle, by_validator))
-    return Case(row, applied, *orders, by_python(row["nodes"], row["edges"]))
+    graph, active = (row["nodes"], row["edges"]), status == "active"
+    return Case(row, applied, by_oracle(*graph, active=active), by_validator(*graph, active=active), by_python(*graph))
 
 
 @lru_cache(10)

@@ -49,6 +49,11 @@ def deep(levels: int) -> Any:
     return value
 
 
+def each(*values: Any) -> tuple[Any, ...]:
+    """Values of any types."""
+    return values
+
+
 A, B, C = node("a"), node("b"), node("c")
 NODES = [A, B, C]
 CODE = IssueCode
@@ -66,53 +71,53 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
     # items and their fields
     **{
         f"node: {item!r}": ([A, item], [], CODE.INVALID_NODE, ("nodes", 1), (SHAPE, STORED))
-        for item in (None, 1, "x", [], True)
+        for item in each(None, 1, "x", [], True)
     },
     **{
         f"edge: {item!r}": (NODES, [item], CODE.INVALID_EDGE, ("edges", 0), (SHAPE, STORED))
-        for item in (None, 1, "x", ["id"], False)
+        for item in each(None, 1, "x", ["id"], False)
     },
     "node without id": ([A, without(B, "id")], [], CODE.INVALID_ID, ("nodes", 1, "id"), EVERYWHERE),
     "edge without id": (NODES, [without(edge(), "id")], CODE.INVALID_ID, ("edges", 0, "id"), EVERYWHERE),
     **{
         f"node's id: {value!r}": ([A, node(value)], [], CODE.INVALID_ID, ("nodes", 1, "id"), EVERYWHERE)
-        for value in (1, 1.5, True, None, [], {})
+        for value in each(1, 1.5, True, None, [], {})
     },
     **{
         f"edge's id: {value!r}": (NODES, [edge(value)], CODE.INVALID_ID, ("edges", 0, "id"), EVERYWHERE)
-        for value in (1, True, None, {})
+        for value in each(1, True, None, {})
     },
     **{
         f"node's id: {value!r}": ([A, node(value)], [], CODE.INVALID_ID, ("nodes", 1, "id"), (VALUES, STORED))
-        for value in ("", "  ", "\u3000", " x", "x\n", "x" * 101)
+        for value in each("", "  ", "\u3000", " x", "x\n", "x" * 101)
     },
     **{
         f"edge's id: {value!r}": (NODES, [edge(value)], CODE.INVALID_ID, ("edges", 0, "id"), (VALUES, STORED))
-        for value in ("", "\x85", "x ", "x" * 101)
+        for value in each("", "\x85", "x ", "x" * 101)
     },
     "node twice": ([A, B, A, A], [], CODE.DUPLICATE_NODE, ("nodes", 2, "id"), (VALUES, STORED)),
     "edge twice": (NODES, [edge(), edge("f"), edge()], CODE.DUPLICATE_EDGE, ("edges", 2, "id"), (VALUES, STORED)),
     "no type": ([A, without(B, "type")], [], CODE.INVALID_TYPE, ("nodes", 1, "type"), EVERYWHERE),
     **{
         f"type: {kind!r}": ([node(type=kind)], [], CODE.INVALID_TYPE, ("nodes", 0, "type"), EVERYWHERE)
-        for kind in ("robot", "", "Agent", "agent ", None, 1, ["agent"])
+        for kind in each("robot", "", "Agent", "agent ", None, 1, ["agent"])
     },
     "no name": ([without(A, "name")], [], CODE.INVALID_NODE, ("nodes", 0, "name"), EVERYWHERE),
     **{
         f"name: {name!r}": ([node(name=name)], [], CODE.INVALID_NODE, ("nodes", 0, "name"), EVERYWHERE)
-        for name in (None, 1, ["x"])
+        for name in each(None, 1, ["x"])
     },
     **{
         f"config: {config!r}": ([node(config=config)], [], CODE.INVALID_CONFIG, ("nodes", 0, "config"), EVERYWHERE)
-        for config in (None, 1, "x", [])
+        for config in each(None, 1, "x", [])
     },
     **{
         f"position: {place!r}": ([node(position=place)], [], CODE.INVALID_NODE, ("nodes", 0, "position"), EVERYWHERE)
-        for place in (1, "x", [])
+        for place in each(1, "x", [])
     },
     **{
         f"next: {following!r}": ([node(next=following)], [], CODE.INVALID_NODE, ("nodes", 0, "next"), EVERYWHERE)
-        for following in (1, "a", {})
+        for following in each(1, "a", {})
     },
     "next: ['n', None]": ([node(next=["n", None])], [], CODE.INVALID_NODE, ("nodes", 0, "next", 1), EVERYWHERE),
     "condition: 1": (NODES, [edge(condition=1)], CODE.INVALID_EDGE, ("edges", 0, "condition"), EVERYWHERE),
@@ -122,7 +127,7 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
     "no to": (NODES, [edge(), without(edge("f"), "to")], CODE.INVALID_EDGE, ("edges", 1, "to"), EVERYWHERE),
     **{
         f"from: {end!r}": (NODES, [edge(start=end)], CODE.INVALID_EDGE, ("edges", 0, "from"), EVERYWHERE)
-        for end in (None, 1, True, [], {})
+        for end in each(None, 1, True, [], {})
     },
     "from: unknown": (NODES, [edge(start="x")], CODE.UNKNOWN_SOURCE, ("edges", 0, "from"), (VALUES, STORED)),
     "to: unknown": (NODES, [edge(), edge("f", "a", "")], CODE.UNKNOWN_TARGET, ("edges", 1, "to"), (VALUES, STORED)),
@@ -135,7 +140,7 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
             ("nodes", 1, "config", key),
             (VALUES, STORED),
         )
-        for kind, rest, key, values in (
+        for kind, rest, key, values in each(
             ("agent", {"task": "t"}, "agent_id", (True, [], {})),
             ("agent", {"agent_id": 7}, "task", (1, False, ["x"])),
             ("condition", {}, "condition", (1, True, {})),
@@ -205,11 +210,11 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
             ("nodes", 0, "config", "x", "y"),
             (VALUES,),
         )
-        for value in ("a\0", "\ud800", float("nan"), Decimal(1), b"x", {1})
+        for value in each("a\0", "\ud800", float("nan"), Decimal(1), b"x", {1})
     },
     **{
         f"{value!r} in an unknown key": ([node(mine=value)], [], CODE.INVALID_JSON, ("nodes", 0, "mine"), (SHAPE,))
-        for value in ("a\0", float("nan"), Decimal(1))
+        for value in each("a\0", float("nan"), Decimal(1))
     },
     "NUL in a node's id": ([node("a\0")], [], CODE.INVALID_JSON, ("nodes", 0, "id"), (VALUES,)),
     "NUL in an edge's id": (NODES, [edge("a\0")], CODE.INVALID_JSON, ("edges", 0, "id"), (VALUES,)),

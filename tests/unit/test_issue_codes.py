@@ -74,7 +74,7 @@ def test_each_issue_is_readable_and_picklable(fault: Fault) -> None:
         assert pickle.loads(pickle.dumps(issue)) == issue  # noqa: S301 - it was pickled here
 
 
-WARNINGS = {
+WARNINGS: dict[IssueCode, tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[str | int, ...]]] = {
     IssueCode.ORPHAN: ([{"id": "a", "type": "delay", "name": "A"}], [], ("nodes", 0)),
     IssueCode.MISSING_ACTION: (
         [{"id": "a", "type": "action", "name": "A"}],

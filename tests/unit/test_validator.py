@@ -423,8 +423,8 @@ class TestJson:
 
     @pytest.mark.parametrize("key", ["config", "mine"])
     def test_depth_counts_from_the_list_of_nodes(self, key: str) -> None:
-        assert find_json_issues([node("a", **{key: {"x": nested(61)}})], []) == []
-        (issue,) = find_json_issues([node("a", **{key: {"x": nested(62)}})], [])
+        assert find_json_issues([node("a") | {key: {"x": nested(61)}}], []) == []
+        (issue,) = find_json_issues([node("a") | {key: {"x": nested(62)}}], [])
         assert "is nested deeper than 64" in issue.message
 
     def test_every_place_is_named(self) -> None:
