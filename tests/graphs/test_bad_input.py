@@ -167,11 +167,19 @@ MANY = """INSERT INTO circle.pipelines (name, nodes, edges) SELECT 'many', {} FR
 
 
 def more_than_the_limits_by_sql(stage: Stage) -> None:
-    for graph, count in (
-        ("""jsonb_agg(jsonb_build_object('id', n::text, 'type', 'delay', 'name', 'N')), '[]'""", 100_001),
-        ("""'[{"id": "n", "type": "delay", "name": "N"}]', jsonb_agg(jsonb_build_object('id', n::text))""", 1_000_001),
+    for graph, count, sentence in (
+        (
+            """jsonb_agg(jsonb_build_object('id', n::text, 'type', 'delay', 'name', 'N')), '[]'""",
+            100_001,
+            "Pipeline has 100001 nodes, more than the limit of 100000 nodes",
+        ),
+        (
+            """'[{"id": "n", "type": "delay", "name": "N"}]', jsonb_agg(jsonb_build_object('id', n::text))""",
+            1_000_001,
+            "Pipeline has 1000001 edges, more than the limit of 1000000 edges",
+        ),
     ):
-        with pytest.raises(psycopg.Error, match="more than 100000 nodes or 1000000 edges") as refused:
+        with pytest.raises(psycopg.Error, match=sentence) as refused:
             stage.raw.execute(MANY.format(graph, count).encode())
         assert isinstance(translate(refused.value), InvalidPipelineError)
 
@@ -322,11 +330,9 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
     ],
     "nested too deep": [
-        Case("65 levels of nodes", with_config(nested(62)), f"{AT}.config.k", "nodes are nested deeper than 64"),
-        Case(
-            "65 levels of edges", with_edges(EDGE | {"k": nested(63)}), "edges[0].k", "edges are nested deeper than 64"
-        ),
-        Case("200 levels", with_node(mine=nested(200)), f"{AT}.mine", "nodes are nested deeper than 64"),
+        Case("65 levels of nodes", with_config(nested(62)), f"{AT}.config.k", "is nested deeper than 64"),
+        Case("65 levels of edges", with_edges(EDGE | {"k": nested(63)}), "edges[0].k", "is nested deeper than 64"),
+        Case("200 levels", with_node(mine=nested(200)), f"{AT}.mine", "is nested deeper than 64"),
         Case("1,500 levels", with_config(nested(1_500)), f"{AT}.config.k", None),
         Call(nested_too_deep_to_be_written_by_python),
         Case("64 levels", with_config(nested(61)), warning="orphan"),

@@ -126,10 +126,12 @@ BEGIN
         IF jsonb_typeof(bad.edge) <> 'object' THEN
             PERFORM circle.refuse_graph('invalid_edge', format('edges[%s] is not an object', bad.place),
                                         jsonb_build_array('edges', bad.place));
+        ELSIF jsonb_typeof(bad.edge -> bad.key) IS DISTINCT FROM 'string' THEN
+            PERFORM circle.refuse_graph('invalid_edge', format('edges[%s].%s is not a string', bad.place, bad.key),
+                                        jsonb_build_array('edges', bad.place, bad.key), NULL, bad.id);
         END IF;
-        PERFORM circle.refuse_graph(
-            CASE jsonb_typeof(bad.edge -> bad.key) WHEN 'string' THEN 'unknown_' || bad.word ELSE 'invalid_edge' END,
-            format('Edge %L references unknown %s node: %L', coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)),
+        PERFORM circle.refuse_graph('unknown_' || bad.word, format('Edge %L references unknown %s node: %L',
+            coalesce(bad.id, '#' || bad.place), bad.word, left(bad.name, 120)),
             jsonb_build_array('edges', bad.place, bad.key), NULL, bad.id);
     END IF;
 

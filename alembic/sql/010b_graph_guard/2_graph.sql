@@ -96,6 +96,7 @@ DECLARE
     levels integer := 64;
     condition jsonpath := 'strict $.** ? (@ > 1.7976931348623157e308 || @ < -1.7976931348623157e308)';
     loc jsonb := jsonb_build_array(p_key);
+    path text := p_key;
     key jsonb;
 BEGIN
     IF NOT too_deep AND circle.number_too_large(p_json) IS NOT TRUE THEN
@@ -115,9 +116,10 @@ BEGIN
              ) m (key, value)
         WHERE jsonb_path_exists(m.value, condition) LIMIT 1;
         loc := loc || jsonb_build_array(key);
+        path := path || CASE jsonb_typeof(key) WHEN 'number' THEN format('[%s]', key) ELSE '.' || (key #>> '{}') END;
     END LOOP;
-    PERFORM circle.refuse_graph('invalid_json', format('%s[%s] %s: %s', p_key, loc -> 1, CASE WHEN too_deep
-        THEN 'is nested deeper than 64' ELSE 'holds a number too large for a float' END, left(loc::text, 300)), loc);
+    PERFORM circle.refuse_graph('invalid_json', left(path, 300) || CASE WHEN too_deep
+        THEN ' is nested deeper than 64' ELSE ' is a number too large for a float' END, loc);
 END $$;
 -- Raises PL008 with the findings, at most 20 of nodes and 20 of edges.
 CREATE OR REPLACE FUNCTION circle.check_graph(p_nodes jsonb, p_edges jsonb, p_active boolean) RETURNS void
