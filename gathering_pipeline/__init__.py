@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from .settings import DatabaseSettings
     from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
 
-# In this order a module loads nothing that a later one's name doesn't need: SQLAlchemy comes with the last ones.
+# searched for a name in this order: the modules that load SQLAlchemy come last
 _MODULES = (
     "errors",
     "events",

@@ -5,7 +5,7 @@ Nothing here is run. Both checkers report an ``assert_type`` that doesn't hold, 
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from sqlalchemy import MetaData, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -22,6 +22,7 @@ from gathering_pipeline import (
     EventType,
     InvalidPipelineError,
     Issue,
+    IssueCode,
     NodeExecutionResult,
     NodeRunRead,
     NodeStatus,
@@ -54,7 +55,11 @@ def graphs() -> None:
     assert_type(definition, PipelineDefinition)
     assert_type(validate_pipeline_dag(definition), list[str])
     assert_type(get_execution_order(definition), list[str])
-    assert_type(find_issues(definition), list[Issue])
+    issues = find_issues(definition)
+    assert_type(issues, list[Issue])
+    assert_type(issues[0].code, IssueCode)
+    assert_type(issues[0].code.severity, Literal["error", "warning"])
+    assert_type(issues[0].loc, tuple[str | int, ...])
     assert_type(definition.nodes, list[PipelineNode])
     assert_type(definition.node_map, dict[str, PipelineNode])
     assert_type(definition.edges[0].from_node, str)
