@@ -76,7 +76,7 @@ def test_fetch_returns_what_a_cursor_returns(database: Database) -> None:
     with database.session(autocommit=True) as session:
         driver = driver_connection(session)
         assert isinstance(driver, DirectConnection)
-        by_cursor = driver.execute(ECHO.sql, PARAMETERS).fetchall()
+        by_cursor = driver.execute(ECHO.sql.encode(), PARAMETERS).fetchall()
         assert driver.fetch(ECHO, PARAMETERS) == [row[0] for row in by_cursor]
 
 
@@ -393,7 +393,7 @@ def test_refused_fetch_raises_what_a_cursor_raises(database: Database, sql: str)
         driver = driver_connection(session)
         assert isinstance(driver, DirectConnection)
         with pytest.raises(psycopg.Error) as by_cursor:
-            driver.execute(sql, {"number": 0})
+            driver.execute(sql.encode(), {"number": 0})
         with pytest.raises(psycopg.Error) as directly:
             driver.fetch(Statement(sql), {"number": 0})
         assert driver.info.transaction_status == pq.TransactionStatus.IDLE
