@@ -54,6 +54,18 @@ _CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone requires the right to create a schema even if it exists
     IF to_regnamespace('{SCHEMA}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS {SCHEMA}; END IF;
 END $$"""
+# The script compares revisions by >=, which holds between those that it knows only.
+_REFUSE_UNKNOWN = f"""DO $$
+DECLARE
+    found text;
+BEGIN
+    IF to_regclass('{VERSION_TABLE}') IS NOT NULL THEN
+        SELECT version_num INTO found FROM {VERSION_TABLE} WHERE version_num NOT IN ({{names}});
+        IF found IS NOT NULL THEN
+            RAISE EXCEPTION 'the schema is at revision %, which this script does not know', found;
+        END IF;
+    END IF;
+END $$"""  # noqa: S608 - constant names
 
 Direction = Literal["upgrade", "downgrade"]
 
@@ -493,7 +505,8 @@ class Migrator:
     def script(self, steps_sql: str) -> str:
         """Complete the SQL that Alembic wrote offline to a script that can be run again after an interruption."""
         parameters = "".join(f"SET {name} = {value};\n" for name, value in LOW_IMPACT.items())
-        head = f"SET lock_timeout = '{self.options.lock_timeout}';\n{parameters}\n{_CREATE_SCHEMA};\n\n"
+        known = _REFUSE_UNKNOWN.format(names=", ".join(f"'{name}'" for name in revision_names(self.directory)))
+        head = f"SET lock_timeout = '{self.options.lock_timeout}';\n{parameters}\n{_CREATE_SCHEMA};\n\n{known};\n\n"
         # Alembic assumes that its table and row don't exist
         body = steps_sql.replace(f"CREATE TABLE {VERSION_TABLE} ", f"CREATE TABLE IF NOT EXISTS {VERSION_TABLE} ")
         insert = re.compile(rf"(INSERT INTO {VERSION_TABLE} \(version_num\)) VALUES \(('\w+')\)[^;]*")  # noqa: S608 - a pattern

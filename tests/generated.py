@@ -14,10 +14,11 @@ from gathering_pipeline.cli.commands import cli
 from gathering_pipeline.database import Database
 from gathering_pipeline.maintenance import catalog
 from tests.support import locks, servers
+from tests.support.schema_text import schema_text
 
 ROOT = Path(__file__).parents[1]
 CATALOG, PAGE = ROOT / "alembic" / "catalog.json", ROOT / "docs" / "cli.md"
-LOCKS = ROOT / "alembic" / "locks.json"
+LOCKS, SCHEMA = ROOT / "alembic" / "locks.json", ROOT / "alembic" / "schema.sql"
 HEADING = "## Commands\n"
 
 
@@ -26,6 +27,12 @@ def clean_catalog(url: str) -> str:
     with Database(url) as database, database.engine.connect() as connection:
         lines = [json.dumps([*item, definition]) for item, definition in sorted(catalog.capture(connection).items())]
     return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def clean_schema(url: str) -> str:
+    """The schema of a database at head, for reading."""
+    with servers.connect(url) as raw:
+        return schema_text(raw)
 
 
 def clean_locks(server: servers.Server) -> str:
@@ -57,4 +64,5 @@ if __name__ == "__main__":
         url = server.database_url(server.create())
         migrations.upgrade(url)
         CATALOG.write_text(clean_catalog(url), encoding="utf-8")
+        SCHEMA.write_text(clean_schema(url), encoding="utf-8")
         LOCKS.write_text(clean_locks(server), encoding="utf-8")

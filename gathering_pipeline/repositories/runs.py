@@ -76,8 +76,8 @@ ORDER BY n.position, n.id""",
 )
 READY = Statement(
     """
-SELECT to_json(n)::text FROM circle.startable_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
-WHERE n.run_id = %(run_id)s::bigint AND r.status = 'running' AND (r.failed_node IS NULL OR n.retry_count > 0)
+SELECT to_json(n)::text FROM circle.pipeline_node_runs n
+WHERE n.id = ANY (ARRAY(SELECT s.id FROM circle.startable_node_runs s WHERE s.run_id = %(run_id)s::bigint))
 ORDER BY n.position, n.id""",
     read_only=True,
 )

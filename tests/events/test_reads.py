@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import EventRepository, EventType, PipelineEvent, RunRepository
+from gathering_pipeline import EventRepository, PipelineEvent, RunRepository
 from gathering_pipeline.errors import InvalidCursorError, InvalidDataError
 from tests.support.databases import Connect
 from tests.support.events import forget, names, raw_run, read_all
@@ -124,12 +124,6 @@ def test_read_skips_events_of_unknown_types(raw: psycopg.Connection, session: Se
     raw_run(raw, session)
     raw.execute("INSERT INTO circle.pipeline_events (xid, run_id, type, data) VALUES ('3', 1, 'mine', '[]')")
     assert names(read_all(session)) == ["run started"]
-
-
-def test_event_types_of_database_equal_python(raw: psycopg.Connection) -> None:
-    row = raw.execute("SELECT circle.event_types()").fetchone()
-    assert row is not None
-    assert row[0] == list(EventType)
 
 
 MANY = 120_000

@@ -102,7 +102,7 @@ UNREPAIRABLE = {
     "UPDATE circle.pipeline_runs SET duration_seconds = -5 WHERE id = 2": "circle.pipeline_runs id 2: duration_seconds",
     "UPDATE circle.pipeline_runs SET started_at = '-infinity' WHERE id = 3": "id 3: a timestamp is infinite",
     "UPDATE circle.pipeline_runs SET created_at = NULL, started_at = NULL, completed_at = NULL WHERE id = 2": (
-        "circle.pipeline_runs id 2: it is over, but no timestamp tells when"
+        "circle.pipeline_runs id 2: the status is terminal, but no timestamp shows since when"
     ),
     "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type) VALUES (1, 'x', 'robot')": (
         "circle.pipeline_node_runs id 1: node_type is unknown"
@@ -111,7 +111,7 @@ UNREPAIRABLE = {
         "circle.pipeline_node_runs id 1: retry_count or duration_ms is negative"
     ),
     "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type) VALUES (1, 'x', 'agent'), (1, 'x', 'agent')": (
-        "circle.pipeline_node_runs id 2: node x stands more than once in run 1"
+        "circle.pipeline_node_runs id 2: node x occurs more than once in run 1"
     ),
     "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, completed_at) SELECT 1, 'x', 'agent', now()": (
         "circle.pipeline_node_runs id 1: completed_at is set, but the node run is pending"
@@ -216,7 +216,7 @@ def test_upgrade_keeps_broken_graphs_unchanged(url: str, used: psycopg.Connectio
     assert rows_of_006(used) == before
     assert len(warnings) == len(BROKEN)
     for pipeline_id, warning in enumerate(warnings, 1):
-        assert warning.startswith(f"circle.pipelines id {pipeline_id} can't be run until its graph is mended: ")
+        assert warning.startswith(f"circle.pipelines id {pipeline_id} can't be run until its graph is repaired: ")
 
     with Database(url) as database:
         with database.session(autocommit=True) as session:

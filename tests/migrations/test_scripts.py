@@ -9,6 +9,7 @@ import pytest
 from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
 
 from gathering_pipeline import migrations
+from gathering_pipeline.errors import WITHDRAWN_REVISIONS
 from tests.support.databases import Connect
 from tests.support.schema import ROOT, catalog, revisions, run_psql, script
 
@@ -28,6 +29,19 @@ def test_script_to_head_gives_the_catalog_of_upgrade(
     assert catalog(empty_database_url) == catalogs["base"]
     run_psql(empty_database_url, script("head"))
     assert catalog(empty_database_url) == catalogs[head]
+
+
+@pytest.mark.parametrize("revision", [*sorted(WITHDRAWN_REVISIONS), "099_future"])
+def test_script_at_an_unknown_revision_is_refused(database_url: str, connect: Connect, revision: str) -> None:
+    raw = connect(database_url)
+    raw.execute("UPDATE circle.alembic_version SET version_num = %s", [revision])
+    before = catalog(database_url)
+    for sql in (script("head"), script("head:base", down=True)):
+        with pytest.raises(
+            AssertionError, match=f"the schema is at revision {revision}, which this script does not know"
+        ):
+            run_psql(database_url, sql)
+    assert catalog(database_url) == before
 
 
 def test_script_of_each_revision_gives_its_catalog(

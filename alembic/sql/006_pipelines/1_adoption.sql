@@ -53,7 +53,7 @@ BEGIN
         SELECT p.tab, a.attname::text AS col, format_type(a.atttypid, a.atttypmod) AS typ, a.attnotnull AS required,
                a.atthasdef OR a.attidentity <> '' AS has_default
         FROM present p JOIN pg_attribute a ON a.attrelid = p.oid AND a.attnum > 0 AND NOT a.attisdropped
-    ), -- what is not there yet is added by the revision that brings it, so only what is there must match
+    ), -- the revision that adds a column adds it where it is missing; so only existing ones have to match
     columns AS (
         SELECT format('%s.%s: %s', coalesce(e.tab, f.tab), coalesce(e.col, f.col), CASE
             WHEN f.col IS NULL THEN format('column is missing (%s expected)', e.typ)
@@ -81,7 +81,7 @@ BEGIN
                       coalesce(f.def, 'missing'), array_to_string(e.vals, ', ')) AS difference
         FROM expected_checks e LEFT JOIN found_checks f ON f.tab = e.tab
         WHERE e.tab IN (SELECT tab FROM present) AND (f.def IS NULL
-          -- the literals may stand in any order, but nothing may stand around them
+          -- the literals may be in any order, but the check must consist of nothing else
           OR regexp_replace(f.def, '''[^'']*''::character varying(, )?', '', 'g')
              <> 'CHECK (((status)::text = ANY ((ARRAY[])::text[])))'
           OR (f.vals <> e.vals AND f.vals IS DISTINCT FROM e.also))

@@ -17,13 +17,13 @@ BEGIN
         WHERE f.wrong
         UNION ALL
         SELECT 'pipeline_runs', r.id, f.what FROM circle.pipeline_runs r CROSS JOIN LATERAL (VALUES
-            ('status is NULL, and completed_at without an error tells nothing of it',
+            ('status is NULL, and completed_at without an error doesn''t show which it was',
              r.status IS NULL AND r.completed_at IS NOT NULL AND r.error_message IS NULL),
             ('completed_at is set, but the run is ' || r.status,
              r.status IN ('pending', 'running') AND r.completed_at IS NOT NULL),
             ('completed_at is before started_at', r.completed_at < r.started_at),
             ('duration_seconds is negative', r.duration_seconds < 0),
-            ('it is over, but no timestamp tells when',
+            ('the status is terminal, but no timestamp shows since when',
              r.status NOT IN ('pending', 'running') AND coalesce(r.completed_at, r.started_at, r.created_at) IS NULL),
             ('a timestamp is infinite',
              NOT (isfinite(r.created_at) AND isfinite(r.started_at) AND isfinite(r.completed_at)))) f (what, wrong)
@@ -31,7 +31,7 @@ BEGIN
         UNION ALL
         SELECT 'pipeline_node_runs', n.id, f.what
         FROM circle.pipeline_node_runs n CROSS JOIN LATERAL (VALUES
-            ('status is NULL, and completed_at without an error tells nothing of it',
+            ('status is NULL, and completed_at without an error doesn''t show which it was',
              n.status IS NULL AND n.completed_at IS NOT NULL AND n.error_message IS NULL),
             ('completed_at is set, but the node run is ' || n.status,
              n.status IN ('pending', 'running') AND n.completed_at IS NOT NULL),
@@ -39,15 +39,15 @@ BEGIN
             ('retry_count or duration_ms is negative', least(n.retry_count, n.duration_ms) < 0),
             ('node_type is unknown',
              n.node_type NOT IN ('trigger', 'agent', 'condition', 'action', 'parallel', 'delay')),
-            ('it is over, but no timestamp tells when',
+            ('the status is terminal, but no timestamp shows since when',
              n.status NOT IN ('pending', 'running')
-             -- no join: a big table would be written to temporary files, and writers' commits wait for the same disk
+             -- no join, which would write a big table to temporary files on the disk that commits wait for
              AND coalesce(n.completed_at, n.started_at, (SELECT coalesce(r.completed_at, r.started_at, r.created_at)
                                                          FROM circle.pipeline_runs r WHERE r.id = n.run_id)) IS NULL),
             ('a timestamp is infinite', NOT (isfinite(n.started_at) AND isfinite(n.completed_at)))) f (what, wrong)
         WHERE f.wrong
         UNION ALL
-        SELECT 'pipeline_node_runs', max(n.id), format('node %s stands more than once in run %s', n.node_id, n.run_id)
+        SELECT 'pipeline_node_runs', max(n.id), format('node %s occurs more than once in run %s', n.node_id, n.run_id)
         FROM circle.pipeline_node_runs n GROUP BY n.run_id, n.node_id HAVING count(*) > 1
     )
     SELECT jsonb_agg(format('circle.%s id %s: %s', tab, id, what) ORDER BY tab, id) INTO findings
@@ -55,6 +55,6 @@ BEGIN
     IF findings IS NOT NULL THEN
         RAISE EXCEPTION 'rows can''t be repaired without guessing; nothing was changed'
             USING ERRCODE = 'PL090', DETAIL = findings::text,
-                  HINT = 'Mend or delete these rows, then run the upgrade again. At most 100 are shown.';
+                  HINT = 'Correct or delete these rows, then run the upgrade again. At most 100 are shown.';
     END IF;
 END $report$;

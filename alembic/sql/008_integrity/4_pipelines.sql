@@ -41,6 +41,6 @@ ALTER TABLE circle.pipelines
     ALTER COLUMN run_count SET NOT NULL, ALTER COLUMN success_count SET NOT NULL, ALTER COLUMN error_count SET NOT NULL,
     ALTER COLUMN max_retries_per_node SET NOT NULL, ALTER COLUMN retry_backoff_base SET NOT NULL,
     ALTER COLUMN retry_backoff_max SET NOT NULL;
--- In one ALTER with them it would go first. It was there for them alone.
+-- A statement of its own, because one ALTER TABLE would drop the check before it sets NOT NULL.
 -- squawk-ignore ban-drop-constraint
 ALTER TABLE circle.pipelines DROP CONSTRAINT IF EXISTS tmp_pipelines_not_null;

@@ -31,5 +31,6 @@ END $checks$;
 -- == pipeline_runs: set NOT NULL, which a validated check proves without a scan
 ALTER TABLE circle.pipeline_runs
     ALTER COLUMN status SET NOT NULL, ALTER COLUMN duration_seconds SET NOT NULL;
+-- A statement of its own, as in 4_pipelines.sql.
 -- squawk-ignore ban-drop-constraint
 ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS tmp_pipeline_runs_not_null;

@@ -33,6 +33,7 @@ END $checks$;
 -- == pipeline_node_runs: set NOT NULL, which a validated check proves without a scan
 ALTER TABLE circle.pipeline_node_runs
     ALTER COLUMN status SET NOT NULL, ALTER COLUMN retry_count SET NOT NULL, ALTER COLUMN duration_ms SET NOT NULL;
+-- A statement of its own, as in 4_pipelines.sql.
 -- squawk-ignore ban-drop-constraint
 ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT IF EXISTS tmp_pipeline_node_runs_not_null;
 
@@ -43,7 +44,7 @@ BEGIN
         WHERE attrelid = 'circle.pipeline_node_runs'::regclass AND attname = 'id') = 'bigint'::regtype THEN
         RETURN;
     ELSIF pg_relation_size('circle.pipeline_node_runs') > 8388608 THEN
-        RAISE WARNING 'circle.pipeline_node_runs.id stays INTEGER: the table is too large to be rewritten in a moment';
+        RAISE WARNING 'circle.pipeline_node_runs.id stays INTEGER: the table is too large to be rewritten under a lock';
     ELSE
         ALTER TABLE circle.pipeline_node_runs ALTER COLUMN id TYPE bigint;
         ALTER SEQUENCE circle.pipeline_node_runs_id_seq AS bigint;

@@ -52,8 +52,8 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_versions (
 );
 
 -- == create pipeline_version_nodes
--- No foreign key: a check for each node would cost more than the rest of the insert. Rows are written with their
--- version and deleted with it (pipeline_versions_after_delete).
+-- Compiled, so that creating a run parses no JSON. There is no foreign key, because a check for each node would cost more than
+-- the rest of the insert: rows are written with their version and deleted with it (pipeline_versions_after_delete).
 CREATE TABLE IF NOT EXISTS circle.pipeline_version_nodes (
     pipeline_id INTEGER NOT NULL,
     version INTEGER NOT NULL,

@@ -229,7 +229,7 @@ BEGIN
 END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_versions_frozen() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION 'versions of a pipeline are never changed' USING ERRCODE = 'integrity_constraint_violation';
+    RAISE EXCEPTION 'versions of a pipeline are immutable' USING ERRCODE = 'integrity_constraint_violation';
 END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_versions_after_delete() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -272,7 +272,7 @@ BEGIN
                 PERFORM circle.write_version(p.id, p.version, p.nodes, p.edges);
             END IF;
         EXCEPTION WHEN SQLSTATE 'PL008' THEN
-            RAISE WARNING 'circle.pipelines id % can''t be run until its graph is mended: %', p.id, SQLERRM;
+            RAISE WARNING 'circle.pipelines id % can''t be run until its graph is repaired: %', p.id, SQLERRM;
         END;
         COMMIT;
     END LOOP;

@@ -1,14 +1,39 @@
 -- Revision 009: functions on one run.
+--
+-- A function that reads other rows than the one it changes first locks the run (FOR NO KEY UPDATE), then acts; so each of its
+-- statements sees what the transactions before it committed. Lock order: run, node runs, the pipeline's counters; a sweep ends
+-- runs in the order of their pipelines. A raw UPDATE of a node run locks the node run before its run, so it can deadlock with
+-- these functions: PostgreSQL then cancels one of the two with 40P01.
+--
+-- Functions keep generic plans: planning a statement takes longer than running it, and every statement uses an index. The
+-- form (status = 'running') IS TRUE keeps plans off the partial indexes, whose dead entries grow with every transition.
 
--- == create functions that lock and end a run
--- Locks the run for a caller that holds it; a pending one is started.
+-- == create functions that check the caller, lock and end a run
+-- Whether the caller holds the run: its token is the run's, or it gives none and the run has no lease. Inlined.
+CREATE OR REPLACE FUNCTION circle.holds_run(p_claim_token bigint, p_lease_expires_at timestamptz, p_token bigint)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(p_claim_token = p_token, p_lease_expires_at IS NULL)
+$$;
+-- Raises why a call on a run is refused.
+CREATE OR REPLACE FUNCTION circle.refuse_run(p_run_id bigint, p_token bigint, p_requested text, p_reason text DEFAULT '')
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    PERFORM circle.refuse_transition(p_run_id, NULL, r.status, p_requested, p_reason);
+END $$;
+-- Locks the run for a caller that holds it, and starts a pending one.
 CREATE OR REPLACE FUNCTION circle.lock_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql AS $$
 DECLARE
     r circle.pipeline_runs;
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
-    IF NOT FOUND OR NOT coalesce(r.claim_token = p_token, r.lease_expires_at IS NULL)
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
        OR r.status NOT IN ('pending', 'running') THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'running');
     ELSIF r.status = 'pending' THEN
@@ -16,7 +41,7 @@ BEGIN
     END IF;
     RETURN r;
 END $$;
--- Ends a run that is locked; its live nodes are cancelled by the trigger on runs.
+-- Ends a locked run. The trigger pipeline_runs_after cancels its live nodes.
 CREATE OR REPLACE FUNCTION circle.end_run(p_run_id bigint, p_status text, p_error text) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -32,7 +57,7 @@ BEGIN
     RETURN r;
 END $$;
 -- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
-CREATE OR REPLACE FUNCTION circle.end_run_if_over(p_run_id bigint) RETURNS circle.pipeline_runs
+CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql AS $$
 DECLARE
     r record;
@@ -51,7 +76,7 @@ BEGIN
         IF EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
             RETURN NULL;
         END IF;
-        -- what is left waits for a node that was cancelled
+        -- the pending nodes wait for a cancelled one
         UPDATE circle.pipeline_node_runs SET status = 'cancelled' WHERE run_id = p_run_id AND status = 'pending';
     END IF;
     RETURN circle.end_run(p_run_id, 'completed', NULL);
@@ -66,9 +91,9 @@ DECLARE
     created integer;
     expected integer;
 BEGIN
-    -- shared among creators: delete_pipeline waits here, where it holds nothing yet, and not between them
+    -- shared among creators; delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
-    -- the first run with this key is the answer, also when the pipeline is paused by now
+    -- the first run with this key is returned even if the pipeline has been paused since
     FOR attempt IN 1 .. 2 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
@@ -105,8 +130,7 @@ BEGIN
     END IF;
     SELECT p.status INTO pipeline_status FROM circle.pipelines p WHERE p.id = p_pipeline_id;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
-            USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
     ELSIF pipeline_status = 'active' THEN
         PERFORM circle.sort_graph(p.nodes, p.edges) FROM circle.pipelines p WHERE p.id = p_pipeline_id;
         PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
@@ -120,39 +144,40 @@ DECLARE
     r circle.pipeline_runs;
 BEGIN
     UPDATE circle.pipeline_runs SET status = 'running'
-    WHERE id = p_run_id AND (status = 'pending') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND circle.run_may_become(status, 'running')
+      AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING * INTO r;
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'running');
     END IF;
     RETURN r;
 END $$;
--- Ends a run as its caller says: completed, failed or cancelled. A cancel needs no token.
+-- Ends a run with the caller's status: completed, failed or cancelled. A cancel needs no token.
 CREATE OR REPLACE FUNCTION circle.conclude_run(p_run_id bigint, p_status text, p_error text, p_token bigint)
 RETURNS circle.pipeline_runs LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (p_status = 'cancelled' OR coalesce(claim_token = p_token, lease_expires_at IS NULL))
-      AND (status = 'running' OR status = 'pending' AND p_status <> 'completed') IS TRUE
+    WHERE id = p_run_id AND (p_status = 'cancelled' OR circle.holds_run(claim_token, lease_expires_at, p_token))
+      AND circle.run_may_become(status, p_status)
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, p_status);
     END IF;
     RETURN circle.end_run(p_run_id, p_status, p_error);
 END $$;
--- Ends a run as its nodes say.
+-- Ends a run with the status that follows from its nodes.
 CREATE OR REPLACE FUNCTION circle.finish_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     r circle.pipeline_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'completed');
     END IF;
-    r := circle.end_run_if_over(p_run_id);
+    r := circle.end_run_if_done(p_run_id);
     IF r.id IS NULL THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'completed', 'some of its nodes are running, ready or waiting for a retry');
     END IF;
@@ -162,13 +187,14 @@ CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb,
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
-    WHERE id = p_run_id AND coalesce(claim_token = p_token, lease_expires_at IS NULL);
+    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
     END IF;
 END $$;
--- A page of the history, newest first. The order begins with a column that is compared by >= and <=: with "=" the planner
--- would drop it, and might walk through the runs of others by the primary key; without sorts only the right index is left.
+-- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
+-- would drop it from the order and might scan the primary key through the runs of other pipelines. Without sorts only the
+-- right index remains.
 CREATE OR REPLACE FUNCTION circle.page_of_runs(p_pipeline_id bigint, p_status text, p_after bigint, p_limit integer)
 RETURNS SETOF circle.pipeline_runs
 LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET enable_sort = off SET enable_incremental_sort = off
@@ -187,7 +213,7 @@ BEGIN
         RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
     END IF;
 END $$;
--- Runs before their pipeline, as everywhere; create_run is kept out meanwhile by the advisory lock.
+-- Locks the runs before their pipeline. The advisory lock keeps create_run out.
 CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean) RETURNS void
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -200,8 +226,7 @@ BEGIN
     END IF;
     PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
-            USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
     END IF;
     SELECT count(*) INTO live FROM circle.pipeline_runs
     WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running');

@@ -1,21 +1,75 @@
--- Revision 009: node runs: when one is ready, and functions that move them.
+-- Revision 009: node runs: when one is ready, and the functions that move them.
+--
+-- A pending node is ready, so that it may start, when nothing blocks it:
+--
+--   retry         it failed before, and the delay of its retry has not passed
+--   run           its run is not running
+--   failure       a node of the run failed for good: from then on only retries start
+--   predecessors  some of its predecessors are neither completed nor skipped
+--   skipped       all of its predecessors are skipped: it is to be skipped, too
+--
+-- Nothing precedes a node run whose predecessors are NULL: it was inserted raw, or before there were versions.
 
--- == create startable_node_runs
--- It has the columns of the table in their order, so that it can be updated in its place.
+-- == create the rule on ready nodes
+-- Returns what blocks a pending node, NULL if it is ready. RETURNS SETOF, because a function with a subquery is inlined only in
+-- FROM.
+CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id integer, p_predecessors integer[],
+                                             p_retry_count integer, p_available_at timestamptz)
+RETURNS SETOF text LANGUAGE sql STABLE AS $$
+    SELECT CASE
+        WHEN p_available_at > clock_timestamp() THEN 'retry'
+        WHEN (p_run_status = 'running') IS NOT TRUE THEN 'run'
+        WHEN p_failed_node IS NOT NULL AND p_retry_count = 0 THEN 'failure'
+        WHEN p_predecessors <> '{}' THEN (
+            SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
+                        WHEN bool_or(p.status = 'completed') IS NOT TRUE THEN 'skipped' END
+            FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
+    END
+$$;
+CREATE OR REPLACE VIEW circle.pending_node_runs AS
+SELECT n.id, n.run_id, n.node_id, n.position, b.reason AS blocked_by,
+       ARRAY(SELECT p.node_id FROM circle.pipeline_node_runs p
+             WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
+             ORDER BY p.position) AS waiting_for
+FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
+CROSS JOIN LATERAL circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+WHERE n.status = 'pending';
 CREATE OR REPLACE VIEW circle.startable_node_runs AS
-SELECT n.id, n.run_id, n.node_id, n.node_type, n.status, n.input_data, n.output_data, n.error_message, n.retry_count,
-       n.started_at, n.completed_at, n.duration_ms, n.position, n.predecessors, n.successors, n.available_at
-FROM circle.pipeline_node_runs n
-WHERE n.status = 'pending' AND (n.available_at IS NULL OR n.available_at <= clock_timestamp())
-  -- every predecessor completed or skipped, at least one of them completed; or none at all, as a node run has that was
-  -- inserted raw or before there were versions: its executor knows the order
-  AND (coalesce(n.predecessors, '{}') = '{}'
-       OR (SELECT bool_and(p.status IN ('completed', 'skipped')) AND bool_or(p.status = 'completed')
-           FROM circle.pipeline_node_runs p WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors)));
+SELECT n.id, n.run_id, n.node_id, n.position FROM circle.pending_node_runs n WHERE n.blocked_by IS NULL;
 
 -- == create functions on one node run
--- A node all of whose predecessors are skipped is skipped, transitively, beginning with the nodes at these positions.
--- Returns the positions that follow the skipped ones.
+-- Raises why a call on a node run is refused.
+CREATE OR REPLACE FUNCTION circle.refuse_node(p_run_id bigint, p_node_id text, p_token bigint, p_requested text)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    r circle.pipeline_runs;
+    n circle.pipeline_node_runs;
+    p record;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    SELECT * INTO n FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
+    ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
+        SELECT blocked_by, to_jsonb(waiting_for) AS waiting_for INTO p
+        FROM circle.pending_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
+        RAISE EXCEPTION 'node % of run % is not ready', p_node_id, p_run_id USING ERRCODE = 'PL005',
+            DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id, 'waiting_for', coalesce(p.waiting_for, '[]'),
+                'reason', CASE
+                    WHEN p.waiting_for <> '[]' THEN ''
+                    WHEN p.blocked_by = 'retry' THEN 'its retry is due at ' || n.available_at
+                    WHEN p.blocked_by = 'failure' THEN format('node %L failed, and only retries start after a failure', r.failed_node)
+                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'none of its predecessors is completed: skip it, too'
+                    ELSE 'it became ready during this call: try again' END);
+    END IF;
+    PERFORM circle.refuse_transition(p_run_id, p_node_id, n.status, p_requested,
+                                     CASE WHEN r.status <> 'running' THEN 'its run is ' || r.status END);
+END $$;
+-- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
+-- positions and those of the nodes that follow the skipped ones.
 CREATE OR REPLACE FUNCTION circle.skip_followers(p_run_id bigint, p_positions integer[]) RETURNS integer[]
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -39,17 +93,19 @@ CREATE OR REPLACE FUNCTION circle.start_node(p_run_id bigint, p_node_id text, p_
 RETURNS circle.pipeline_node_runs LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     failed text;
-    n circle.pipeline_node_runs;
+    started circle.pipeline_node_runs;
 BEGIN
     UPDATE circle.pipeline_runs SET current_node = left(p_node_id, 100)
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING failed_node INTO failed;
     IF FOUND THEN
-        UPDATE circle.startable_node_runs SET status = 'running', input_data = coalesce(p_input, input_data)
-        WHERE run_id = p_run_id AND node_id = p_node_id AND (failed IS NULL OR retry_count > 0)
-        RETURNING * INTO n;
+        UPDATE circle.pipeline_node_runs n SET status = 'running', input_data = coalesce(p_input, n.input_data)
+        WHERE n.run_id = p_run_id AND n.node_id = p_node_id AND n.status = 'pending'
+          AND (SELECT b.reason FROM circle.blocked_by('running', failed, n.run_id, n.predecessors, n.retry_count,
+                                                      n.available_at) b (reason)) IS NULL
+        RETURNING * INTO started;
         IF FOUND THEN
-            RETURN n;
+            RETURN started;
         END IF;
     END IF;
     PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'running');
@@ -60,12 +116,12 @@ DECLARE
     n circle.pipeline_node_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF FOUND THEN
         UPDATE circle.pipeline_node_runs
         SET status = 'completed', output_data = coalesce(p_output, output_data), error_message = NULL
-        WHERE run_id = p_run_id AND node_id = p_node_id AND (status IN ('pending', 'running')) IS TRUE
+        WHERE run_id = p_run_id AND node_id = p_node_id AND circle.node_may_become(status, 'completed')
         RETURNING * INTO n;
         IF FOUND THEN
             RETURN n;
@@ -79,11 +135,11 @@ DECLARE
     n circle.pipeline_node_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF FOUND THEN
         UPDATE circle.pipeline_node_runs SET status = 'skipped'
-        WHERE run_id = p_run_id AND node_id = p_node_id AND (status = 'pending') IS TRUE RETURNING * INTO n;
+        WHERE run_id = p_run_id AND node_id = p_node_id AND circle.node_may_become(status, 'skipped') RETURNING * INTO n;
         IF FOUND THEN
             PERFORM circle.skip_followers(p_run_id, n.successors);
             RETURN n;
@@ -91,7 +147,7 @@ BEGIN
     END IF;
     PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'skipped');
 END $$;
--- The attempts of one node, or of all running ones, have failed: a retry where one is left, else the end.
+-- Records that the attempt of a node, or of all running nodes, failed: it is retried if retries remain, else failed.
 CREATE OR REPLACE FUNCTION circle.fail_attempts(p_run_id bigint, p_node_id text, p_error text, p_retryable boolean)
 RETURNS SETOF circle.pipeline_node_runs LANGUAGE plpgsql AS $$
 DECLARE
@@ -108,7 +164,7 @@ BEGIN
         SELECT t.id, p_retryable AND t.status = 'running' AND t.retry_count < p.max_retries_per_node AS retried
         FROM circle.pipeline_node_runs t
         WHERE t.run_id = p_run_id AND CASE WHEN p_node_id IS NULL THEN t.status = 'running'
-                                      ELSE t.node_id = p_node_id AND t.status IN ('pending', 'running') END
+                                      ELSE t.node_id = p_node_id AND circle.node_may_become(t.status, 'failed') END
     ) a
     WHERE n.id = a.id
     RETURNING n.*;
@@ -119,7 +175,7 @@ DECLARE
     n circle.pipeline_node_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND coalesce(claim_token = p_token, lease_expires_at IS NULL)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF FOUND THEN
         SELECT * INTO n FROM circle.fail_attempts(p_run_id, p_node_id, p_error, p_retryable);
@@ -131,7 +187,7 @@ BEGIN
 END $$;
 
 -- == create functions on many node runs
--- Records results, all or none. Returns the positions of the nodes that follow.
+-- Records results, all or none. Returns the positions of the nodes that may have become ready.
 CREATE OR REPLACE FUNCTION circle.apply_results(p_run_id bigint, p_results jsonb) RETURNS integer[]
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -145,15 +201,13 @@ BEGIN
         UPDATE circle.pipeline_node_runs n SET
             status = x.status, output_data = coalesce(x.output, n.output_data), error_message = x.error,
             duration_ms = coalesce(x.duration_ms, 0), retry_count = greatest(n.retry_count, x.retry_count),
-            -- reported afterwards: it ran when its result says
+            -- of a node that is reported after it ran
             started_at = coalesce(n.started_at, CASE WHEN x.status IN ('completed', 'failed') THEN
                 clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END)
         FROM results x
         WHERE n.run_id = p_run_id AND n.node_id = x.node_id
-          -- in this form the condition says nothing of x alone: the planner would expect few results, and compare each
-          -- with each
-          AND x.status = ANY (CASE n.status WHEN 'running' THEN ARRAY['completed', 'failed', 'cancelled']
-                                            WHEN 'pending' THEN ARRAY['completed', 'failed', 'skipped', 'cancelled'] END)
+          -- NOT IN, because with a list of the terminal statuses the planner would expect few results and join by loops
+          AND circle.node_may_become(n.status, x.status) AND x.status NOT IN ('pending', 'running')
         RETURNING n.node_id, n.status, n.successors
     )
     SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
@@ -165,16 +219,13 @@ BEGIN
         LEFT JOIN circle.pipeline_node_runs n ON n.run_id = p_run_id AND n.node_id = x.node_id
         ORDER BY n.id IS NULL DESC, times DESC, x.node_id = ANY (done.nodes) LIMIT 1;
         IF bad.current IS NULL THEN
-            RAISE EXCEPTION 'run % has no node %', p_run_id, left(bad.node_id, 200)
-                USING ERRCODE = 'PL004', DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', bad.node_id);
+            PERFORM circle.refuse_unknown_node(p_run_id, bad.node_id);
         END IF;
-        RAISE EXCEPTION 'node % of run % is % and can''t become %', bad.node_id, p_run_id, bad.current, bad.status
-            USING ERRCODE = 'PL001', DETAIL = jsonb_build_object(
-                'entity', 'node run', 'id', p_run_id || '/' || bad.node_id, 'current', bad.current, 'requested', bad.status,
-                'reason', CASE WHEN bad.times > 1 THEN 'the batch has more than one result for it' ELSE '' END);
+        PERFORM circle.refuse_transition(p_run_id, bad.node_id, bad.current, bad.status,
+                                         CASE WHEN bad.times > 1 THEN 'the batch has more than one result for it' END);
     END IF;
     IF done.failed IS NOT NULL THEN
-        -- of the first batch with failures the first in execution order counts, whatever order the rows were updated in
+        -- the failed node is the first in execution order of the first batch with failures, in whatever order rows were updated
         UPDATE circle.pipeline_runs SET failed_node = (
             SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed'
             ORDER BY position, id LIMIT 1)
@@ -189,12 +240,12 @@ CREATE OR REPLACE FUNCTION circle.advance_run(p_run_id bigint, p_results jsonb, 
 RETURNS SETOF circle.pipeline_node_runs LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     r circle.pipeline_runs;
-    n circle.pipeline_node_runs;
+    started circle.pipeline_node_runs;
     fresh boolean;
-    following integer[];   -- NULL: look at every node
+    following integer[];   -- positions that may have become ready; NULL: any
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
-    IF (r.status = 'running' AND coalesce(r.claim_token = p_token, r.lease_expires_at IS NULL)) IS NOT TRUE THEN
+    IF (r.status = 'running' AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)) IS NOT TRUE THEN
         fresh := r.started_at IS NULL;
         r := circle.lock_run(p_run_id, p_token);
     END IF;
@@ -208,23 +259,31 @@ BEGIN
         WHERE run_id = p_run_id AND predecessors = '{}';
     END IF;
     IF r.failed_node IS NOT NULL THEN
-        following := NULL;   -- nothing new starts, but retries that are due
+        following := NULL;   -- retries that are due can be anywhere
     END IF;
     IF following IS NULL THEN
-        FOR n IN UPDATE circle.startable_node_runs SET status = 'running'
-                 WHERE run_id = p_run_id AND (r.failed_node IS NULL OR retry_count > 0) RETURNING * LOOP
-            RETURN NEXT n;
+        FOR started IN
+            UPDATE circle.pipeline_node_runs n SET status = 'running'
+            WHERE n.run_id = p_run_id AND n.status = 'pending'
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+                                                          n.available_at) b (reason)) IS NULL
+            RETURNING * LOOP
+            RETURN NEXT started;
         END LOOP;
     ELSE
-        FOR n IN UPDATE circle.startable_node_runs SET status = 'running'
-                 WHERE run_id = p_run_id AND position = ANY (following) RETURNING * LOOP
-            RETURN NEXT n;
+        FOR started IN
+            UPDATE circle.pipeline_node_runs n SET status = 'running'
+            WHERE n.run_id = p_run_id AND n.position = ANY (following) AND n.status = 'pending'
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+                                                          n.available_at) b (reason)) IS NULL
+            RETURNING * LOOP
+            RETURN NEXT started;
         END LOOP;
     END IF;
     IF FOUND THEN
-        UPDATE circle.pipeline_runs SET current_node = n.node_id WHERE id = p_run_id;
+        UPDATE circle.pipeline_runs SET current_node = started.node_id WHERE id = p_run_id;
     ELSE
-        PERFORM circle.end_run_if_over(p_run_id);
+        PERFORM circle.end_run_if_done(p_run_id);
     END IF;
 END $$;
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint) RETURNS void

@@ -15,23 +15,17 @@ CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint,
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     expires timestamptz;
-    run_status text;
 BEGIN
     UPDATE circle.pipeline_runs SET lease_expires_at = clock_timestamp() + p_lease
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     RETURNING lease_expires_at INTO expires;
     IF NOT FOUND THEN
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = p_run_id;
-        IF NOT FOUND THEN
-            PERFORM circle.refuse_run(p_run_id, p_token, 'running');
-        END IF;
-        RAISE EXCEPTION 'the lease on run % is lost: the run is %', p_run_id, run_status
-            USING ERRCODE = 'PL007', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', run_status);
+        PERFORM circle.refuse_lease(p_run_id);
     END IF;
     RETURN expires;
 END $$;
--- Back to pending: a locked run without running nodes. Tokens grow, so that the last holder's is stale.
-CREATE OR REPLACE FUNCTION circle.give_back_run(p_run_id bigint, p_counts integer) RETURNS circle.pipeline_runs
+-- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
+CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer) RETURNS circle.pipeline_runs
 LANGUAGE sql AS $$
     UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
         claim_token = claim_token + 1, claim_count = claim_count - p_counts
@@ -44,11 +38,11 @@ BEGIN
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        PERFORM circle.heartbeat_run(p_run_id, NULL, interval '0');
+        PERFORM circle.refuse_lease(p_run_id);
     END IF;
-    -- given back on purpose: neither the node's attempt nor the claim counts
+    -- the release is deliberate: neither the attempts of its nodes nor the claim count
     UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
-    RETURN circle.give_back_run(p_run_id, 1);
+    RETURN circle.requeue_run(p_run_id, 1);
 END $$;
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
@@ -56,23 +50,24 @@ DECLARE
     r record;
     result circle.pipeline_runs;
 BEGIN
-    -- pipeline by pipeline, so that two sweeps bump counters in one order
+    -- in the order of pipelines, so that two sweeps lock counters in the same order
     FOR r IN SELECT id, claim_count FROM (
                  SELECT id, pipeline_id, claim_count FROM circle.pipeline_runs
                  WHERE status = 'running' AND lease_expires_at < clock_timestamp()
                  ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) t
              ORDER BY pipeline_id, id LOOP
         PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true);
-        result := circle.end_run_if_over(r.id);
+        result := circle.end_run_if_done(r.id);
         IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
             result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
         ELSIF result.id IS NULL THEN
-            result := circle.give_back_run(r.id, 0);
+            result := circle.requeue_run(r.id, 0);
         END IF;
         RETURN NEXT result;
     END LOOP;
 END $$;
-CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer) RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
+CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer) RETURNS SETOF circle.pipeline_runs
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     r record;
 BEGIN
@@ -89,7 +84,7 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer) RETURNS integer
 LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan SET enable_sort = off AS $$
 DECLARE
-    before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that the index can begin and end with it
+    before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
     deleted integer;
 BEGIN
     WITH old AS MATERIALIZED (

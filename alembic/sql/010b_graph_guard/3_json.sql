@@ -6,8 +6,8 @@ BEGIN
     RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
         USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
 END $$;
--- Only what changes is checked, or a run from before this revision could never end; and an entry may be appended to logs that
--- were so before. OLD is null in an INSERT.
+-- Only changed values are checked: else a run with values from before this revision could never end, and nothing could be
+-- appended to such logs. OLD is NULL in an INSERT.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_json() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data
@@ -32,8 +32,8 @@ BEGIN
 END $$;
 
 -- == pipeline_runs: check JSON on write
--- Not by CHECKs, which would look at all of it again whenever the row changes; and not in WHEN, which is planned anew for
--- each statement.
+-- Neither a CHECK, which would be evaluated on every change of the row, nor a condition in WHEN, which is planned for every
+-- statement.
 CREATE OR REPLACE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs
     FOR EACH ROW WHEN (NEW.trigger_data <> '{}' OR NEW.logs <> '[]') EXECUTE FUNCTION circle.pipeline_runs_json();
 ALTER TABLE circle.pipeline_runs ENABLE ALWAYS TRIGGER pipeline_runs_json;

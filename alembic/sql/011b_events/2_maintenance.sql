@@ -1,15 +1,14 @@
 -- == create functions that guard, announce and renumber events
 CREATE OR REPLACE FUNCTION circle.pipeline_events_frozen() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION 'events are never changed' USING ERRCODE = 'integrity_constraint_violation';
+    RAISE EXCEPTION 'events are immutable' USING ERRCODE = 'integrity_constraint_violation';
 END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_events_notify() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     NOTIFY circle_events;
     RETURN NULL;
 END $$;
--- Whether commits wake listeners, who otherwise look for themselves every now and then. All commits that notify take
--- turns; so it is off unless switched on.
+-- Switches whether commits wake listeners, which poll otherwise. Off by default, because commits that notify are serialized.
 CREATE OR REPLACE FUNCTION circle.notify_events(p_on boolean) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     DROP TRIGGER IF EXISTS pipeline_events_notify ON circle.pipeline_events;
@@ -18,8 +17,8 @@ BEGIN
             FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
     END IF;
 END $$;
--- After a dump was restored into a cluster whose transactions have lower numbers: what was restored comes first, in its
--- order. To be called before anybody reads; returns how many events it changed. Later events have higher ids.
+-- Moves restored events before all others, in their order, after a restore into a cluster whose transactions have lower numbers.
+-- Has to be called before events are read. Returns the number of changed events. Later events have higher ids.
 CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql AS $$
 DECLARE
     changed bigint;

@@ -1,10 +1,10 @@
 -- == create trigger functions that write events
--- On the hot path: one statement, because PL/pgSQL prepares each expression anew in every transaction.
+-- A hot path: one statement, because PL/pgSQL prepares each expression in every transaction.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data) VALUES (
         circle.event_xid(), NEW.id,
-        'pipeline_run.' || CASE NEW.status WHEN 'running' THEN 'started' ELSE NEW.status END,
+        circle.run_event(NEW.status),
         CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
             ELSE '{}' END);
     RETURN NULL;
@@ -12,7 +12,7 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO circle.pipeline_events (id, xid, run_id, node_id, type, data) VALUES (
-        -- The block that the statement (cmin) has for this run is remembered in a setting of the transaction.
+        -- A setting of the transaction holds the block of the statement (cmin) for this run.
         CASE WHEN NEW.position BETWEEN 0 AND 131071 THEN split_part(
             CASE WHEN starts_with(current_setting('circle.event_block', true),
                                   NEW.run_id || '.' || pg_current_xact_id()::text || '.' || NEW.cmin || '.')
@@ -23,7 +23,7 @@ BEGIN
             END, '.', 4)::bigint + NEW.position
             ELSE nextval('circle.pipeline_events_id_seq') END,
         circle.event_xid(), NEW.run_id, NEW.node_id,
-        'pipeline_node.' || CASE NEW.status WHEN 'running' THEN 'started' WHEN 'pending' THEN 'retrying' ELSE NEW.status END,
+        circle.node_event(NEW.status),
         CASE NEW.status
             WHEN 'failed' THEN jsonb_build_object('error', NEW.error_message)
             WHEN 'pending' THEN jsonb_build_object('attempt', OLD.retry_count + 1, 'error', NEW.error_message,

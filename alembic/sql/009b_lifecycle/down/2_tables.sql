@@ -8,7 +8,7 @@ ALTER TABLE circle.pipelines DROP COLUMN IF EXISTS version;
 DROP TABLE IF EXISTS circle.pipeline_version_nodes, circle.pipeline_versions;
 
 -- == pipeline_node_runs: drop the view, triggers and columns
-DROP VIEW IF EXISTS circle.startable_node_runs;
+DROP VIEW IF EXISTS circle.startable_node_runs, circle.pending_node_runs;
 DROP TRIGGER IF EXISTS pipeline_node_runs_after_insert ON circle.pipeline_node_runs;
 DROP TRIGGER IF EXISTS pipeline_node_runs_failed ON circle.pipeline_node_runs;
 CREATE OR REPLACE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
@@ -19,7 +19,7 @@ ALTER TABLE circle.pipeline_node_runs
     DROP COLUMN IF EXISTS available_at;
 
 -- == pipeline_runs: drop triggers, indexes and columns
-DROP TRIGGER IF EXISTS pipeline_runs_over ON circle.pipeline_runs;
+DROP TRIGGER IF EXISTS pipeline_runs_terminal ON circle.pipeline_runs;
 DROP TRIGGER IF EXISTS pipeline_runs_after ON circle.pipeline_runs;
 DROP TRIGGER IF EXISTS pipeline_runs_after_insert ON circle.pipeline_runs;
 DROP INDEX IF EXISTS circle.idx_pipeline_runs_pending, circle.idx_pipeline_runs_running, circle.idx_pipeline_runs_history,

@@ -1,6 +1,8 @@
 -- == drop event functions
 DROP FUNCTION IF EXISTS circle.pipeline_node_runs_event();
 DROP FUNCTION IF EXISTS circle.pipeline_runs_event();
+DROP FUNCTION IF EXISTS circle.node_event(text);
+DROP FUNCTION IF EXISTS circle.run_event(text);
 DROP FUNCTION IF EXISTS circle.purge_events(interval, integer);
 DROP FUNCTION IF EXISTS circle.reset_event_xids();
 DROP FUNCTION IF EXISTS circle.notify_events(boolean);
