@@ -64,7 +64,7 @@ def test_repair_leaves_index_under_construction_alone(
             args=(f"CREATE INDEX CONCURRENTLY idx_pipeline_runs_pending ON {RUNS} (id) WHERE status = 'pending'",),
         )
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not found(database) or ("drift", f"index circle.idx_pipeline_runs_pending of {RUNS}") in found(database):
             assert time.monotonic() < deadline
         (finding,) = doctor(database.engine, repair=True)
@@ -195,7 +195,7 @@ def test_repair_index_yields_to_waiting_sessions(
         reader.execute(f"SELECT FROM {RUNS}")
         thread = threading.Thread(target=lambda: result.extend(doctor(database.engine, repair=True)))
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while raw.execute(waits).fetchone() is None:
             assert time.monotonic() < deadline
         raw.execute(
