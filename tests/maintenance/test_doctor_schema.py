@@ -113,8 +113,8 @@ def test_drift_is_found_and_repaired(
     raw.execute(broken)
     assert found(database) == [BROKEN[broken]]
     assert catalog(database_url) != clean_catalog, "found and not repaired"
-    (mended,) = doctor(database.engine, repair=True)
-    assert ((mended.code, mended.object), mended.outcome) == (BROKEN[broken], "repaired")
+    (repaired,) = doctor(database.engine, repair=True)
+    assert ((repaired.code, repaired.object), repaired.outcome) == (BROKEN[broken], "repaired")
     assert found(database) == []
     if "ADD owner" in broken:
         raw.execute("ALTER TABLE circle.pipelines DROP COLUMN owner")

@@ -1,7 +1,7 @@
 """Workers that are killed, or that sleep through their lease, while runs go through them.
 
 The worker is this file, run as a program. Beside each result it writes, in the same transaction, a line of its own, so
-that what was accepted can be told afterwards. ``GATHERING_RUNS`` runs go through, 40 unless that is set.
+that it is known afterwards what was accepted. ``GATHERING_RUNS`` runs go through, 40 unless that is set.
 """
 
 from __future__ import annotations
