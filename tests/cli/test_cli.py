@@ -210,8 +210,8 @@ def test_command_without_revision_row_prints_the_statement(
     raw.execute("DELETE FROM circle.alembic_version")
     insert = f"INSERT INTO circle.alembic_version VALUES ('{put_back}')"
     for command, code in ("doctor", 3), ("upgrade", 1), ("preflight", 3):
-        told = run(command, "--url", database_url)
-        assert (told.exit_code, told.output.count(f"its revision is missing: restore it by {insert}\n")) == (code, 1)
+        shown = run(command, "--url", database_url)
+        assert (shown.exit_code, shown.output.count(f"its revision is missing: restore it by {insert}\n")) == (code, 1)
     raw.execute(insert.encode())
     assert run("upgrade", "--url", database_url).exit_code == 0
     assert run("doctor", "--url", database_url).exit_code == 0

@@ -13,7 +13,7 @@ from tests.support.servers import connect
 
 pytestmark = pytest.mark.once
 
-# Run by a process of its own: starts the server, tells its process id, ends when its input ends.
+# Run by a process of its own: starts the server, prints its process id, ends when its input ends.
 CLIENT = """
 import sys
 from pathlib import Path

@@ -73,7 +73,7 @@ def test_missing_table_of_the_caller_passes_unchanged(database: Database) -> Non
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("INSERT INTO audit_log VALUES (1)", 'relation "audit_log"'),
         ("INSERT INTO audit.log VALUES (1)", 'relation "audit.log"'),
@@ -87,7 +87,7 @@ def test_missing_table_of_the_caller_passes_unchanged(database: Database) -> Non
     ],
 )
 def test_missing_object_in_trigger_of_the_caller_passes_unchanged(
-    database: Database, raw: psycopg.Connection, body: str, told: str
+    database: Database, raw: psycopg.Connection, body: str, message: str
 ) -> None:
     with database.session() as session:
         pipeline = PipelineRepository(session).create(KEPT).id
@@ -98,9 +98,9 @@ def test_missing_object_in_trigger_of_the_caller_passes_unchanged(
     trigger = "CREATE TRIGGER audited AFTER INSERT ON {} FOR EACH ROW EXECUTE FUNCTION public.audited()"
     for table in ("circle.pipelines", "circle.pipeline_runs"):
         raw.execute(trigger.format(table).encode())
-    with pytest.raises(psycopg.ProgrammingError, match=told), database.session() as session:
+    with pytest.raises(psycopg.ProgrammingError, match=message), database.session() as session:
         RunRepository(session).create(pipeline)
-    with pytest.raises(ProgrammingError, match=told), database.session() as session:
+    with pytest.raises(ProgrammingError, match=message), database.session() as session:
         PipelineRepository(session).create(KEPT)
 
 

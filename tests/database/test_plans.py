@@ -58,7 +58,7 @@ class Reads:
 
 
 def reads_of(session: Session, call: Callable[[RunRepository], Any]) -> tuple[Reads, Any]:
-    """Make a call in a transaction that is rolled back, and tell what it read."""
+    """Make a call in a transaction that is rolled back, and return what it read."""
 
     def counts() -> dict[tuple[str, str], int]:
         tables = session.execute(
@@ -136,7 +136,7 @@ def fill(raw: psycopg.Connection, mix: dict[str, int]) -> None:
 
 @pytest.fixture(scope="module")
 def full_database(server: Server, template: str) -> Iterator[str]:
-    """A history: most runs are over, and the statistics know it."""
+    """A history: most runs are terminal, and the statistics show it."""
     name = server.create(template)
     url = server.database_url(name)
     with connect(url) as raw:

@@ -78,7 +78,7 @@ def test_async_call_not_awaited_is_named_in_warning(database: Database) -> None:
 
 
 def test_repository_is_collected_with_its_session(database: Database) -> None:
-    """A closed session would begin a transaction that nobody commits."""
+    """A closed session would begin a transaction that is never committed."""
     with database.session() as session:
         runs = RunRepository(session)
     with pytest.raises(InvalidRequestError, match="closed"):

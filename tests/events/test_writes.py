@@ -18,8 +18,15 @@ from gathering_pipeline.lifecycle import (
     RUN_EVENTS,
     RUN_TRANSITIONS,
 )
+from tests.support import databases
 from tests.support.events import NODE, forget, names, raw_run, read_all, stored
 from tests.support.runs import LEASE, done, store
+
+
+@pytest.fixture
+def database_url(module_database_url: str) -> str:
+    databases.empty(module_database_url)
+    return module_database_url
 
 
 @pytest.mark.parametrize("new", RunStatus)

@@ -81,7 +81,7 @@ def wait_for_follower(database: Database) -> None:
         "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'follow'"
         " AND state <> 'active' AND query ~ 'pipeline_events|page_of_events')"
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     with database.engine.connect() as connection:
         while not connection.scalar(statement):
             assert time.monotonic() < deadline

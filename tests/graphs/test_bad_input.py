@@ -278,7 +278,7 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         Case("absent", with_node(NODE), warning="orphan"),
     ],
     "from_node and to_node": [
-        # in SQL nobody can spell them anew
+        # SQL can't spell them anew
         Case(
             "instead of from and to",
             with_edges({"id": "e", "from_node": "t", "to_node": "a"}),
@@ -325,7 +325,7 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
         "tests/graphs/test_orm_json.py::test_insert_run_with_unstorable_json_sends_no_sql",
     ],
     "keys that are no text": [
-        Case("beside the same as text", with_config({1: "a", "1": "b"}), f"{AT}.config.k has a key that", None),
+        Case("next to the same as text", with_config({1: "a", "1": "b"}), f"{AT}.config.k has a key that", None),
         Case("null", with_node(mine={None: 1}), f"{AT}.mine has a key that", None),
         "tests/runs/test_arguments.py::test_call_with_unstorable_json_names_the_place",
     ],
@@ -592,6 +592,6 @@ def test_bad_input_on_each_path_is_refused_or_returned_as_given(
             if isinstance(error, RefusedByPsqlError):
                 assert sqlstate(error).startswith(("PL008", "22", "23"))
             else:
-                ours = translate(error) if isinstance(error, psycopg.Error) else error
-                assert isinstance(ours, PipelineError)
-                assert named in str(ours)
+                typed = translate(error) if isinstance(error, psycopg.Error) else error
+                assert isinstance(typed, PipelineError)
+                assert named in str(typed)

@@ -67,11 +67,11 @@ def test_legacy_row_is_loaded_edited_and_repaired(run: Run, legacy: list[int], r
     with pytest.raises(InvalidPipelineError, match="cycle"):
         run(spoil)
 
-    def mend(session: Session) -> None:
+    def repair(session: Session) -> None:
         for pipeline in session.scalars(select(Pipeline)):
             pipeline.nodes, pipeline.edges = copy.deepcopy(GOOD)
 
-    run(mend)
+    run(repair)
     assert stored(raw) == [(name, *GOOD) for name in LEGACY]
     assert raw.execute("SELECT DISTINCT version FROM circle.pipelines").fetchall() == [(2,)]
 

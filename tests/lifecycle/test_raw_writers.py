@@ -1,4 +1,4 @@
-"""GatheRing's own raw SQL goes on working at head, and beside our writers."""
+"""GatheRing's own raw SQL works at head, also while the repositories write."""
 
 # psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -85,7 +85,7 @@ def test_raw_run_from_start_to_end_is_counted_and_timed(raw: psycopg.Connection,
     assert ended["completed_at"] >= ended["started_at"]
     assert ended["duration_seconds"] == 0
     assert ended["error_message"] == ("why" if end == "with times" else None)
-    # it bumps its counters itself, and nobody else does
+    # it raises its counters itself, and no other code does
     good = int(status == "completed")
     assert rows(raw, "SELECT run_count, success_count, error_count FROM circle.pipelines") == [
         {"run_count": 1, "success_count": good, "error_count": 1 - good}
@@ -207,7 +207,7 @@ def test_update_run_with_older_unreadable_json_succeeds(raw: psycopg.Connection,
         RunRepository(session).append_log(stepwise, {"m": 2})
     raw.execute("UPDATE circle.pipeline_runs SET logs = '[]'")
     for table, column in (("pipeline_runs", "logs"), ("pipeline_node_runs", "output_data")):
-        with pytest.raises(psycopg.errors.CheckViolation):  # what changes is checked beside what doesn't
+        with pytest.raises(psycopg.errors.CheckViolation):  # what changes is checked together with what doesn't
             raw.execute(f"UPDATE circle.{table} SET {tables[table]} = {tables[table]}, {column} = %s", (bad,))
 
 
@@ -257,7 +257,7 @@ def test_upgrade_database_in_use_keeps_raw_writers_working(
             runs.definition(over)
         assert [issue.code for issue in caught.value.issues] == ["no_version"]
         nodes, edges = graph("a>b")
-        pipelines.update(broken, PipelineUpdate(nodes=nodes, edges=edges))  # mended
+        pipelines.update(broken, PipelineUpdate(nodes=nodes, edges=edges))  # repaired
         for pipeline in (sound, broken):
             pipelines.activate(pipeline)
             assert len(runs.nodes(runs.create(pipeline).id)) == 2

@@ -226,7 +226,7 @@ def name_of(way: object) -> str:
 
 
 def attempt(ways: Ways, call: Callable[..., object], *arguments: object) -> str:
-    """``done`` or ``refused``; what else happened is told as it is, and matches no cell."""
+    """``done`` or ``refused``; any other outcome is returned as text, and matches no cell."""
     try:
         call(*arguments)
     except (DBAPIError, psycopg.Error) as error:
@@ -340,7 +340,7 @@ def test_insert_node_accepts_what_its_run_allows(ways: Ways, raw: psycopg.Connec
     for run_status in RunStatus:
         run_id = make_run(raw, pipeline, run_status)["id"]
         for at, status in enumerate(NodeStatus):
-            # an executor may report afterwards, but nothing new begins in a run that is over
+            # an executor may report afterwards, but nothing new begins in a terminal run
             legal = (
                 ways.role == "replica"
                 or status.is_terminal

@@ -35,12 +35,12 @@ def test_repair_invalid_index_rebuilds_it_once_possible(
     for index in (name, "idx_mine"):
         with pytest.raises(psycopg.errors.UniqueViolation):
             raw.execute(f"CREATE UNIQUE INDEX CONCURRENTLY {index} ON {NODE_RUNS} (run_id, node_id)")
-    ours, theirs = (f"index circle.{index} of {NODE_RUNS}" for index in (name, "idx_mine"))
-    assert found(database) == [("invalid_index", ours), ("invalid_index", theirs)]
+    expected, additional = (f"index circle.{index} of {NODE_RUNS}" for index in (name, "idx_mine"))
+    assert found(database) == [("invalid_index", expected), ("invalid_index", additional)]
 
-    mended, left = doctor(database.engine, repair=True)
-    assert (mended.object, mended.outcome) == (theirs, "repaired")
-    assert left.object == ours
+    repaired, left = doctor(database.engine, repair=True)
+    assert (repaired.object, repaired.outcome) == (additional, "repaired")
+    assert left.object == expected
     assert left.outcome is not None
     assert left.outcome.startswith("not repaired: could not create unique index")
     assert "23505" in left.outcome
@@ -64,7 +64,7 @@ def test_repair_leaves_index_under_construction_alone(
             args=(f"CREATE INDEX CONCURRENTLY idx_pipeline_runs_pending ON {RUNS} (id) WHERE status = 'pending'",),
         )
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not found(database) or ("drift", f"index circle.idx_pipeline_runs_pending of {RUNS}") in found(database):
             assert time.monotonic() < deadline
         (finding,) = doctor(database.engine, repair=True)
@@ -117,8 +117,8 @@ def test_repair_without_second_connection_fails_alone(
     raw.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x' CONNECTION LIMIT 1 IN ROLE {raw.info.user}".encode())
     try:
         with Database(make_url(database_url).set(username=role, password="x")) as single:
-            mended, left = doctor(single.engine, repair=True)
-        assert (mended.code, mended.outcome) == ("demoted_trigger", "repaired")
+            repaired, left = doctor(single.engine, repair=True)
+        assert (repaired.code, repaired.outcome) == ("demoted_trigger", "repaired")
         assert left.outcome is not None
         assert "too many connections for role" in left.outcome
     finally:
@@ -166,7 +166,7 @@ def test_repair_index_after_deadlock_drops_and_rebuilds(
     clean = catalog(database_url)
     raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
     writer = connect(database_url)
-    writer.execute("SET deadlock_timeout = '1min'")  # the build is the one that is told
+    writer.execute("SET deadlock_timeout = '1min'")  # the build is the victim
     result: list[Finding] = []
     building = "SELECT FROM pg_class c JOIN pg_index ON oid = indexrelid WHERE relname = 'idx_pipeline_runs_pending'"
     with writer.transaction():
@@ -195,7 +195,7 @@ def test_repair_index_yields_to_waiting_sessions(
         reader.execute(f"SELECT FROM {RUNS}")
         thread = threading.Thread(target=lambda: result.extend(doctor(database.engine, repair=True)))
         thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while raw.execute(waits).fetchone() is None:
             assert time.monotonic() < deadline
         raw.execute(

@@ -56,18 +56,18 @@ def test_repair_counters_while_writers_work_is_exact(database: Database, raw: ps
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:
         writer.start()
-    mended = 0
+    repaired = 0
     for _ in range(10):
         age(raw)
         raw.execute("UPDATE circle.pipelines SET run_count = 0")
-        mended += sum(finding.outcome == "repaired" for finding in doctor(database.engine, repair=True))
+        repaired += sum(finding.outcome == "repaired" for finding in doctor(database.engine, repair=True))
     stop.set()
     for writer in writers:
         writer.join()
-    assert mended > 0
+    assert repaired > 0
     counted = raw.execute(f"SELECT run_count, (SELECT count(*) FROM {RUNS}) FROM circle.pipelines").fetchone()
     assert counted is not None
-    assert counted[0] <= counted[1], "a run that began beside the recount is not counted twice"
+    assert counted[0] <= counted[1], "a run that began during the recount is not counted twice"
     age(raw)
     doctor(database.engine, repair=True)
     counted = raw.execute(f"SELECT run_count, (SELECT count(*) FROM {RUNS}) FROM circle.pipelines").fetchone()

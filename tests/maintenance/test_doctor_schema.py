@@ -101,21 +101,24 @@ BROKEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def clean_catalog(module_database_url: str) -> list[str]:
+    return catalog(module_database_url)
+
+
 @pytest.mark.parametrize("broken", BROKEN)
 def test_drift_is_found_and_repaired(
-    broken: str, database: Database, raw: psycopg.Connection, database_url: str
+    broken: str, database: Database, raw: psycopg.Connection, database_url: str, clean_catalog: list[str]
 ) -> None:
-    clean = catalog(database_url)
     raw.execute(broken)
-    assert catalog(database_url) != clean
     assert found(database) == [BROKEN[broken]]
-    assert catalog(database_url) != clean, "to look changes nothing"
-    (mended,) = doctor(database.engine, repair=True)
-    assert ((mended.code, mended.object), mended.outcome) == (BROKEN[broken], "repaired")
+    assert catalog(database_url) != clean_catalog, "found and not repaired"
+    (repaired,) = doctor(database.engine, repair=True)
+    assert ((repaired.code, repaired.object), repaired.outcome) == (BROKEN[broken], "repaired")
     assert found(database) == []
     if "ADD owner" in broken:
         raw.execute("ALTER TABLE circle.pipelines DROP COLUMN owner")
-    assert catalog(database_url) == clean
+    assert catalog(database_url) == clean_catalog
 
 
 def test_all_drift_at_once_is_repaired(database: Database, raw: psycopg.Connection, database_url: str) -> None:

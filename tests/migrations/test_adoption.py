@@ -43,14 +43,14 @@ def test_upgrade_leaves_additional_objects_alone(url: str, used: psycopg.Connect
     used.execute(
         """ALTER TABLE circle.pipelines ADD COLUMN owner text, ADD COLUMN team int NOT NULL DEFAULT 1;
         CREATE TABLE circle.agents (id serial PRIMARY KEY, pipeline_id int REFERENCES circle.pipelines (id));
-        CREATE INDEX ours ON circle.pipeline_runs (created_at);
-        COMMENT ON TABLE circle.pipeline_runs IS 'ours'"""
+        CREATE INDEX additional ON circle.pipeline_runs (created_at);
+        COMMENT ON TABLE circle.pipeline_runs IS 'additional'"""
     )
     before = catalog(url)
     migrations.upgrade(url)
     facts = (
         "comment | table",
-        "index | circle.ours",
+        "index | circle.additional",
         "relation | agents ",
         "column | pipelines.owner",
         "column | pipelines.team",
@@ -193,7 +193,7 @@ DIFFERENT = {
         "ALTER TABLE circle.pipeline_runs DROP CONSTRAINT pipeline_runs_pkey",
         ["pipeline_runs: PRIMARY KEY (id) is missing"],
     ),
-    "node runs of somebody else": (
+    "node runs of another program": (
         "CREATE TABLE circle.pipeline_node_runs (id serial PRIMARY KEY, node text)",
         ["pipeline_node_runs.run_id: column is missing (integer expected)", "pipeline_node_runs.node_id"],
     ),

@@ -48,8 +48,8 @@ def test_upgrade_on_given_connection_keeps_its_settings(empty_database_url: str)
         )
         connection.commit()
 
-    ours = "'lock_timeout', 'search_path', 'statement_timeout', 'max_parallel_workers_per_gather'"
-    show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{ours}]) name"
+    names = "'lock_timeout', 'search_path', 'statement_timeout', 'max_parallel_workers_per_gather'"
+    show = f"SELECT pg_backend_pid(), current_setting(name) FROM unnest(ARRAY[{names}]) name"
     uses: list[Callable[[], object]] = [
         lambda: migrations.upgrade(engine, "006_pipelines"), lambda: doctor(engine), lambda: doctor(engine, repair=True),
         lambda: doctor(engine),

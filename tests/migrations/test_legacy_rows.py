@@ -243,7 +243,7 @@ def test_upgrade_keeps_broken_graphs_unchanged(url: str, used: psycopg.Connectio
             with pytest.raises(InvalidPipelineError, match="bound to no version .*: cancel it and create it again"):
                 runs.definition(row[0])
             for pipeline_id in range(1, len(BROKEN) + 1):
-                mended = pipelines.update(pipeline_id, PipelineUpdate(nodes=[A, B], edges=[]))
-                assert mended.version == 2
+                repaired = pipelines.update(pipeline_id, PipelineUpdate(nodes=[A, B], edges=[]))
+                assert repaired.version == 2
                 assert runs.create(pipeline_id).pipeline_version == 2
         assert used.execute("SELECT DISTINCT run_count FROM circle.pipelines WHERE name <> 'good'").fetchall() == [(2,)]

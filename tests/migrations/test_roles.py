@@ -21,9 +21,9 @@ from tests.support.databases import Connect
 from tests.support.revisions import BIG_TABLE, INDEX, wait_until, write_revision
 
 
-@pytest.mark.parametrize("whose", ["a host's engine", "ours", "an async one"])
+@pytest.mark.parametrize("engine_kind", ["a host's engine", "the package's engine", "an async one"])
 def test_upgrade_by_role_with_one_connection_raises_unavailable(
-    scripts: Path, empty_database_url: str, connect: Connect, whose: str
+    scripts: Path, empty_database_url: str, connect: Connect, engine_kind: str
 ) -> None:
     """A step that takes long needs a second one, to see who waits behind it."""
     raw = connect(empty_database_url)
@@ -40,9 +40,9 @@ def test_upgrade_by_role_with_one_connection_raises_unavailable(
 
     try:
         with pytest.raises(DatabaseUnavailableError, match="too many connections for role"):
-            if whose == "an async one":
+            if engine_kind == "an async one":
                 asyncio.run(go())
-            elif whose == "ours":
+            elif engine_kind == "the package's engine":
                 migrations.upgrade(url)
             else:
                 migrations.upgrade(create_engine(url.set(drivername="postgresql+psycopg"), poolclass=NullPool))

@@ -91,8 +91,8 @@ def test_step_without_lock_gives_up_after_patience(scripts: Path, empty_database
     config.attributes.update(patience=0, lock_timeout="50ms")
     with reader.transaction():
         reader.execute("SELECT * FROM circle.t")
-        told = "retried for 0 s, but a lock was not free within 50ms: 'gathering-pipeline db preflight' or pg_stat_"
-        with pytest.raises(DatabaseUnavailableError, match=told):
+        message = "retried for 0 s, but a lock was not free within 50ms: 'gathering-pipeline db preflight' or pg_stat_"
+        with pytest.raises(DatabaseUnavailableError, match=message):
             command.upgrade(config, "head")
 
 

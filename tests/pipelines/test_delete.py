@@ -68,7 +68,7 @@ def test_delete_removes_runs_and_versions_of_that_pipeline_only(each: Session, r
 
 
 def test_delete_while_runs_are_created_succeeds(database: Database, raw: psycopg.Connection) -> None:
-    """Whoever creates runs all the time keeps nobody from deleting, and learns that the pipeline is gone."""
+    """Constant creation of runs blocks no deletion; the creators get an error that the pipeline is gone."""
     errors: list[BaseException] = []
     for _ in range(6):
         with database.session() as session:

@@ -45,7 +45,7 @@ SENTENCES = {
 }
 
 
-needs_data = pytest.mark.skipif(not shared_files("pipelines"), reason="the shared data is not beside this checkout")
+needs_data = pytest.mark.skipif(not shared_files("pipelines"), reason="the shared data is not next to this checkout")
 
 
 @needs_data
@@ -80,7 +80,7 @@ def test_create_recorded_pipeline_gives_expected_answer(path: Path, each: Sessio
         assert nodes == get_execution_order(stored.definition)
 
 
-@pytest.mark.skipif(not shared_files("workflows"), reason="the shared data is not beside this checkout")
+@pytest.mark.skipif(not shared_files("workflows"), reason="the shared data is not next to this checkout")
 @pytest.mark.parametrize("path", shared_files("workflows"), ids=lambda path: path.stem)
 def test_insert_recorded_workflow_compiles_to_python_order(path: Path, each: Session, raw: psycopg.Connection) -> None:
     source = json.loads(path.read_text(encoding="utf-8"))

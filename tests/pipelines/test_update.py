@@ -26,7 +26,7 @@ def test_update_writes_given_fields_only(each: Session, raw: psycopg.Connection)
     kept = {"name", "timeout_seconds", "updated_at"}
     assert changed.model_dump(exclude=kept) == made.model_dump(exclude=kept)
     assert (changed.name, changed.timeout_seconds, changed.version) == ("q", None, 1)
-    # beside another writer's field
+    # another writer's field stays
     raw.execute("UPDATE circle.pipelines SET run_count = 5")
     assert pipelines.update(made.id, PipelineUpdate(description=None)).run_count == 5
     assert pipelines.update(made.id, PipelineUpdate()).name == "q"

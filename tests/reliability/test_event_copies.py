@@ -163,7 +163,7 @@ def test_logical_subscriber_has_each_event_once(source: EmbeddedServer, cluster:
         )
         try:
             with Database(source.url) as database, database.session(autocommit=True) as session:
-                live(RunRepository(session), 1)  # beside the first copy
+                live(RunRepository(session), 1)  # concurrently with the first copy
                 caught_up(here, there)
                 live(RunRepository(session), store(session, DIAMOND))
                 assert EventRepository(session).purge(timedelta(0)) > 0

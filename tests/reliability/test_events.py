@@ -42,7 +42,7 @@ ROLLED_BACK = "rolled back"
 
 
 def write(url: str, name: str) -> None:
-    """Until it is told to stop: runs on every path, some of it in transactions that stay open beside others."""
+    """Until it is stopped: runs on every path, some of them in transactions that stay open while others commit."""
     chance = random.Random(name)
     with Database(url) as database:
         while True:
@@ -209,7 +209,7 @@ def test_events_are_read_once_across_kills_and_restart(own_server: EmbeddedServe
 
 
 def recount(raw: psycopg.Connection, events: list[tuple[str, str, str]]) -> None:
-    """As many events as the statuses that are stored tell of."""
+    """As many events as the stored statuses imply."""
     of = Counter((run, node, kind) for run, node, kind in events)
     nodes = raw.execute(
         "SELECT run_id::text, node_id, status, retry_count, started_at IS NOT NULL FROM circle.pipeline_node_runs"

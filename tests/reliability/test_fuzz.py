@@ -217,7 +217,7 @@ def spoil_json(rng: random.Random, nodes: Items, edges: Items) -> None:
 
 
 def too_deep(rng: random.Random, nodes: Items, edges: Items) -> None:
-    levels = DEEPEST + rng.choice([0, 0, 1, 40])  # beside the list and the item
+    levels = DEEPEST + rng.choice([0, 0, 1, 40])  # the list and the item add to them
     rng.choice(nodes + edges)["mine"] = nested(levels - 1, rng)
 
 
@@ -227,7 +227,7 @@ def no_item(rng: random.Random, nodes: Items, edges: Items) -> None:
 
 
 def anything_anywhere(rng: random.Random, nodes: Items, edges: Items) -> None:
-    """It may be none after all: the oracle knows."""
+    """It may be no defect after all: the oracle decides."""
     item = rng.choice(nodes + edges)
     item = rng.choice([item, item.get("config") or item])
     item[rng.choice([*item, "agent_id", "task", "condition", "action", "seconds"])] = copy.deepcopy(

@@ -239,10 +239,13 @@ PASSES = (
         ("alone", None, None, False),
         ("behind a reader", "reader", "reader", False),
         ("behind a writer", "writer", "writer", False),
-        ("beside CREATE INDEX", None, None, True),
+        ("with concurrent CREATE INDEX", None, None, True),
     ]
     if LONG
-    else [("behind a reader, then a writer", "reader", "writer", False), ("beside CREATE INDEX", None, None, True)]
+    else [
+        ("behind a reader, then a writer", "reader", "writer", False),
+        ("with concurrent CREATE INDEX", None, None, True),
+    ]
 )
 
 

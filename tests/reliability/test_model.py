@@ -147,14 +147,14 @@ def nothing(_: object) -> None:
 PLACES = st.integers(0, 13)
 """A node by its place, beginning anew after the last; one place in two rounds is that of a node that is not there."""
 RESULTS = st.lists(st.tuples(PLACES, st.sampled_from(OVER)), max_size=3).filter(
-    # of two failures at once the first is told; which that is, is tested elsewhere
+    # of two failures at once the first is reported; which one that is, is tested elsewhere
     lambda results: sum(status == "failed" for _, status in results) < 2
 )
 TOKENS = st.sampled_from(["current", "current", "current", "older", "none", "newer"])
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """The model beside the database; ``workers`` are sessions on connections of their own."""
+    """The model and the database; ``workers`` are sessions on connections of their own."""
 
     url: str
     workers: list[RunRepository]

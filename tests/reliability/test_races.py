@@ -244,11 +244,11 @@ def test_concurrent_ends_of_a_run_succeed_once(
             if isinstance(outcome, list) and outcome
         }
         assert len(won) == 1
-        ((name, told),) = won.items()
+        ((name, returned),) = won.items()
         winners[name] += 1
         assert {type(outcome) for outcome in outcomes if not isinstance(outcome, list)} <= {IllegalTransitionError}
         stored = runs.get(run_id)
-        assert stored == told
+        assert stored == returned
         assert stored.status.is_terminal
         assert all(node.status.is_terminal for node in runs.nodes(run_id))
     assert sum(winners.values()) == ROUNDS
@@ -258,7 +258,7 @@ def test_concurrent_ends_of_a_run_succeed_once(
 def test_retry_concurrent_with_end_of_run_leaves_no_live_node(
     runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
-    """A node that is to be retried beside the last one that completes: the run goes on."""
+    """A node to be retried, and concurrently the last one that completes: the run continues."""
     pipeline = store(session, "a b", retry_backoff_base=0)
     for _ in range(ROUNDS):
         run_id = runs.create(pipeline).id
@@ -412,7 +412,7 @@ def wait_for_a_waiter(database: Database) -> None:
             ).scalar_one()
             if waiting:
                 return
-    raise AssertionError("nobody waits")
+    raise AssertionError("no session waits")
 
 
 # --- leases ------------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_concurrent_claims_get_each_run_once(session: Session, race: Racers, raw
 
 
 def test_concurrent_sweeps_take_each_run_once(session: Session, race: Racers, raw: psycopg.Connection) -> None:
-    """Each lost run is taken once, by one of several; nobody waits, and no two deadlock."""
+    """Each lost run is taken once, by one of several; none waits, and no two deadlock."""
     pipeline = store(session, "a", retry_backoff_base=0)
     runs = RunRepository(session)
     ids = {runs.create(pipeline).id for _ in range(60)}

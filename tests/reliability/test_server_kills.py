@@ -58,7 +58,7 @@ def work(url: str, name: str, path: str) -> None:
                         execute(runs, run, acknowledge, chance)
                 if not claimed:
                     time.sleep(0.05)
-            except (DatabaseError, ConflictError):  # it is away, or another call was not told of its end
+            except (DatabaseError, ConflictError):  # the server is gone, or the end of another call is unknown
                 time.sleep(0.05)
 
 
@@ -93,9 +93,9 @@ def live(raw: psycopg.Connection) -> int:
     return int(row[0])
 
 
-# what a status tells that events there are, and how many there are
+# the events that a status implies, and those that are stored
 DIFFERENT = """
-WITH told AS (
+WITH implied AS (
     SELECT run_id, coalesce(node_id, '') AS node_id, split_part(type, '.', 2) AS type, count(*) FROM circle.pipeline_events
     GROUP BY 1, 2, 3
 ), meant AS (
@@ -105,7 +105,7 @@ WITH told AS (
     UNION ALL SELECT run_id, node_id, 'started', retry_count + 1 FROM circle.pipeline_node_runs
     UNION ALL SELECT run_id, node_id, 'retrying', retry_count FROM circle.pipeline_node_runs WHERE retry_count > 0
 )
-SELECT * FROM told FULL JOIN meant USING (run_id, node_id, type, count) WHERE told IS NULL OR meant IS NULL"""
+SELECT * FROM implied FULL JOIN meant USING (run_id, node_id, type, count) WHERE implied IS NULL OR meant IS NULL"""
 
 
 def test_killed_server_keeps_acknowledged_calls(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_killed_server_keeps_acknowledged_calls(tmp_path: Path) -> None:
             assert ("completed", run, rest[0]) in ended
         else:
             assert begun[run, rest[0]] >= 1
-    # a worker that was not told of a creation asked for it again: one run a key
+    # a worker without the answer to a creation repeats it: one run a key
     keys = sorted((name, int(number)) for name, number in (key.split(", ") for key in runs.values()))
     assert keys == [(file.name, number) for file in files for number in range(sum(n == file.name for n, _ in keys))]
     print(f"{KILLS} kills of the server: {len(runs)} runs, {len(lines)} calls acknowledged, 0 lost, 0 doubled, 0 stuck")

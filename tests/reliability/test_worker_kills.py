@@ -1,7 +1,7 @@
 """Workers that are killed, or that sleep through their lease, while runs go through them.
 
 The worker is this file, run as a program. Beside each result it writes, in the same transaction, a line of its own, so
-that what was accepted can be told afterwards. ``GATHERING_RUNS`` runs go through, 40 unless that is set.
+that it is known afterwards what was accepted. ``GATHERING_RUNS`` runs go through, 40 unless that is set.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_killed_workers_leave_no_unfinished_run(database: Database, database_url
 
     chance = random.Random(7)
     workers = [spawn(database_url, number) for number in range(WORKERS)]
-    spawned, kills, deadline = WORKERS, 0, time.monotonic() + 60 + RUNS
+    spawned, kills, deadline = WORKERS, 0, time.monotonic() + 180 + RUNS
     try:
         while live(raw):
             assert time.monotonic() < deadline, f"{live(raw)} of {RUNS} runs have not ended"

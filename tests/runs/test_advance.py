@@ -80,6 +80,6 @@ def test_advance_rolled_back_changes_nothing(database: Database, raw: psycopg.Co
         assert [node.node_id for node in runs.advance(run_id)] == ["a"]
         nodes: list[NodeRunRead] = runs.advance(run_id, [done("a")])
         assert len(nodes) == 2
-        assert contents(raw) == before  # and nobody else sees it yet
+        assert contents(raw) == before  # not visible to others yet
         session.rollback()
     assert contents(raw) == before

@@ -62,7 +62,7 @@ def test_call_with_id_or_token_of_wrong_type_raises_invalid_data(
         runs.statistics(bad)
     with pytest.raises(InvalidDataError, match="^limit must be a whole number"):
         runs.search(limit=bad)
-    if bad is not None:  # a filter, and a run that nobody claimed
+    if bad is not None:  # a filter, and a run that is not claimed
         with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
             runs.search(bad)
         with pytest.raises(InvalidDataError, match="^token must be a whole number"):

@@ -44,7 +44,7 @@ def check_replay(runs: RunRepository, run_id: int, flow: dict[str, Any]) -> None
     assert {n.node_id: (n.status, n.output_data) for n in nodes} == {
         name: (result["status"], result["output"]) for name, result in recorded.items()
     }
-    # 0 is what a result says that tells no duration: then it is measured
+    # 0 stands for no duration: then it is measured
     assert all(node.duration_ms == (recorded[node.node_id]["duration_ms"] or node.duration_ms) for node in nodes)
     place = {node.node_id: at for at, node in enumerate(nodes)}
     assert all(place[a] < place[b] for b, before in predecessors(flow).items() for a in before)

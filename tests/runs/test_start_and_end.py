@@ -73,7 +73,7 @@ def test_end_of_run_counts_once_and_refuses_further_calls(
     runs.record(run_id, [done("a")])
     run = how(runs, run_id)
     assert (run.status, counters(raw, pipeline)) == (ended, counted)
-    # it is over: nothing moves it any more, and nothing is counted again
+    # terminal: no call changes it, and nothing is counted again
     for call, requested in (
         (lambda: runs.start(run_id), "running"),
         (lambda: runs.complete(run_id), "completed"),

