@@ -25,7 +25,7 @@ def prepare_graph(
     """Check a graph and return it as the JSON lists that are stored.
 
     Raw JSON is stored as it was given, except that the ends of edges are spelled ``from`` and ``to``. Pydantic objects
-    are written without the defaults that nobody set.
+    are written without unset defaults.
 
     Args:
         nodes: List of JSON objects, of ``PipelineNode``, or of both.

@@ -14,7 +14,9 @@ from .errors import Issue, IssueCode, shorten
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a stored value."""
 
-_MAX_NUMBER = int(Decimal(repr(float_info.max)))  # as the text in JSON says it, to which the database compares
+_MAX_NUMBER = int(
+    Decimal(repr(float_info.max))
+)  # the shortest decimal of the largest float; the database compares with the same
 _MAX_VALUES = 10_000_000
 _MAX_FINDINGS = 100
 _UNUSUAL, _TOO_MANY = -1, -2

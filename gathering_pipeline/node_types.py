@@ -84,7 +84,7 @@ class RequiredKey(NamedTuple):
 
     Attributes:
         name: The key.
-        types: Types that the model accepts for it besides text.
+        types: Types that the model accepts in addition to text.
         blank: Whether a blank string is a value.
         code: How the missing key is reported, which decides whether it is an error or a warning.
     """

@@ -40,7 +40,7 @@ _MAX_WARNINGS = 100
 _MAX_CYCLES = 10
 _MAX_CYCLE_LENGTH = 20
 _LARGE = 1_000
-_NO_OBJECT = (IssueCode.INVALID_NODE, IssueCode.INVALID_EDGE)
+_NOT_AN_OBJECT = (IssueCode.INVALID_NODE, IssueCode.INVALID_EDGE)
 _NODE_KEYS = frozenset(PipelineNode.model_fields)
 _EDGE_KEYS = frozenset(field.alias or name for name, field in PipelineEdge.model_fields.items())
 _LENGTHS = frozenset(range(1, MAX_ID_LENGTH + 1))
@@ -48,7 +48,7 @@ _OBJECTS = frozenset({dict, type(None)})
 _FIELDS = (*PipelineNode.model_fields, *PipelineEdge.model_fields)
 _GETTERS = {name: attrgetter(name) for name in _FIELDS}
 
-Item = Literal["node", "edge"]
+_Item = Literal["node", "edge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def parse_pipeline_definition(nodes_json: list[dict[str, Any]], edges_json: list
     return definition
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- the steps of a check ---------------------------------------------------------------------------------------------
 
 
 def _list_issues(nodes: object, edges: object) -> list[Issue]:
@@ -275,16 +275,18 @@ def _construct(nodes: list[Any], edges: list[Any]) -> PipelineDefinition:
 
 
 def _known_fields(model: type[PipelineNode | PipelineEdge], item: object) -> dict[str, Any]:
-    aliases = {field.alias or name: name for name, field in model.model_fields.items()}
-    return {aliases[key]: item[key] for key in aliases.keys() & item.keys()} if isinstance(item, dict) else {}
+    if not isinstance(item, dict):
+        return {}
+    keys = {name: [field.alias or name, name] for name, field in model.model_fields.items()}  # in the order of Pydantic
+    return {name: item[key] for name, both in keys.items() for key in reversed(both) if key in item}
 
 
 def _merge(issues: list[Issue], *more: list[Issue]) -> list[Issue]:
-    """Add issues, except those already reported and those within an item that is not an object at all."""
+    """Add issues, except those already reported and those within an item that is not an object."""
     merged = {(issue.code, issue.loc): issue for issue in issues}
-    no_objects = {loc for code, loc in merged if code in _NO_OBJECT and loc[2:] == ()}
+    not_objects = {loc for code, loc in merged if code in _NOT_AN_OBJECT and loc[2:] == ()}
     for issue in chain.from_iterable(more):
-        if issue.loc[:2] not in no_objects or issue.code == IssueCode.INVALID_JSON:
+        if issue.loc[:2] not in not_objects or issue.code == IssueCode.INVALID_JSON:
             merged.setdefault((issue.code, issue.loc), issue)
     return [*merged.values()]
 
@@ -313,7 +315,7 @@ def _column(items: Sequence[object], name: str) -> list[Any]:
         return [getattr(item, name, None) for item in items]
 
 
-def _issue(item: Item, value: object, code: IssueCode, message: str, *loc: str | int) -> Issue:
+def _issue(item: _Item, value: object, code: IssueCode, message: str, *loc: str | int) -> Issue:
     """An issue about the node or the edge with this id; ``loc`` goes on from the list's name."""
     name = value if isinstance(value, str) else None
     node_id, edge_id = (name, None) if item == "node" else (None, name)
@@ -331,7 +333,7 @@ def _pause_gc(nodes: Sequence[object], edges: Sequence[object]) -> bool:
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def _check_ids(item: Item, ids: list[Any], issues: list[Issue]) -> None:
+def _check_ids(item: _Item, ids: list[Any], issues: list[Issue]) -> None:
     """Check each id, and that it is unique."""
     if text_size(ids) >= 0 and len({*ids}) == len(ids):
         lengths = {*map(len, ids)}
@@ -357,7 +359,7 @@ def _id_faults(value: object) -> Iterator[tuple[IssueCode, str]]:
         yield IssueCode.INVALID_ID, "is empty or blank"
     elif value != value.strip():
         yield IssueCode.INVALID_ID, "has leading or trailing blanks"
-    if len(value) > MAX_ID_LENGTH:
+    elif len(value) > MAX_ID_LENGTH:
         yield IssueCode.INVALID_ID, f"is longer than {MAX_ID_LENGTH} characters"
     if reason := text_reason(value):
         yield IssueCode.INVALID_JSON, reason
@@ -433,11 +435,11 @@ def _sort(predecessors: list[set[int]]) -> list[int]:
 
 
 def _cycles(predecessors: list[set[int]]) -> Iterator[list[int]]:
-    """Find the edges from a node to itself, and at most ten other cycles that share no node.
+    """Find each edge from a node to itself, and at most ten other cycles, which share no node.
 
-    ``graphlib`` reports one cycle of a graph, and which one is undefined. Here it gets one predecessor a node (the last
-    in the list of nodes) and searches against the edges, so that the cycle found first is the one before the first node
-    that can't be sorted; the database follows the same path.
+    ``graphlib`` reports one cycle of a graph; which one is undefined. Here each node that can't be sorted keeps one
+    predecessor, the last in the list of nodes, and ``graphlib`` searches against the edges from the first such node. So
+    the first cycle is defined, and it is the one that the database finds (``refuse_cycle``).
     """
     yield from ([place, place] for place, before in enumerate(predecessors) if place in before)
     others = [before - {place} for place, before in enumerate(predecessors)]
@@ -471,8 +473,8 @@ def _cycle_issue(ids: list[Any], cycle: list[int]) -> Issue:
 def _node_warnings(
     nodes: list[PipelineNode], ids: list[Any], place: dict[Any, int], heads: list[int], tails: list[int]
 ) -> Iterator[Issue]:
-    lonely = {*range(len(ids))}.difference(heads, tails)
-    for at in sorted(lonely) if lonely else ():
+    orphans = {*range(len(ids))}.difference(heads, tails)
+    for at in sorted(orphans) if orphans else ():
         if getattr(nodes[at], "type", None) != "trigger":
             yield _node_warning(ids, at, IssueCode.ORPHAN, "is not connected to any other node")
     if any(nexts := _column(nodes, "next")):

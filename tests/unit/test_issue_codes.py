@@ -145,3 +145,11 @@ def test_half_a_graph_has_the_same_codes() -> None:
         (IssueCode.INVALID_EDGE, ("edges", 1, "to")),
         (IssueCode.DUPLICATE_EDGE, ("edges", 2, "id")),
     }
+
+
+def test_an_edge_spelled_from_node_is_read_although_another_item_is_refused() -> None:
+    nodes = [{"id": "a", "type": "trigger", "name": "A"}, 1]
+    edges = [{"id": "e", "from_node": "a", "to_node": "a"}]
+    found_by_path = found(find_json_issues(nodes, edges))
+    assert found_by_path == {(IssueCode.INVALID_NODE, ("nodes", 1)), (IssueCode.CYCLE, ("nodes", 0))}
+    assert refused(prepare_graph, nodes, edges) == found_by_path
