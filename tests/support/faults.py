@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gathering_pipeline import IssueCode
+from gathering_pipeline.node_types import REQUIRED_KEYS
 
 SHAPE, VALUES, STORED = "shape", "values", "stored"
 """What sees a fault: parsing; ``find_issues`` of models made without validation; the database."""
@@ -141,6 +142,7 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
             (VALUES, STORED),
         )
         for kind, rest, key, values in each(
+            *((kind, {}, key.name, ({},)) for kind, keys in REQUIRED_KEYS.items() for key in keys),
             ("agent", {"task": "t"}, "agent_id", (True, [], {})),
             ("agent", {"agent_id": 7}, "task", (1, False, ["x"])),
             ("condition", {}, "condition", (1, True, {})),
@@ -150,15 +152,20 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
         for value in values
     },
     **{
-        f"{kind}.{key} missing": (
+        f"{kind}.{key} missing: {config!r}": (
             [A, node(type=kind, config=config)],
             [],
             CODE.MISSING_CONFIG,
             ("nodes", 1, "config", key),
             (VALUES, STORED),
         )
-        for kind, config, key in (
-            ("agent", {}, "agent_id"),
+        for kind, config, key in each(
+            *(
+                (kind, {}, key.name)
+                for kind, keys in REQUIRED_KEYS.items()
+                for key in keys
+                if key.code is CODE.MISSING_CONFIG
+            ),
             ("agent", {"agent_id": " "}, "agent_id"),
             ("agent", {"agent_id": 7, "task": None}, "task"),
             ("condition", {"condition": None}, "condition"),

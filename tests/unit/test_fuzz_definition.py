@@ -19,6 +19,7 @@ from gathering_pipeline.arguments import check_json
 from gathering_pipeline.errors import InvalidDataError, InvalidPipelineError, Issue
 from gathering_pipeline.hooks import prepare_fields, prepare_graph
 from gathering_pipeline.models import PipelineDefinition, PipelineEdge, PipelineNode
+from gathering_pipeline.node_types import NODE_TYPES
 from gathering_pipeline.validator import (
     INCOMPLETE_CODES,
     Limits,
@@ -70,7 +71,6 @@ def made(value: Any) -> Any:
     return type(value)(map(made, value)) if isinstance(value, list | tuple) else value
 
 
-KINDS = ["trigger", "agent", "condition", "action", "parallel", "delay"]
 any_text = st.text(st.characters(codec=None, categories=None), max_size=5)
 ids = st.sampled_from(["a", "b", "c", "d", "é", "e\u0301"]) | any_text
 hashable = st.one_of(
@@ -95,7 +95,7 @@ configs = st.dictionaries(keys, st.sampled_from(["x", 1, 0.5]) | anything, max_s
     {"agent_id": 7, "task": "t", "condition": "true", "action": "send", "seconds": 1.5}
 )
 nodes = st.fixed_dictionaries(
-    {"id": mostly(ids), "type": mostly(st.sampled_from(KINDS)), "name": mostly(st.just("N"))},
+    {"id": mostly(ids), "type": mostly(st.sampled_from(NODE_TYPES)), "name": mostly(st.just("N"))},
     optional={
         "config": mostly(configs),
         "position": mostly(st.none() | st.dictionaries(any_text, anything, max_size=2)),
