@@ -200,6 +200,7 @@ _ENCODE: dict[type, Callable[[Any], bytes | None]] = {
 }
 _IDLE, _INTRANS = pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS
 _PIPELINE_OFF = pq.PipelineStatus.OFF
+_UTF8 = (b"UTF8", b"utf8")  # a pooler may repeat what the client sent
 _COMMAND_OK, _TUPLES_OK = pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK
 _SQLSTATE, _SOURCE_FUNCTION = pq.DiagnosticField.SQLSTATE, pq.DiagnosticField.SOURCE_FUNCTION
 Rows = list[str | None]
@@ -228,7 +229,7 @@ class _Direct(psycopg.BaseConnection[Any]):
         return (
             (status == _INTRANS or (status == _IDLE and self.autocommit))
             and pgconn.pipeline_status == _PIPELINE_OFF
-            and pgconn.parameter_status(b"client_encoding") == b"UTF8"
+            and pgconn.parameter_status(b"client_encoding") in _UTF8
         )
 
     def _steps(self, statement: Statement, parameters: Mapping[str, Any]) -> Generator[Any, Any, Rows]:
