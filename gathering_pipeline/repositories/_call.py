@@ -150,7 +150,7 @@ class _Awaiting:
 
     def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
         self._session = session
-        self._connection: Connection | None = None
+        self._checkout: tuple[Session, Connection] | None = None
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
         session = self._current()
@@ -177,13 +177,15 @@ class _Awaiting:
 
     def _check_out(self, session: Session) -> Connection:
         with connected(session) as connection:
-            self._connection = connection
+            self._checkout = session, connection
             return connection
 
     def _checked_out(self, session: Session) -> Connection | None:
         """The session's connection, if it still has it, and nothing to flush: both would have to wait."""
-        connection = self._connection
-        if connection is None or connection.closed or connection.invalidated or not session.in_transaction():
+        owner, connection = self._checkout or (None, None)
+        if owner is not session or connection is None:  # a scoped session is another one in each task
+            return None
+        if connection.closed or connection.invalidated or not session.in_transaction():
             return None
         return None if session.new or session.dirty or session.deleted else connection
 

@@ -12,7 +12,7 @@ import pytest
 from psycopg import pq
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import Engine, make_url
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
@@ -121,6 +121,29 @@ def test_async_call_needs_no_greenlet(database: Database, monkeypatch: pytest.Mo
     with direct_calls(monkeypatch) as sent:
         in_loop(database, work)
     assert len(sent) == 4
+
+
+def test_async_calls_of_a_scoped_session_use_the_connection_of_their_task(database: Database) -> None:
+    run_ids = [new_run(database) for _ in range(2)]
+
+    async def work() -> None:
+        scoped = async_scoped_session(async_sessionmaker(database.async_engine), asyncio.current_task)
+        runs = AsyncRunRepository(scoped)
+        both_started = asyncio.Barrier(2)
+
+        async def task(run_id: int) -> None:
+            await runs.start(run_id)
+            await both_started.wait()  # both transactions are open
+            assert [(await runs.get(other)).status == "running" for other in run_ids] == [
+                other == run_id for other in run_ids
+            ]
+            await both_started.wait()
+            await scoped.rollback()
+            await scoped.remove()
+
+        await asyncio.gather(*map(task, run_ids))
+
+    in_loop(database, work)
 
 
 def test_async_call_with_pending_changes_flushes_them(database: Database) -> None:
