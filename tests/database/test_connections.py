@@ -164,7 +164,7 @@ def test_statement_on_hanging_server_raises_unavailable(own_server: embedded.Emb
                 with pytest.raises(OperationalError, match="no sign of life"):
                     await call
                 assert time.monotonic() - start < 10
-                assert beats > 20  # the loop went on meanwhile
+                assert beats > 5  # the loop went on meanwhile
             await session.rollback()
         await database.adispose()
 
