@@ -14,7 +14,7 @@ from typing import Any
 
 from alembic import context
 from alembic.util import CommandError
-from sqlalchemy import MetaData
+from sqlalchemy import BigInteger, Integer, MetaData
 
 from gathering_pipeline import migrator
 from gathering_pipeline.errors import PipelineError
@@ -28,6 +28,11 @@ def target_revision() -> str | None:
         return str(context.get_revision_argument() or "base")
     except KeyError:
         return None
+
+
+def compare_type(_context: Any, _column: Any, _model: Any, found: Any, wanted: Any) -> bool | None:
+    """Whether the types of a column differ; ids of large tables stay INTEGER. None: as Alembic finds."""
+    return False if isinstance(wanted, BigInteger) and isinstance(found, Integer) else None
 
 
 def run_migrations(run: migrator.Migrator, **where: Any) -> None:
@@ -51,7 +56,7 @@ def run_migrations(run: migrator.Migrator, **where: Any) -> None:
         transaction_per_migration=True,
         include_schemas=True,
         include_name=include_name,
-        compare_type=True,
+        compare_type=compare_type,
         compare_server_default=True,
         # without comments: the models have none, and revision 006 marks the tables that it creates by one
         autogenerate_plugins=[

@@ -1,7 +1,27 @@
 -- The schema at head, for reading; nothing runs this file. Written by: python -m tests.generated
 --
--- First the tables, each with its constraints, indexes and triggers; then views and functions by subject, each below the
--- file that defined it last. A trigger marked ALWAYS fires under session_replication_role = replica, too.
+-- First the types and the tables, each with its constraints, indexes and triggers; then views and functions by subject, each
+-- below the file that defined it last. A trigger marked ALWAYS fires under session_replication_role = replica, too.
+
+-- ---- types
+
+CREATE TYPE circle.compiled_node AS (
+    node_id character varying(100),
+    node_type character varying(50),
+    predecessors integer[],
+    successors integer[]
+);
+
+CREATE TYPE circle.node_result AS (
+    node_id text,
+    status text,
+    output jsonb,
+    error text,
+    duration_ms integer,
+    retry_count integer,
+    attempt integer,
+    retryable boolean
+);
 
 -- ---- table circle.pipelines
 
@@ -24,11 +44,7 @@ CREATE TABLE circle.pipelines (
     retry_backoff_max double precision NOT NULL DEFAULT 60.0,
     version integer NOT NULL DEFAULT 1,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
-    CONSTRAINT ck_pipelines_backoff CHECK (retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision),
-    CONSTRAINT ck_pipelines_counters CHECK (run_count >= 0 AND success_count >= 0 AND error_count >= 0),
-    CONSTRAINT ck_pipelines_retries CHECK (max_retries_per_node >= 0),
-    CONSTRAINT ck_pipelines_timeout CHECK (timeout_seconds >= 0),
-    CONSTRAINT ck_pipelines_timestamps_finite CHECK (isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
+    CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
     CONSTRAINT pipelines_status_check CHECK (status = ANY (ARRAY['active', 'paused', 'draft']))
 );
 
@@ -40,7 +56,7 @@ CREATE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_after();
 CREATE TRIGGER pipelines_after_update AFTER UPDATE ON circle.pipelines
     FOR EACH ROW WHEN (old.version IS DISTINCT FROM new.version) EXECUTE FUNCTION circle.pipelines_after();
-CREATE TRIGGER pipelines_before BEFORE UPDATE OF nodes, edges, version ON circle.pipelines
+CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF nodes, edges, version ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();  -- ALWAYS
 
 -- ---- table circle.pipeline_versions
@@ -51,6 +67,7 @@ CREATE TABLE circle.pipeline_versions (
     nodes jsonb NOT NULL,
     edges jsonb NOT NULL,
     node_count integer NOT NULL,
+    compiled circle.compiled_node[] NOT NULL,
     created_at timestamp with time zone NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT pipeline_versions_pkey PRIMARY KEY (pipeline_id, version),
     CONSTRAINT pipeline_versions_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES circle.pipelines(id) ON DELETE CASCADE
@@ -58,29 +75,15 @@ CREATE TABLE circle.pipeline_versions (
 
 CREATE TRIGGER pipeline_versions_after_delete AFTER DELETE ON circle.pipeline_versions
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_after_delete();
-CREATE TRIGGER pipeline_versions_frozen BEFORE UPDATE ON circle.pipeline_versions
-    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_frozen();  -- ALWAYS
-
--- ---- table circle.pipeline_version_nodes
-
-CREATE TABLE circle.pipeline_version_nodes (
-    pipeline_id integer NOT NULL,
-    version integer NOT NULL,
-    "position" integer NOT NULL,
-    node_id character varying(100) NOT NULL,
-    node_type character varying(50) NOT NULL,
-    predecessors integer[] NOT NULL,
-    successors integer[] NOT NULL,
-    CONSTRAINT pipeline_version_nodes_pkey PRIMARY KEY (pipeline_id, version, "position")
-);
-
-CREATE TRIGGER pipeline_version_nodes_frozen BEFORE UPDATE ON circle.pipeline_version_nodes
-    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_frozen();  -- ALWAYS
+CREATE TRIGGER pipeline_versions_after_truncate AFTER TRUNCATE ON circle.pipeline_versions
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_versions_after_truncate();
+CREATE TRIGGER pipeline_versions_before BEFORE INSERT OR UPDATE ON circle.pipeline_versions
+    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_versions_before();  -- ALWAYS
 
 -- ---- table circle.pipeline_runs
 
 CREATE TABLE circle.pipeline_runs (
-    id integer NOT NULL DEFAULT nextval('circle.pipeline_runs_id_seq'::regclass),
+    id bigint NOT NULL DEFAULT nextval('circle.pipeline_runs_id_seq'::regclass),
     pipeline_id integer NOT NULL,
     status character varying(50) NOT NULL DEFAULT 'pending',
     started_at timestamp with time zone,
@@ -100,10 +103,7 @@ CREATE TABLE circle.pipeline_runs (
     idempotency_key character varying(255),
     CONSTRAINT pipeline_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_runs_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES circle.pipelines(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_runs_duration CHECK (duration_seconds >= 0),
-    CONSTRAINT ck_pipeline_runs_lease CHECK (lease_expires_at IS NULL OR completed_at IS NULL AND worker_id IS NOT NULL AND isfinite(lease_expires_at)),
-    CONSTRAINT ck_pipeline_runs_terminal_is_completed CHECK ((status = ANY ('{pending,running}')) = (completed_at IS NULL)),
-    CONSTRAINT ck_pipeline_runs_times CHECK (completed_at >= started_at AND isfinite(created_at) AND isfinite(started_at) AND isfinite(completed_at)),
+    CONSTRAINT ck_pipeline_runs_leased CHECK (circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count, worker_id, lease_expires_at)),
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
 
@@ -116,24 +116,24 @@ CREATE INDEX idx_pipeline_runs_running ON circle.pipeline_runs USING btree (id) 
 CREATE INDEX idx_pipeline_runs_status ON circle.pipeline_runs USING btree (status);
 CREATE INDEX idx_pipeline_runs_status_history ON circle.pipeline_runs USING btree (status, id);
 
-CREATE TRIGGER pipeline_runs_after AFTER UPDATE OF status ON circle.pipeline_runs
-    FOR EACH ROW WHEN (new.status <> 'running') EXECUTE FUNCTION circle.pipeline_runs_after();
-CREATE TRIGGER pipeline_runs_after_insert AFTER INSERT ON circle.pipeline_runs
-    FOR EACH ROW WHEN (new.status <> ALL (ARRAY['pending', 'running'])) EXECUTE FUNCTION circle.pipeline_runs_after_insert();
-CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status ON circle.pipeline_runs
+CREATE TRIGGER pipeline_runs_after_delete AFTER DELETE ON circle.pipeline_runs REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_delete();
+CREATE TRIGGER pipeline_runs_after_insert AFTER INSERT ON circle.pipeline_runs REFERENCING NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_insert();
+CREATE TRIGGER pipeline_runs_after_truncate AFTER TRUNCATE ON circle.pipeline_runs
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_truncate();
+CREATE TRIGGER pipeline_runs_after_update AFTER UPDATE OF status ON circle.pipeline_runs
+    FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_after_update();
+CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, trigger_data, logs ON circle.pipeline_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_before();  -- ALWAYS
-CREATE TRIGGER pipeline_runs_event AFTER INSERT OR UPDATE OF status ON circle.pipeline_runs
-    FOR EACH ROW WHEN (new.status <> 'pending') EXECUTE FUNCTION circle.pipeline_runs_event();
-CREATE TRIGGER pipeline_runs_json BEFORE INSERT OR UPDATE OF trigger_data, logs ON circle.pipeline_runs
-    FOR EACH ROW WHEN (new.trigger_data <> '{}'::jsonb OR new.logs <> '[]'::jsonb) EXECUTE FUNCTION circle.pipeline_runs_json();  -- ALWAYS
-CREATE TRIGGER pipeline_runs_terminal BEFORE UPDATE OF completed_at, error_message, claim_token ON circle.pipeline_runs
-    FOR EACH ROW WHEN (new.claim_token < old.claim_token OR old.completed_at IS NOT NULL AND (new.completed_at IS DISTINCT FROM old.completed_at OR new.error_message IS DISTINCT FROM old.error_message)) EXECUTE FUNCTION circle.pipeline_runs_terminal();  -- ALWAYS
+CREATE TRIGGER pipeline_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_runs
+    FOR EACH ROW WHEN (new.status = old.status) EXECUTE FUNCTION circle.refuse_same_status();  -- ALWAYS
 
 -- ---- table circle.pipeline_node_runs
 
 CREATE TABLE circle.pipeline_node_runs (
     id bigint NOT NULL DEFAULT nextval('circle.pipeline_node_runs_id_seq'::regclass),
-    run_id integer NOT NULL,
+    run_id bigint NOT NULL,
     node_id character varying(100) NOT NULL,
     node_type character varying(50) NOT NULL,
     status character varying(50) NOT NULL DEFAULT 'pending',
@@ -150,10 +150,7 @@ CREATE TABLE circle.pipeline_node_runs (
     available_at timestamp with time zone,
     CONSTRAINT pipeline_node_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_node_runs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_node_runs_numbers CHECK (retry_count >= 0 AND duration_ms >= 0),
-    CONSTRAINT ck_pipeline_node_runs_terminal_is_completed CHECK ((status = ANY ('{pending,running}')) = (completed_at IS NULL)),
-    CONSTRAINT ck_pipeline_node_runs_times CHECK (completed_at >= started_at AND isfinite(started_at) AND isfinite(completed_at)),
-    CONSTRAINT ck_pipeline_node_runs_type CHECK (node_type = ANY ('{trigger,agent,condition,action,parallel,delay}')),
+    CONSTRAINT ck_pipeline_node_runs CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)),
     CONSTRAINT pipeline_node_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'skipped', 'cancelled']))
 ) WITH (fillfactor=50);
 
@@ -161,27 +158,45 @@ CREATE INDEX idx_pipeline_node_runs_run_id ON circle.pipeline_node_runs USING bt
 CREATE UNIQUE INDEX idx_pipeline_node_runs_run_node ON circle.pipeline_node_runs USING btree (run_id, node_id);
 CREATE UNIQUE INDEX idx_pipeline_node_runs_run_position ON circle.pipeline_node_runs USING btree (run_id, "position");
 
+CREATE TRIGGER pipeline_node_runs_after_delete AFTER DELETE ON circle.pipeline_node_runs REFERENCING OLD TABLE AS old_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_node_runs_after_delete();
 CREATE TRIGGER pipeline_node_runs_after_insert AFTER INSERT ON circle.pipeline_node_runs REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_node_runs_after_insert();
-CREATE TRIGGER pipeline_node_runs_before BEFORE UPDATE OF status ON circle.pipeline_node_runs
+CREATE TRIGGER pipeline_node_runs_after_truncate AFTER TRUNCATE ON circle.pipeline_node_runs
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_node_runs_after_truncate();
+CREATE TRIGGER pipeline_node_runs_after_update AFTER UPDATE ON circle.pipeline_node_runs REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_node_runs_after_update();
+CREATE TRIGGER pipeline_node_runs_before BEFORE UPDATE ON circle.pipeline_node_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_node_runs_before();  -- ALWAYS
 CREATE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.status <> 'pending') EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();  -- ALWAYS
-CREATE TRIGGER pipeline_node_runs_event AFTER UPDATE OF status ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.status <> 'cancelled') EXECUTE FUNCTION circle.pipeline_node_runs_event();
-CREATE TRIGGER pipeline_node_runs_event_insert AFTER INSERT ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.status <> ALL (ARRAY['pending', 'cancelled'])) EXECUTE FUNCTION circle.pipeline_node_runs_event();
-CREATE TRIGGER pipeline_node_runs_failed AFTER INSERT OR UPDATE OF status ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.status = 'failed') EXECUTE FUNCTION circle.pipeline_node_runs_failed();
-CREATE TRIGGER pipeline_node_runs_json BEFORE INSERT OR UPDATE OF input_data, output_data ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.input_data <> '{}'::jsonb OR new.output_data <> '{}'::jsonb) EXECUTE FUNCTION circle.pipeline_node_runs_json();  -- ALWAYS
+    FOR EACH ROW WHEN (new.status <> 'pending' OR new.input_data <> '{}'::jsonb OR new.output_data <> '{}'::jsonb) EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();  -- ALWAYS
+CREATE TRIGGER pipeline_node_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_node_runs
+    FOR EACH ROW WHEN (new.status = old.status) EXECUTE FUNCTION circle.refuse_same_status();  -- ALWAYS
+
+-- ---- table circle.pipeline_counters
+
+CREATE TABLE circle.pipeline_counters (
+    pipeline_id integer NOT NULL,
+    pending bigint NOT NULL DEFAULT 0,
+    running bigint NOT NULL DEFAULT 0,
+    completed bigint NOT NULL DEFAULT 0,
+    failed bigint NOT NULL DEFAULT 0,
+    cancelled bigint NOT NULL DEFAULT 0,
+    timeout bigint NOT NULL DEFAULT 0,
+    run_count bigint NOT NULL DEFAULT 0,
+    success_count bigint NOT NULL DEFAULT 0,
+    error_count bigint NOT NULL DEFAULT 0,
+    last_run timestamp with time zone
+);
+
+CREATE INDEX idx_pipeline_counters_pipeline_id ON circle.pipeline_counters USING btree (pipeline_id);
 
 -- ---- table circle.pipeline_events
 
 CREATE TABLE circle.pipeline_events (
-    id bigint NOT NULL GENERATED BY DEFAULT AS IDENTITY (INCREMENT BY 131072),
+    id bigint NOT NULL GENERATED BY DEFAULT AS IDENTITY (INCREMENT BY 1),
     xid xid8 NOT NULL,
-    run_id integer NOT NULL,
+    run_id bigint NOT NULL,
     node_id character varying(100),
     type character varying(50) NOT NULL,
     data jsonb NOT NULL DEFAULT '{}'::jsonb,
@@ -194,59 +209,169 @@ CREATE INDEX idx_pipeline_events_run ON circle.pipeline_events USING btree (run_
 CREATE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events
     FOR EACH ROW WHEN (new.xid <> '0'::xid8 OR new.id IS DISTINCT FROM old.id OR new.run_id IS DISTINCT FROM old.run_id OR new.node_id IS DISTINCT FROM old.node_id OR new.type IS DISTINCT FROM old.type OR new.data IS DISTINCT FROM old.data OR new.created_at IS DISTINCT FROM old.created_at) EXECUTE FUNCTION circle.pipeline_events_frozen();  -- ALWAYS
 
--- ---- alembic/sql/009b_lifecycle/2_errors.sql
+-- ---- alembic/sql/008_valid_rows/2_triggers.sql
 
--- PL001: an illegal transition, of a run where p_node_id is NULL, else of its node run.
-CREATE OR REPLACE FUNCTION circle.refuse_transition(p_run_id bigint, p_node_id text, p_current text, p_requested text, p_reason text)
- RETURNS void
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+ RETURNS boolean
  LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
 AS $function$
-DECLARE
-    entity text := CASE WHEN p_node_id IS NULL THEN 'run' ELSE 'node run' END;
-    id jsonb := coalesce(to_jsonb(p_run_id || '/' || p_node_id), to_jsonb(p_run_id));
 BEGIN
-    RAISE EXCEPTION '% % is % and can''t become %', entity, id #>> '{}', p_current,
-        concat_ws(': ', coalesce(p_requested, 'NULL'), nullif(p_reason, ''))
-        USING ERRCODE = 'PL001', DETAIL = jsonb_build_object('entity', entity, 'id', id, 'current', p_current,
-                                                             'requested', p_requested, 'reason', coalesce(p_reason, ''));
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
+        AND p_completed_at >= p_started_at AND isfinite(p_started_at) AND isfinite(p_completed_at);
 END $function$;
 
--- PL002
-CREATE OR REPLACE FUNCTION circle.refuse_unknown_pipeline(p_pipeline_id bigint)
- RETURNS void
+-- ---- alembic/sql/009_events/1_log.sql
+
+-- Inlined. xid8 has no arithmetic, hence the casts.
+CREATE OR REPLACE FUNCTION circle.event_xid()
+ RETURNS xid8
+ LANGUAGE sql
+AS $function$
+    SELECT greatest(pg_current_xact_id(), (pg_snapshot_xmax(pg_current_snapshot())::text::bigint - 1)::text::xid8)
+$function$;
+
+-- ---- alembic/sql/009_events/2_maintenance.sql
+
+CREATE OR REPLACE FUNCTION circle.pipeline_events_frozen()
+ RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
-        USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+    RAISE EXCEPTION 'events are immutable' USING ERRCODE = 'integrity_constraint_violation';
 END $function$;
 
--- PL007: the caller doesn't hold the run; PL003: there is no such run.
-CREATE OR REPLACE FUNCTION circle.refuse_lease(p_run_id bigint)
+CREATE OR REPLACE FUNCTION circle.pipeline_events_notify()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    NOTIFY circle_events;
+    RETURN NULL;
+END $function$;
+
+-- Switches whether commits wake listeners, which poll otherwise. Off by default, because commits that notify are serialized.
+CREATE OR REPLACE FUNCTION circle.notify_events(p_on boolean)
  RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
-DECLARE
-    run_status text;
 BEGIN
-    SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = p_run_id;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'run % does not exist', p_run_id
-            USING ERRCODE = 'PL003', DETAIL = jsonb_build_object('run_id', p_run_id);
+    DROP TRIGGER IF EXISTS pipeline_events_notify ON circle.pipeline_events;
+    IF p_on THEN
+        CREATE TRIGGER pipeline_events_notify AFTER INSERT ON circle.pipeline_events
+            FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
     END IF;
-    RAISE EXCEPTION 'the lease on run % is lost: the run is %', p_run_id, run_status
-        USING ERRCODE = 'PL007', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', run_status);
 END $function$;
 
--- PL004
-CREATE OR REPLACE FUNCTION circle.refuse_unknown_node(p_run_id bigint, p_node_id text)
- RETURNS void
+-- Moves restored events before all others, in their order, after a restore into a cluster whose transactions have lower numbers.
+-- Has to be called before events are read. Returns the number of changed events. Later events have higher ids.
+CREATE OR REPLACE FUNCTION circle.reset_event_xids()
+ RETURNS bigint
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    changed bigint;
+BEGIN
+    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
+        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
+    GET DIAGNOSTICS changed = ROW_COUNT;
+    RETURN changed;
+END $function$;
+
+-- ---- alembic/sql/009_events/3_reads.sql
+
+-- EventType, RUN_EVENTS and NODE_EVENTS of the package (events.py, lifecycle.py); a test compares them.
+CREATE OR REPLACE FUNCTION circle.event_types()
+ RETURNS text[]
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT ARRAY['pipeline_run.started', 'pipeline_run.completed', 'pipeline_run.failed', 'pipeline_run.cancelled',
+                 'pipeline_run.timeout', 'pipeline_node.started', 'pipeline_node.completed', 'pipeline_node.failed',
+                 'pipeline_node.skipped', 'pipeline_node.retrying']
+$function$;
+
+-- The event of a run's new status; NULL where it has none. A run that returns to pending has an event when it starts again.
+CREATE OR REPLACE FUNCTION circle.run_event(p_status text)
+ RETURNS text
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT CASE p_status
+        WHEN 'running' THEN 'pipeline_run.started'
+        WHEN 'completed' THEN 'pipeline_run.completed'
+        WHEN 'failed' THEN 'pipeline_run.failed'
+        WHEN 'cancelled' THEN 'pipeline_run.cancelled'
+        WHEN 'timeout' THEN 'pipeline_run.timeout' END
+$function$;
+
+-- The event of a node run's new status; NULL where it has none. A cancelled node has its run's event.
+CREATE OR REPLACE FUNCTION circle.node_event(p_status text)
+ RETURNS text
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT CASE p_status
+        WHEN 'running' THEN 'pipeline_node.started'
+        WHEN 'completed' THEN 'pipeline_node.completed'
+        WHEN 'failed' THEN 'pipeline_node.failed'
+        WHEN 'skipped' THEN 'pipeline_node.skipped'
+        WHEN 'pending' THEN 'pipeline_node.retrying' END
+$function$;
+
+CREATE OR REPLACE FUNCTION circle.page_of_events(p_run_id bigint, p_xid xid8, p_id bigint, p_limit integer)
+ RETURNS SETOF circle.pipeline_events
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
 AS $function$
 BEGIN
-    RAISE EXCEPTION 'run % has no node %', p_run_id, left(p_node_id, 200)
-        USING ERRCODE = 'PL004', DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id);
+    IF p_run_id IS NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_events
+        WHERE (xid, id) > (p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot()) AND type = ANY (circle.event_types())
+        ORDER BY xid, id LIMIT p_limit;
+    ELSE
+        -- >= and <=, because with "=" the planner would drop run_id from the order and might use the other index
+        RETURN QUERY SELECT * FROM circle.pipeline_events
+        WHERE run_id >= p_run_id AND run_id <= p_run_id
+          AND (run_id, xid, id) > (p_run_id, p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot())
+          AND type = ANY (circle.event_types())
+        ORDER BY run_id, xid, id LIMIT p_limit;
+    END IF;
 END $function$;
+
+-- Later events are younger, so only the first ones can be old enough.
+CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer)
+ RETURNS integer
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_seqscan TO 'off'
+ SET enable_sort TO 'off'
+AS $function$
+DECLARE
+    deleted integer;
+BEGIN
+    WITH oldest AS MATERIALIZED (
+        SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
+    )
+    DELETE FROM circle.pipeline_events e USING oldest o
+    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than;
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $function$;
+
+-- ---- alembic/sql/010_graph/1_errors.sql
 
 -- An issue about a graph: a code of IssueCode in Python, and the path of the place, such as ["nodes", 3, "config", "task"].
 CREATE OR REPLACE FUNCTION circle.graph_issue(p_code text, p_message text, p_loc jsonb DEFAULT '[]'::jsonb, p_node_id text DEFAULT NULL::text, p_edge_id text DEFAULT NULL::text)
@@ -262,6 +387,7 @@ $function$;
 CREATE OR REPLACE FUNCTION circle.refuse_issues(p_issues jsonb)
  RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
     IF p_issues <> '[]' THEN
@@ -274,11 +400,73 @@ END $function$;
 CREATE OR REPLACE FUNCTION circle.refuse_graph(p_code text, p_message text, p_loc jsonb DEFAULT '[]'::jsonb, p_node_id text DEFAULT NULL::text, p_edge_id text DEFAULT NULL::text)
  RETURNS void
  LANGUAGE sql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
     SELECT circle.refuse_issues(jsonb_build_array(circle.graph_issue(p_code, p_message, p_loc, p_node_id, p_edge_id)))
 $function$;
 
--- ---- alembic/sql/009b_lifecycle/3_graph.sql
+-- ---- alembic/sql/010_graph/2_values.sql
+
+-- Blanks are those of Unicode's White_Space and the four separators U+001C to U+001F, as Python's str.strip has them.
+CREATE OR REPLACE FUNCTION circle.trimmed(p_text text)
+ RETURNS text
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
+$function$;
+
+-- Whether a text certainly begins with a character that is no blank; ascii() returns the code point.
+CREATE OR REPLACE FUNCTION circle.begins_well(p_text text)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT ascii(p_text) BETWEEN 33 AND 126 OR ascii(p_text) BETWEEN 161 AND 5759 OR ascii(p_text) >= 12289
+$function$;
+
+-- Whether all ids certainly have neither leading nor trailing blanks and are not empty; false is no proof of the contrary.
+CREATE OR REPLACE FUNCTION circle.surely_trimmed(p_ids text[])
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT array_to_string(p_ids, E'\n') COLLATE "C" !~ ('(^|\n)([^!-~\u00A1-\u167F\u3001-\U0010FFFF]|$)'
+                                                         '|[^!-~\u00A1-\u167F\u3001-\U0010FFFF](\n|$)')
+$function$;
+
+-- JSON that Python can't read: more than 64 levels, or a number out of the range of floats. jsonb_path_match ignores values that
+-- are no numbers; both functions return NULL for NULL.
+CREATE OR REPLACE FUNCTION circle.nested_too_deep(p_json jsonb)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT jsonb_path_exists(p_json, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")')
+$function$;
+
+CREATE OR REPLACE FUNCTION circle.number_too_large(p_json jsonb)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT jsonb_path_match(p_json, '$[*].** > 1.7976931348623157e308 || $[*].** < -1.7976931348623157e308')
+$function$;
+
+-- ---- alembic/sql/010_graph/3_versions.sql
+
+CREATE OR REPLACE VIEW circle.pipeline_version_nodes WITH (security_invoker=true) AS
+ SELECT v.pipeline_id,
+    v.version,
+    ((c.place - 1))::integer AS "position",
+    c.node_id,
+    c.node_type,
+    c.predecessors,
+    c.successors
+   FROM (circle.pipeline_versions v
+     CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c(node_id, node_type, predecessors, successors, place));
+
+-- ---- alembic/sql/010_graph/4_compile.sql
 
 -- The types of nodes; pipeline_node_runs has a CHECK with the same list.
 CREATE OR REPLACE FUNCTION circle.node_types()
@@ -293,6 +481,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_no_lists(p_nodes jsonb, p_edges jsonb)
  RETURNS void
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
     IF coalesce(jsonb_typeof(p_nodes), '') <> 'array' OR coalesce(jsonb_typeof(p_edges), '') <> 'array' THEN
@@ -310,6 +499,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_cycle(p_ids text[], p_sources integer[]
  RETURNS void
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
     before integer[] := array_fill(0, ARRAY[cardinality(p_ids)]);
@@ -361,6 +551,7 @@ CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT i
  RETURNS record
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_nestloop TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
@@ -482,11 +673,12 @@ BEGIN
     END IF;
 END $function$;
 
--- A row for each node of a graph that can be sorted: positions by generation, then by place.
+-- The nodes of a graph that can be sorted, in execution order: by generation, then by place.
 CREATE OR REPLACE FUNCTION circle.compile_graph(p_nodes jsonb, p_edges jsonb)
- RETURNS TABLE(node_position integer, id text, type text, preds integer[], succs integer[])
+ RETURNS circle.compiled_node[]
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET enable_nestloop TO 'off'
  SET enable_mergejoin TO 'off'
  SET jit TO 'off'
@@ -498,1013 +690,20 @@ DECLARE
         FROM unnest(g.generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
 BEGIN
     -- sorted before they are gathered: a sort for each list would take longer than all the rest
-    RETURN QUERY WITH edges AS MATERIALIZED (
+    RETURN ARRAY(WITH edges AS MATERIALIZED (
         SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(g.sources, g.targets) e (source, target)
     ), incoming AS (
         SELECT e.target AS pos, array_agg(e.source) AS list FROM (SELECT * FROM edges ORDER BY target, source) e GROUP BY 1
     ), outgoing AS (
         SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
     )
-    SELECT u.pos, u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}') FROM unnest(positions, g.ids, g.types) u (pos, id, type)
+    SELECT ROW(u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}'))::circle.compiled_node
+    FROM unnest(positions, g.ids, g.types) u (pos, id, type)
     LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
-    ORDER BY u.pos;
+    ORDER BY u.pos);
 END $function$;
 
-CREATE OR REPLACE FUNCTION circle.write_version(p_pipeline_id integer, p_version integer, p_nodes jsonb, p_edges jsonb)
- RETURNS void
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    INSERT INTO circle.pipeline_version_nodes
-        (pipeline_id, version, position, node_id, node_type, predecessors, successors)
-    SELECT p_pipeline_id, p_version, c.node_position, c.id, c.type, c.preds, c.succs
-    FROM circle.compile_graph(p_nodes, p_edges) c;
-    INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges, node_count)
-    VALUES (p_pipeline_id, p_version, p_nodes, p_edges, jsonb_array_length(p_nodes));
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipelines_before()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    NEW.version := OLD.version + (NEW.nodes IS DISTINCT FROM OLD.nodes OR NEW.edges IS DISTINCT FROM OLD.edges)::integer;
-    RETURN NEW;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipelines_after()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    PERFORM circle.write_version(NEW.id, NEW.version, NEW.nodes, NEW.edges);
-    RETURN NULL;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_versions_frozen()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    RAISE EXCEPTION 'versions of a pipeline are immutable' USING ERRCODE = 'integrity_constraint_violation';
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_versions_after_delete()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    DELETE FROM circle.pipeline_version_nodes WHERE pipeline_id = OLD.pipeline_id AND version = OLD.version;
-    RETURN NULL;
-END $function$;
-
--- ---- alembic/sql/009b_lifecycle/4_guards.sql
-
--- RUN_TRANSITIONS and NODE_TRANSITIONS of gathering_pipeline/lifecycle.py; a test compares them. Both functions are inlined.
-CREATE OR REPLACE FUNCTION circle.run_may_become(p_current text, p_requested text)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT CASE p_current
-        WHEN 'pending' THEN p_requested IN ('running', 'failed', 'cancelled')
-        WHEN 'running' THEN p_requested IN ('pending', 'completed', 'failed', 'cancelled', 'timeout')
-        ELSE false END
-$function$;
-
-CREATE OR REPLACE FUNCTION circle.node_may_become(p_current text, p_requested text)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT CASE p_current
-        WHEN 'pending' THEN p_requested IN ('running', 'completed', 'failed', 'skipped', 'cancelled')
-        WHEN 'running' THEN p_requested IN ('pending', 'completed', 'failed', 'cancelled')
-        ELSE false END
-$function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    IF NEW.status = 'running' THEN
-        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
-    ELSE
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
-            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
-    END IF;
-    RETURN NEW;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_before()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        IF current_setting('session_replication_role') <> 'replica' THEN
-            SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
-            JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
-            WHERE p.id = NEW.pipeline_id;
-        END IF;
-    ELSIF NOT circle.run_may_become(OLD.status, NEW.status) THEN
-        IF OLD.status = NEW.status AND current_setting('session_replication_role') = 'replica' THEN
-            RETURN NEW;   -- updates of a logical subscriber name every column, changed or not
-        END IF;
-        -- the current status is refused, too: of two writers that end a run only one may succeed
-        PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
-    END IF;
-    IF NEW.status = 'running' THEN
-        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
-    ELSIF NEW.status <> 'pending' THEN
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-        NEW.lease_expires_at := NULL;
-        IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
-        END IF;
-    END IF;
-    RETURN NEW;
-END $function$;
-
--- A trigger after the insert, because ON CONFLICT DO UPDATE proposes rows that are never inserted.
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_insert()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    PERFORM circle.refuse_transition(NEW.id, NULL, 'new', NEW.status, '');
-    RETURN NULL;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_terminal()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status,
-                                     'the end and the error of a terminal run are final, and claim tokens only grow');
-    RETURN NULL;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_after()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    IF NEW.status IN ('failed', 'cancelled', 'timeout') THEN
-        UPDATE circle.pipeline_node_runs SET status = 'cancelled'
-        WHERE run_id = NEW.id AND (status IN ('pending', 'running')) IS TRUE;
-    ELSIF EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = NEW.id AND (
-            status = 'running' OR NEW.status = 'completed' AND status IN ('pending', 'failed'))) THEN
-        PERFORM circle.refuse_transition(NEW.id, NULL, OLD.status, NEW.status, 'some of its nodes are live or failed');
-    END IF;
-    RETURN NULL;
-END $function$;
-
--- A hot path: it has few expressions, because PL/pgSQL prepares each of them in every transaction.
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    run_status text;
-BEGIN
-    IF NEW.status = 'running' THEN
-        -- locks the run, so that it isn't released concurrently; functions of this package hold the lock already
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = NEW.run_id FOR NO KEY UPDATE;
-    ELSE
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = NEW.run_id;
-    END IF;
-    IF NOT circle.node_may_become(OLD.status, NEW.status)
-       -- a node moves only while its run is running, or is cancelled with it; a replica may apply the run's row later
-       OR NOT (run_status = 'running' OR NEW.status = 'cancelled' AND run_status IN ('failed', 'cancelled', 'timeout')
-               OR current_setting('session_replication_role') = 'replica') THEN
-        IF OLD.status = NEW.status AND current_setting('session_replication_role') = 'replica' THEN
-            RETURN NEW;   -- as in pipeline_runs_before
-        END IF;
-        PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
-                                         CASE WHEN run_status <> 'running' THEN 'its run is ' || run_status END);
-    END IF;
-    IF NEW.status = 'running' THEN
-        NEW.started_at := CASE WHEN NEW.started_at IS DISTINCT FROM OLD.started_at THEN NEW.started_at ELSE clock_timestamp() END;
-    ELSIF NEW.status <> 'pending' THEN
-        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
-            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
-    END IF;
-    RETURN NEW;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    new_run record;
-    run_status text;
-BEGIN
-    -- a query on a transition table is planned on every call: this one is small, and the one in the loop is cached
-    FOR new_run IN SELECT run_id, max(node_id) AS node_id, bool_or(status = 'running') AS running FROM new_rows
-                   WHERE status IN ('pending', 'running') GROUP BY run_id ORDER BY run_id LOOP
-        -- locks the run, so that it doesn't end concurrently
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = new_run.run_id FOR NO KEY UPDATE;
-        IF run_status <> 'running' AND (run_status <> 'pending' OR new_run.running) THEN
-            PERFORM circle.refuse_transition(new_run.run_id, new_run.node_id, 'new',
-                                             CASE WHEN new_run.running THEN 'running' ELSE 'pending' END,
-                                             'its run is ' || run_status);
-        END IF;
-    END LOOP;
-    RETURN NULL;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_failed()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    UPDATE circle.pipeline_runs SET failed_node = NEW.node_id WHERE id = NEW.run_id AND failed_node IS NULL;
-    RETURN NULL;
-END $function$;
-
--- ---- alembic/sql/009b_lifecycle/5_runs.sql
-
--- Whether the caller holds the run: its token is the run's, or it gives none and the run has no lease. Inlined.
-CREATE OR REPLACE FUNCTION circle.holds_run(p_claim_token bigint, p_lease_expires_at timestamp with time zone, p_token bigint)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT coalesce(p_claim_token = p_token, p_lease_expires_at IS NULL)
-$function$;
-
--- Raises why a call on a run is refused.
-CREATE OR REPLACE FUNCTION circle.refuse_run(p_run_id bigint, p_token bigint, p_requested text, p_reason text DEFAULT ''::text)
- RETURNS void
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-BEGIN
-    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
-    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
-        PERFORM circle.refuse_lease(p_run_id);
-    END IF;
-    PERFORM circle.refuse_transition(p_run_id, NULL, r.status, p_requested, p_reason);
-END $function$;
-
--- Locks the run for a caller that holds it, and starts a pending one.
-CREATE OR REPLACE FUNCTION circle.lock_run(p_run_id bigint, p_token bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-BEGIN
-    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
-    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       OR r.status NOT IN ('pending', 'running') THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
-    ELSIF r.status = 'pending' THEN
-        UPDATE circle.pipeline_runs SET status = 'running' WHERE id = p_run_id RETURNING * INTO r;
-    END IF;
-    RETURN r;
-END $function$;
-
--- Ends a locked run. The trigger pipeline_runs_after cancels its live nodes.
-CREATE OR REPLACE FUNCTION circle.end_run(p_run_id bigint, p_status text, p_error text)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-BEGIN
-    UPDATE circle.pipeline_runs SET status = p_status, error_message = coalesce(p_error, error_message)
-    WHERE id = p_run_id RETURNING * INTO r;
-    IF p_status <> 'cancelled' THEN
-        UPDATE circle.pipelines SET success_count = success_count + (p_status = 'completed')::integer,
-                                    error_count = error_count + (p_status <> 'completed')::integer
-        WHERE id = r.pipeline_id;
-    END IF;
-    RETURN r;
-END $function$;
-
--- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
-CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    r record;
-BEGIN
-    SELECT t.failed_node,
-           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id
-                   AND (status = 'running' OR status = 'pending' AND retry_count > 0)) AS busy,
-           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending') AS pending
-    INTO r FROM circle.pipeline_runs t WHERE t.id = p_run_id;
-    IF r.busy THEN
-        RETURN NULL;
-    ELSIF r.failed_node IS NOT NULL THEN
-        RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
-                                                   WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending THEN
-        IF EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
-            RETURN NULL;
-        END IF;
-        -- the pending nodes wait for a cancelled one
-        UPDATE circle.pipeline_node_runs SET status = 'cancelled' WHERE run_id = p_run_id AND status = 'pending';
-    END IF;
-    RETURN circle.end_run(p_run_id, 'completed', NULL);
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-    pipeline_status text;
-    created integer;
-    expected integer;
-BEGIN
-    -- shared among creators; delete_pipeline waits for this lock before it takes any other
-    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
-    -- the first run with this key is returned even if the pipeline has been paused since
-    FOR attempt IN 1 .. 2 LOOP
-        IF p_key IS NOT NULL THEN
-            SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
-            IF FOUND THEN
-                RETURN r;
-            END IF;
-        END IF;
-        INSERT INTO circle.pipeline_runs (pipeline_id, trigger_data, idempotency_key)
-        SELECT p.id, p_trigger_data, p_key FROM circle.pipelines p
-        WHERE p.id = p_pipeline_id AND (p.status = 'active') IS TRUE
-        ON CONFLICT (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
-        RETURNING * INTO r;
-        EXIT WHEN FOUND;
-    END LOOP;
-    IF r.id IS NOT NULL AND r.pipeline_version IS NOT NULL THEN
-        INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
-        SELECT r.id, v.node_id, v.node_type, v.position, v.predecessors, v.successors
-        FROM circle.pipeline_version_nodes v
-        WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version ORDER BY v.position;
-        GET DIAGNOSTICS created = ROW_COUNT;
-        SELECT node_count INTO expected FROM circle.pipeline_versions
-        WHERE pipeline_id = r.pipeline_id AND version = r.pipeline_version;
-        IF created = 0 THEN
-            PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
-        ELSIF created <> expected THEN
-            RAISE EXCEPTION 'version % of pipeline % has % of its % nodes', r.pipeline_version, r.pipeline_id, created, expected
-                USING ERRCODE = 'data_corrupted';
-        END IF;
-        UPDATE circle.pipelines SET run_count = run_count + 1, last_run = greatest(last_run, clock_timestamp())
-        WHERE id = p_pipeline_id AND (status = 'active') IS TRUE;
-        IF FOUND THEN
-            RETURN r;
-        END IF;
-    END IF;
-    SELECT p.status INTO pipeline_status FROM circle.pipelines p WHERE p.id = p_pipeline_id;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
-    ELSIF pipeline_status = 'active' THEN
-        PERFORM circle.sort_graph(p.nodes, p.edges) FROM circle.pipelines p WHERE p.id = p_pipeline_id;
-        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
-    END IF;
-    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, pipeline_status USING ERRCODE = 'PL006',
-        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', pipeline_status);
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.start_run(p_run_id bigint, p_token bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-BEGIN
-    UPDATE circle.pipeline_runs SET status = 'running'
-    WHERE id = p_run_id AND circle.run_may_become(status, 'running')
-      AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    RETURNING * INTO r;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
-    END IF;
-    RETURN r;
-END $function$;
-
--- Ends a run with the caller's status: completed, failed or cancelled. A cancel needs no token.
-CREATE OR REPLACE FUNCTION circle.conclude_run(p_run_id bigint, p_status text, p_error text, p_token bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (p_status = 'cancelled' OR circle.holds_run(claim_token, lease_expires_at, p_token))
-      AND circle.run_may_become(status, p_status)
-    FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, p_status);
-    END IF;
-    RETURN circle.end_run(p_run_id, p_status, p_error);
-END $function$;
-
--- Ends a run with the status that follows from its nodes.
-CREATE OR REPLACE FUNCTION circle.finish_run(p_run_id bigint, p_token bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'completed');
-    END IF;
-    r := circle.end_run_if_done(p_run_id);
-    IF r.id IS NULL THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'completed', 'some of its nodes are running, ready or waiting for a retry');
-    END IF;
-    RETURN r;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb, p_token bigint)
- RETURNS void
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-BEGIN
-    UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
-    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
-    END IF;
-END $function$;
-
--- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
--- would drop it from the order and might scan the primary key through the runs of other pipelines. Without sorts only the
--- right index remains.
-CREATE OR REPLACE FUNCTION circle.page_of_runs(p_pipeline_id bigint, p_status text, p_after bigint, p_limit integer)
- RETURNS SETOF circle.pipeline_runs
- LANGUAGE plpgsql
- STABLE
- SET plan_cache_mode TO 'force_generic_plan'
- SET enable_sort TO 'off'
- SET enable_incremental_sort TO 'off'
- SET enable_seqscan TO 'off'
-AS $function$
-BEGIN
-    IF p_pipeline_id IS NOT NULL THEN
-        RETURN QUERY SELECT * FROM circle.pipeline_runs r
-        WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, p_after)
-          AND (p_status IS NULL OR r.status = p_status)
-        ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit;
-    ELSIF p_status IS NOT NULL THEN
-        RETURN QUERY SELECT * FROM circle.pipeline_runs r
-        WHERE r.status >= p_status AND (r.status, r.id) < (p_status, p_after)
-        ORDER BY r.status DESC, r.id DESC LIMIT p_limit;
-    ELSE
-        RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
-    END IF;
-END $function$;
-
--- Locks the runs before their pipeline. The advisory lock keeps create_run out.
-CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean)
- RETURNS void
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    live bigint;
-BEGIN
-    PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));
-    IF p_force THEN
-        PERFORM FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
-        ORDER BY id FOR UPDATE;
-    END IF;
-    PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
-    END IF;
-    SELECT count(*) INTO live FROM circle.pipeline_runs
-    WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running');
-    IF live > 0 AND NOT p_force THEN
-        RAISE EXCEPTION 'pipeline % has % live runs', p_pipeline_id, live USING ERRCODE = 'PL010',
-            DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'live_runs', live);
-    END IF;
-    DELETE FROM circle.pipelines WHERE id = p_pipeline_id;
-END $function$;
-
--- ---- alembic/sql/009b_lifecycle/6_nodes.sql
-
--- Returns what blocks a pending node, NULL if it is ready. RETURNS SETOF, because a function with a subquery is inlined only in
--- FROM.
-CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id integer, p_predecessors integer[], p_retry_count integer, p_available_at timestamp with time zone)
- RETURNS SETOF text
- LANGUAGE sql
- STABLE
-AS $function$
-    SELECT CASE
-        WHEN p_available_at > clock_timestamp() THEN 'retry'
-        WHEN (p_run_status = 'running') IS NOT TRUE THEN 'run'
-        WHEN p_failed_node IS NOT NULL AND p_retry_count = 0 THEN 'failure'
-        WHEN p_predecessors <> '{}' THEN (
-            SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
-                        WHEN bool_or(p.status = 'completed') IS NOT TRUE THEN 'skipped' END
-            FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
-    END
-$function$;
-
-CREATE OR REPLACE VIEW circle.pending_node_runs AS
- SELECT n.id,
-    n.run_id,
-    n.node_id,
-    n."position",
-    b.reason AS blocked_by,
-    ARRAY( SELECT p.node_id
-           FROM circle.pipeline_node_runs p
-          WHERE ((p.run_id = n.run_id) AND (p."position" = ANY (n.predecessors)) AND ((p.status)::text <> ALL ((ARRAY['completed'::character varying, 'skipped'::character varying])::text[])))
-          ORDER BY p."position") AS waiting_for
-   FROM ((circle.pipeline_node_runs n
-     JOIN circle.pipeline_runs r ON ((r.id = n.run_id)))
-     CROSS JOIN LATERAL circle.blocked_by((r.status)::text, (r.failed_node)::text, n.run_id, n.predecessors, n.retry_count, n.available_at) b(reason))
-  WHERE ((n.status)::text = 'pending'::text);
-
-CREATE OR REPLACE VIEW circle.startable_node_runs AS
- SELECT id,
-    run_id,
-    node_id,
-    "position"
-   FROM circle.pending_node_runs n
-  WHERE (blocked_by IS NULL);
-
--- Raises why a call on a node run is refused.
-CREATE OR REPLACE FUNCTION circle.refuse_node(p_run_id bigint, p_node_id text, p_token bigint, p_requested text)
- RETURNS void
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-    n circle.pipeline_node_runs;
-    p record;
-BEGIN
-    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
-    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
-        PERFORM circle.refuse_lease(p_run_id);
-    END IF;
-    SELECT * INTO n FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
-    ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
-        SELECT blocked_by, to_jsonb(waiting_for) AS waiting_for INTO p
-        FROM circle.pending_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
-        RAISE EXCEPTION 'node % of run % is not ready', p_node_id, p_run_id USING ERRCODE = 'PL005',
-            DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id, 'waiting_for', coalesce(p.waiting_for, '[]'),
-                'reason', CASE
-                    WHEN p.waiting_for <> '[]' THEN ''
-                    WHEN p.blocked_by = 'retry' THEN 'its retry is due at ' || n.available_at
-                    WHEN p.blocked_by = 'failure' THEN format('node %L failed, and only retries start after a failure', r.failed_node)
-                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'none of its predecessors is completed: skip it, too'
-                    ELSE 'it became ready during this call: try again' END);
-    END IF;
-    PERFORM circle.refuse_transition(p_run_id, p_node_id, n.status, p_requested,
-                                     CASE WHEN r.status <> 'running' THEN 'its run is ' || r.status END);
-END $function$;
-
--- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
--- positions and those of the nodes that follow the skipped ones.
-CREATE OR REPLACE FUNCTION circle.skip_followers(p_run_id bigint, p_positions integer[])
- RETURNS integer[]
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    following integer[] := p_positions;
-    touched integer[] := p_positions;
-BEGIN
-    WHILE cardinality(following) > 0 LOOP
-        WITH skipped AS (
-            UPDATE circle.pipeline_node_runs n SET status = 'skipped'
-            WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
-              AND (SELECT bool_and(p.status = 'skipped') FROM circle.pipeline_node_runs p
-                   WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
-            RETURNING n.successors
-        )
-        SELECT array_agg(DISTINCT s.position) INTO following FROM skipped k CROSS JOIN unnest(k.successors) s (position);
-        touched := touched || following;
-    END LOOP;
-    RETURN touched;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.start_node(p_run_id bigint, p_node_id text, p_input jsonb, p_token bigint)
- RETURNS circle.pipeline_node_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    failed text;
-    started circle.pipeline_node_runs;
-BEGIN
-    UPDATE circle.pipeline_runs SET current_node = left(p_node_id, 100)
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    RETURNING failed_node INTO failed;
-    IF FOUND THEN
-        UPDATE circle.pipeline_node_runs n SET status = 'running', input_data = coalesce(p_input, n.input_data)
-        WHERE n.run_id = p_run_id AND n.node_id = p_node_id AND n.status = 'pending'
-          AND (SELECT b.reason FROM circle.blocked_by('running', failed, n.run_id, n.predecessors, n.retry_count,
-                                                      n.available_at) b (reason)) IS NULL
-        RETURNING * INTO started;
-        IF FOUND THEN
-            RETURN started;
-        END IF;
-    END IF;
-    PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'running');
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_token bigint)
- RETURNS circle.pipeline_node_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    n circle.pipeline_node_runs;
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    FOR NO KEY UPDATE;
-    IF FOUND THEN
-        UPDATE circle.pipeline_node_runs
-        SET status = 'completed', output_data = coalesce(p_output, output_data), error_message = NULL
-        WHERE run_id = p_run_id AND node_id = p_node_id AND circle.node_may_become(status, 'completed')
-        RETURNING * INTO n;
-        IF FOUND THEN
-            RETURN n;
-        END IF;
-    END IF;
-    PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'completed');
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.skip_node(p_run_id bigint, p_node_id text, p_token bigint)
- RETURNS circle.pipeline_node_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    n circle.pipeline_node_runs;
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    FOR NO KEY UPDATE;
-    IF FOUND THEN
-        UPDATE circle.pipeline_node_runs SET status = 'skipped'
-        WHERE run_id = p_run_id AND node_id = p_node_id AND circle.node_may_become(status, 'skipped') RETURNING * INTO n;
-        IF FOUND THEN
-            PERFORM circle.skip_followers(p_run_id, n.successors);
-            RETURN n;
-        END IF;
-    END IF;
-    PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'skipped');
-END $function$;
-
--- Records that the attempt of a node, or of all running nodes, failed: it is retried if retries remain, else failed.
-CREATE OR REPLACE FUNCTION circle.fail_attempts(p_run_id bigint, p_node_id text, p_error text, p_retryable boolean)
- RETURNS SETOF circle.pipeline_node_runs
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    p circle.pipelines;
-BEGIN
-    SELECT * INTO p FROM circle.pipelines WHERE id = (SELECT pipeline_id FROM circle.pipeline_runs WHERE id = p_run_id);
-    RETURN QUERY UPDATE circle.pipeline_node_runs n SET
-        status = CASE WHEN a.retried THEN 'pending' ELSE 'failed' END,
-        retry_count = n.retry_count + a.retried::integer,
-        available_at = CASE WHEN a.retried THEN clock_timestamp() + make_interval(secs => least(
-            p.retry_backoff_base * power(2, least(n.retry_count, 62)), p.retry_backoff_max)) END,
-        error_message = p_error
-    FROM (
-        SELECT t.id, p_retryable AND t.status = 'running' AND t.retry_count < p.max_retries_per_node AS retried
-        FROM circle.pipeline_node_runs t
-        WHERE t.run_id = p_run_id AND CASE WHEN p_node_id IS NULL THEN t.status = 'running'
-                                      ELSE t.node_id = p_node_id AND circle.node_may_become(t.status, 'failed') END
-    ) a
-    WHERE n.id = a.id
-    RETURNING n.*;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.fail_node(p_run_id bigint, p_node_id text, p_error text, p_retryable boolean, p_token bigint)
- RETURNS circle.pipeline_node_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    n circle.pipeline_node_runs;
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
-    FOR NO KEY UPDATE;
-    IF FOUND THEN
-        SELECT * INTO n FROM circle.fail_attempts(p_run_id, p_node_id, p_error, p_retryable);
-        IF FOUND THEN
-            RETURN n;
-        END IF;
-    END IF;
-    PERFORM circle.refuse_node(p_run_id, p_node_id, p_token, 'failed');
-END $function$;
-
--- Records results, all or none. Returns the positions of the nodes that may have become ready.
-CREATE OR REPLACE FUNCTION circle.apply_results(p_run_id bigint, p_results jsonb)
- RETURNS integer[]
- LANGUAGE plpgsql
-AS $function$
-DECLARE
-    done record;
-    bad record;
-BEGIN
-    WITH results AS (
-        SELECT x.* FROM jsonb_to_recordset(p_results)
-            AS x (node_id text, status text, output jsonb, error text, duration_ms integer, retry_count integer)
-    ), updated AS (
-        UPDATE circle.pipeline_node_runs n SET
-            status = x.status, output_data = coalesce(x.output, n.output_data), error_message = x.error,
-            duration_ms = coalesce(x.duration_ms, 0), retry_count = greatest(n.retry_count, x.retry_count),
-            -- of a node that is reported after it ran
-            started_at = coalesce(n.started_at, CASE WHEN x.status IN ('completed', 'failed') THEN
-                clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END)
-        FROM results x
-        WHERE n.run_id = p_run_id AND n.node_id = x.node_id
-          -- NOT IN, because with a list of the terminal statuses the planner would expect few results and join by loops
-          AND circle.node_may_become(n.status, x.status) AND x.status NOT IN ('pending', 'running')
-        RETURNING n.node_id, n.status, n.successors
-    )
-    SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
-           bool_or(u.status = 'skipped') AS skipped, array_agg(u.node_id) FILTER (WHERE u.status = 'failed') AS failed
-    INTO done FROM updated u LEFT JOIN unnest(u.successors) WITH ORDINALITY s (position, ord) ON true;
-    IF coalesce(cardinality(done.nodes), 0) <> jsonb_array_length(p_results) THEN
-        SELECT x.node_id, x.status, n.status AS current, count(*) OVER (PARTITION BY x.node_id) AS times INTO bad
-        FROM jsonb_to_recordset(p_results) AS x (node_id text, status text)
-        LEFT JOIN circle.pipeline_node_runs n ON n.run_id = p_run_id AND n.node_id = x.node_id
-        ORDER BY n.id IS NULL DESC, times DESC, x.node_id = ANY (done.nodes) LIMIT 1;
-        IF bad.current IS NULL THEN
-            PERFORM circle.refuse_unknown_node(p_run_id, bad.node_id);
-        END IF;
-        PERFORM circle.refuse_transition(p_run_id, bad.node_id, bad.current, bad.status,
-                                         CASE WHEN bad.times > 1 THEN 'the batch has more than one result for it' END);
-    END IF;
-    IF done.failed IS NOT NULL THEN
-        -- the failed node is the first in execution order of the first batch with failures, in whatever order rows were updated
-        UPDATE circle.pipeline_runs SET failed_node = (
-            SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed'
-            ORDER BY position, id LIMIT 1)
-        WHERE id = p_run_id AND failed_node = ANY (done.failed);
-    END IF;
-    IF done.skipped THEN
-        RETURN circle.skip_followers(p_run_id, done.following);
-    END IF;
-    RETURN done.following;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.advance_run(p_run_id bigint, p_results jsonb, p_token bigint)
- RETURNS SETOF circle.pipeline_node_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r circle.pipeline_runs;
-    started circle.pipeline_node_runs;
-    fresh boolean;
-    following integer[];   -- positions that may have become ready; NULL: any
-BEGIN
-    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
-    IF (r.status = 'running' AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)) IS NOT TRUE THEN
-        fresh := r.started_at IS NULL;
-        r := circle.lock_run(p_run_id, p_token);
-    END IF;
-    IF p_results <> '[]' THEN
-        following := coalesce(circle.apply_results(p_run_id, p_results), '{}');
-        IF p_results @? '$[*] ? (@.status == "failed")' THEN
-            SELECT failed_node INTO r.failed_node FROM circle.pipeline_runs WHERE id = p_run_id;
-        END IF;
-    ELSIF fresh THEN
-        SELECT array_agg(position) INTO following FROM circle.pipeline_node_runs
-        WHERE run_id = p_run_id AND predecessors = '{}';
-    END IF;
-    IF r.failed_node IS NOT NULL THEN
-        following := NULL;   -- retries that are due can be anywhere
-    END IF;
-    IF following IS NULL THEN
-        FOR started IN
-            UPDATE circle.pipeline_node_runs n SET status = 'running'
-            WHERE n.run_id = p_run_id AND n.status = 'pending'
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
-                                                          n.available_at) b (reason)) IS NULL
-            RETURNING * LOOP
-            RETURN NEXT started;
-        END LOOP;
-    ELSE
-        FOR started IN
-            UPDATE circle.pipeline_node_runs n SET status = 'running'
-            WHERE n.run_id = p_run_id AND n.position = ANY (following) AND n.status = 'pending'
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
-                                                          n.available_at) b (reason)) IS NULL
-            RETURNING * LOOP
-            RETURN NEXT started;
-        END LOOP;
-    END IF;
-    IF FOUND THEN
-        UPDATE circle.pipeline_runs SET current_node = started.node_id WHERE id = p_run_id;
-    ELSE
-        PERFORM circle.end_run_if_done(p_run_id);
-    END IF;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint)
- RETURNS void
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-BEGIN
-    PERFORM circle.lock_run(p_run_id, p_token);
-    PERFORM circle.apply_results(p_run_id, p_results);
-END $function$;
-
--- ---- alembic/sql/009b_lifecycle/7_workers.sql
-
-CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer)
- RETURNS SETOF circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-BEGIN
-    RETURN QUERY WITH picked AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE status = 'pending' ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
-    )
-    UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = r.claim_token + 1,
-        claim_count = r.claim_count + 1, lease_expires_at = clock_timestamp() + p_lease
-    WHERE r.id = ANY (ARRAY(SELECT picked.id FROM picked)) RETURNING r.*;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval)
- RETURNS timestamp with time zone
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    expires timestamptz;
-BEGIN
-    UPDATE circle.pipeline_runs SET lease_expires_at = clock_timestamp() + p_lease
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
-    RETURNING lease_expires_at INTO expires;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_lease(p_run_id);
-    END IF;
-    RETURN expires;
-END $function$;
-
--- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
-CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer)
- RETURNS circle.pipeline_runs
- LANGUAGE sql
-AS $function$
-    UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
-        claim_token = claim_token + 1, claim_count = claim_count - p_counts
-    WHERE id = p_run_id RETURNING *
-$function$;
-
-CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint)
- RETURNS circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-BEGIN
-    PERFORM FROM circle.pipeline_runs
-    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
-    FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM circle.refuse_lease(p_run_id);
-    END IF;
-    -- the release is deliberate: neither the attempts of its nodes nor the claim count
-    UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
-    RETURN circle.requeue_run(p_run_id, 1);
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer)
- RETURNS SETOF circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r record;
-    result circle.pipeline_runs;
-BEGIN
-    -- in the order of pipelines, so that two sweeps lock counters in the same order
-    FOR r IN SELECT id, claim_count FROM (
-                 SELECT id, pipeline_id, claim_count FROM circle.pipeline_runs
-                 WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-                 ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED) t
-             ORDER BY pipeline_id, id LOOP
-        PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true);
-        result := circle.end_run_if_done(r.id);
-        IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
-            result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
-        ELSIF result.id IS NULL THEN
-            result := circle.requeue_run(r.id, 0);
-        END IF;
-        RETURN NEXT result;
-    END LOOP;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer)
- RETURNS SETOF circle.pipeline_runs
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
-AS $function$
-DECLARE
-    r record;
-BEGIN
-    FOR r IN SELECT id, timeout_seconds FROM (
-                 SELECT t.id, t.pipeline_id, p.timeout_seconds FROM circle.pipeline_runs t
-                 JOIN circle.pipelines p ON p.id = t.pipeline_id
-                 WHERE t.status = 'running' AND p.timeout_seconds > 0
-                   AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-                 ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED) t
-             ORDER BY pipeline_id, id LOOP
-        RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
-    END LOOP;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer)
- RETURNS integer
- LANGUAGE plpgsql
- SET plan_cache_mode TO 'force_generic_plan'
- SET enable_sort TO 'off'
-AS $function$
-DECLARE
-    before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
-    deleted integer;
-BEGIN
-    WITH old AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE completed_at < before
-        ORDER BY completed_at LIMIT p_limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM circle.pipeline_runs WHERE id = ANY (ARRAY(SELECT old.id FROM old));
-    GET DIAGNOSTICS deleted = ROW_COUNT;
-    RETURN deleted;
-END $function$;
-
--- ---- alembic/sql/010b_graph_guard/1_values.sql
-
--- Blanks are those of Unicode's White_Space and the four separators U+001C to U+001F, as Python's str.strip has them.
-CREATE OR REPLACE FUNCTION circle.trimmed(p_text text)
- RETURNS text
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
-$function$;
-
--- Whether a text certainly begins with a character that is no blank; ascii() returns the code point.
-CREATE OR REPLACE FUNCTION circle.begins_well(p_text text)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT ascii(p_text) BETWEEN 33 AND 126 OR ascii(p_text) BETWEEN 161 AND 5759 OR ascii(p_text) >= 12289
-$function$;
-
--- Whether all ids certainly have neither leading nor trailing blanks and are not empty; false is no proof of the contrary.
-CREATE OR REPLACE FUNCTION circle.surely_trimmed(p_ids text[])
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT array_to_string(p_ids, E'\n') COLLATE "C" !~ ('(^|\n)([^!-~\u00A1-\u167F\u3001-\U0010FFFF]|$)'
-                                                         '|[^!-~\u00A1-\u167F\u3001-\U0010FFFF](\n|$)')
-$function$;
-
--- JSON that Python can't read: more than 64 levels, or a number out of the range of floats. jsonb_path_match ignores values that
--- are no numbers; both functions return NULL for NULL.
-CREATE OR REPLACE FUNCTION circle.nested_too_deep(p_json jsonb)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT jsonb_path_exists(p_json, 'strict $.**{64 to last} ? (@.type() == "object" || @.type() == "array")')
-$function$;
-
-CREATE OR REPLACE FUNCTION circle.number_too_large(p_json jsonb)
- RETURNS boolean
- LANGUAGE sql
- IMMUTABLE
-AS $function$
-    SELECT jsonb_path_match(p_json, '$[*].** > 1.7976931348623157e308 || $[*].** < -1.7976931348623157e308')
-$function$;
-
--- ---- alembic/sql/010b_graph_guard/2_graph.sql
+-- ---- alembic/sql/010_graph/5_check.sql
 
 -- A row for each invalid value of a node, and for each configuration that a draft may lack; keys is the path within the node.
 -- The first condition passes by the nodes that are certainly valid, which is all that most graphs cost.
@@ -1512,6 +711,7 @@ CREATE OR REPLACE FUNCTION circle.node_findings(p_nodes jsonb)
  RETURNS TABLE(place bigint, id text, code text, message text, keys jsonb)
  LANGUAGE sql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
     SELECT n.ord - 1, n.id, f.code, format('nodes[%s]%s', n.ord - 1, f.message), f.keys
     FROM (
@@ -1577,6 +777,7 @@ CREATE OR REPLACE FUNCTION circle.edge_findings(p_edges jsonb)
  RETURNS TABLE(place bigint, id text, code text, message text, keys jsonb)
  LANGUAGE sql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
     SELECT e.ord - 1, e.id, f.code, format('edges[%s]%s', e.ord - 1, f.message), f.keys
     FROM (
@@ -1606,6 +807,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_unreadable(p_key text, p_json jsonb)
  RETURNS void
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
     too_deep boolean := circle.nested_too_deep(p_json);
@@ -1643,6 +845,7 @@ CREATE OR REPLACE FUNCTION circle.check_graph(p_nodes jsonb, p_edges jsonb, p_ac
  RETURNS void
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET jit TO 'off'
 AS $function$
 DECLARE
@@ -1695,14 +898,51 @@ BEGIN
     END IF;
 END $function$;
 
+-- ---- alembic/sql/010_graph/6_guards.sql
+
+-- Trigger functions run with the rights of their owner, so that writers need none on the tables that only triggers write. Hence
+-- they serve no table but their own.
+CREATE OR REPLACE FUNCTION circle.refuse_other_table(p_function text, p_table regclass)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'circle.% can''t be a trigger of %', p_function, p_table USING ERRCODE = 'insufficient_privilege';
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.is_replica()
+ RETURNS boolean
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT current_setting('session_replication_role') = 'replica'
+$function$;
+
+-- Numbers the graphs: 1 for the first, one more for each other.
+CREATE OR REPLACE FUNCTION circle.pipelines_before()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        NEW.version := OLD.version + (NEW.nodes IS DISTINCT FROM OLD.nodes OR NEW.edges IS DISTINCT FROM OLD.edges)::integer;
+    ELSIF NOT circle.is_replica() THEN
+        NEW.version := 1;
+    END IF;
+    RETURN NEW;
+END $function$;
+
 CREATE OR REPLACE FUNCTION circle.pipelines_accept()
  RETURNS trigger
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
     IF TG_OP = 'INSERT' OR NEW.version IS DISTINCT FROM OLD.version THEN
         PERFORM circle.check_graph(NEW.nodes, NEW.edges, NEW.status = 'active');
-        IF current_setting('session_replication_role') = 'replica' THEN
+        IF circle.is_replica() THEN
             PERFORM circle.sort_graph(NEW.nodes, NEW.edges);   -- else it is sorted when the version is written
         END IF;
     ELSIF NEW.status = 'active' AND OLD.status <> 'active' THEN
@@ -1712,230 +952,1940 @@ BEGIN
     RETURN NULL;
 END $function$;
 
--- ---- alembic/sql/010b_graph_guard/3_json.sql
+CREATE OR REPLACE FUNCTION circle.pipelines_after()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_RELID <> 'circle.pipelines'::regclass THEN
+        PERFORM circle.refuse_other_table('pipelines_after', TG_RELID);
+    END IF;
+    INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges) VALUES (NEW.id, NEW.version, NEW.nodes, NEW.edges);
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipelines_after() FROM PUBLIC;
 
-CREATE OR REPLACE FUNCTION circle.refuse_json(p_where text, p_table name, p_trigger name)
+-- A version is what the compiler makes of the pipeline's graph, whoever inserts it; a replica may get its pipeline later.
+CREATE OR REPLACE FUNCTION circle.pipeline_versions_before()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        RAISE EXCEPTION 'versions of a pipeline are immutable' USING ERRCODE = 'integrity_constraint_violation';
+    ELSIF NOT circle.is_replica() AND NOT EXISTS (
+            SELECT FROM circle.pipelines p WHERE p.id = NEW.pipeline_id AND p.version = NEW.version
+                                             AND p.nodes = NEW.nodes AND p.edges = NEW.edges) THEN
+        RAISE EXCEPTION 'version % is not the graph of pipeline %: change nodes and edges of the pipeline, which writes a version',
+            NEW.version, NEW.pipeline_id USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    NEW.compiled := circle.compile_graph(NEW.nodes, NEW.edges);
+    NEW.node_count := cardinality(NEW.compiled);
+    RETURN NEW;
+END $function$;
+
+-- A version goes with its pipeline, or once neither the pipeline nor a run names it. Runs are created under the same lock.
+CREATE OR REPLACE FUNCTION circle.pipeline_versions_after_delete()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_versions'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_versions_after_delete', TG_RELID);
+    ELSIF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id) THEN
+        PERFORM pg_advisory_xact_lock(1734964328, hashint8(OLD.pipeline_id));
+        IF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id AND version = OLD.version) THEN
+            RAISE EXCEPTION 'version % is the current one of pipeline %', OLD.version, OLD.pipeline_id
+                USING ERRCODE = 'integrity_constraint_violation';
+        ELSIF EXISTS (SELECT FROM circle.pipeline_runs WHERE pipeline_id = OLD.pipeline_id AND pipeline_version = OLD.version) THEN
+            RAISE EXCEPTION 'runs of pipeline % have version %', OLD.pipeline_id, OLD.version
+                USING ERRCODE = 'integrity_constraint_violation';
+        END IF;
+    END IF;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_versions_after_delete() FROM PUBLIC;
+
+-- Neither events nor versions have a foreign key that takes them along in TRUNCATE ... CASCADE of less than all.
+CREATE OR REPLACE FUNCTION circle.pipeline_versions_after_truncate()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF EXISTS (SELECT FROM circle.pipelines) THEN
+        RAISE EXCEPTION 'pipelines would be left without versions: TRUNCATE circle.pipelines CASCADE empties all tables'
+            USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN NULL;
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/1_tables.sql
+
+-- It is merged with that of revision 008, as each CHECK costs time in every statement.
+CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamp with time zone, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
+        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at);
+END $function$;
+
+-- It is merged with that of revision 008, as each CHECK costs time in every statement.
+CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamp with time zone, p_started_at timestamp with time zone, p_completed_at timestamp with time zone, p_claim_token bigint, p_claim_count integer, p_worker_id text, p_lease_expires_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
+        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
+        AND p_claim_token >= 0 AND p_claim_count >= 0
+        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/2_errors.sql
+
+-- PL001: an illegal transition, of a run where p_node_id is NULL, else of its node run. It returns boolean, so that a condition can
+-- call it.
+CREATE OR REPLACE FUNCTION circle.refuse_transition(p_run_id bigint, p_node_id text, p_current text, p_requested text, p_reason text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    entity text := CASE WHEN p_node_id IS NULL THEN 'run' ELSE 'node run' END;
+    id jsonb := coalesce(to_jsonb(p_run_id || '/' || p_node_id), to_jsonb(p_run_id));
+BEGIN
+    RAISE EXCEPTION '% % is % and can''t become %', entity, id #>> '{}', p_current,
+        concat_ws(': ', coalesce(p_requested, 'NULL'), nullif(p_reason, ''))
+        USING ERRCODE = 'PL001', DETAIL = jsonb_build_object('entity', entity, 'id', id, 'current', p_current,
+                                                             'requested', p_requested, 'reason', coalesce(p_reason, ''));
+END $function$;
+
+-- PL012: a terminal run.
+CREATE OR REPLACE FUNCTION circle.refuse_run_over(p_run_id bigint, p_status text, p_completed_at timestamp with time zone, p_error text, p_requested text)
  RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'run % is % since %: neither it nor its nodes can become %', p_run_id, p_status, p_completed_at, p_requested
+        USING ERRCODE = 'PL012', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', p_status, 'completed_at', p_completed_at,
+                                                             'error', left(p_error, 1000), 'requested', p_requested);
+END $function$;
+
+-- PL002
+CREATE OR REPLACE FUNCTION circle.refuse_unknown_pipeline(p_pipeline_id bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
+        USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+END $function$;
+
+-- PL007: the caller doesn't hold the run; PL003: there is no such run.
+CREATE OR REPLACE FUNCTION circle.refuse_lease(p_run_id bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    run_status text;
+BEGIN
+    SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'run % does not exist', p_run_id
+            USING ERRCODE = 'PL003', DETAIL = jsonb_build_object('run_id', p_run_id);
+    END IF;
+    RAISE EXCEPTION 'the lease on run % is lost: the run is %', p_run_id, run_status
+        USING ERRCODE = 'PL007', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', run_status);
+END $function$;
+
+-- PL004
+CREATE OR REPLACE FUNCTION circle.refuse_unknown_node(p_run_id bigint, p_node_id text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'run % has no node %', p_run_id, left(p_node_id, 200)
+        USING ERRCODE = 'PL004', DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id);
+END $function$;
+
+-- PL011. The lifecycle needs a new snapshot for each statement: two transactions that complete the last two predecessors of a node
+-- would else both leave it waiting for the other.
+CREATE OR REPLACE FUNCTION circle.refuse_isolation()
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'runs can''t be changed at isolation level %', current_setting('transaction_isolation')
+        USING ERRCODE = 'PL011', DETAIL = jsonb_build_object('level', current_setting('transaction_isolation')),
+              HINT = 'Begin the transaction with ISOLATION LEVEL READ COMMITTED, or set default_transaction_isolation.';
+END $function$;
+
+-- Whether each statement of the transaction has a snapshot of its own. Inlined.
+CREATE OR REPLACE FUNCTION circle.is_read_committed()
+ RETURNS boolean
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')
+$function$;
+
+-- What no writer may change. p_what names the columns.
+CREATE OR REPLACE FUNCTION circle.refuse_change(p_row text, p_what text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION '% of % can''t be changed', p_what, p_row USING ERRCODE = 'integrity_constraint_violation';
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.refuse_json(p_where text, p_table name)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
     RAISE EXCEPTION '%: nested deeper than 64, or a number too large for a float', p_where
-        USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_trigger;
+        USING ERRCODE = 'check_violation', SCHEMA = 'circle', TABLE = p_table, CONSTRAINT = p_table || '_json';
 END $function$;
 
--- Only changed values are checked: else a run with values from before this revision could never end, and nothing could be
--- appended to such logs. OLD is NULL in an INSERT.
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_json()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    IF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data
-       AND (circle.nested_too_deep(NEW.trigger_data) OR circle.number_too_large(NEW.trigger_data))
-       OR NEW.logs IS DISTINCT FROM OLD.logs
-       AND (circle.nested_too_deep(NEW.logs) OR circle.number_too_large(NEW.logs))
-       AND (circle.nested_too_deep(OLD.logs) OR circle.number_too_large(OLD.logs)) IS NOT TRUE THEN
-        PERFORM circle.refuse_json(format('trigger_data or logs of run %s', NEW.id), TG_TABLE_NAME, TG_NAME);
-    END IF;
-    RETURN NEW;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_json()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    IF NEW.input_data IS DISTINCT FROM OLD.input_data
-       AND (circle.nested_too_deep(NEW.input_data) OR circle.number_too_large(NEW.input_data))
-       OR NEW.output_data IS DISTINCT FROM OLD.output_data
-       AND (circle.nested_too_deep(NEW.output_data) OR circle.number_too_large(NEW.output_data)) THEN
-        PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
-                                   TG_TABLE_NAME, TG_NAME);
-    END IF;
-    RETURN NEW;
-END $function$;
-
--- ---- alembic/sql/011b_events/1_log.sql
-
--- Inlined. xid8 has no arithmetic, hence the casts.
-CREATE OR REPLACE FUNCTION circle.event_xid()
- RETURNS xid8
+-- Whether Python can read a JSON value; NULL is readable. Inlined.
+CREATE OR REPLACE FUNCTION circle.is_readable(p_json jsonb)
+ RETURNS boolean
  LANGUAGE sql
+ IMMUTABLE
 AS $function$
-    SELECT greatest(pg_current_xact_id(), (pg_snapshot_xmax(pg_current_snapshot())::text::bigint - 1)::text::xid8)
+    SELECT (circle.nested_too_deep(p_json) OR circle.number_too_large(p_json)) IS NOT TRUE
 $function$;
 
--- ---- alembic/sql/011b_events/2_maintenance.sql
+-- ---- alembic/sql/011_lifecycle/3_guards.sql
 
-CREATE OR REPLACE FUNCTION circle.pipeline_events_frozen()
- RETURNS trigger
- LANGUAGE plpgsql
+-- RUN_TRANSITIONS and NODE_TRANSITIONS of gathering_pipeline/lifecycle.py; a test compares them. Both functions are inlined.
+CREATE OR REPLACE FUNCTION circle.run_may_become(p_current text, p_requested text)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
 AS $function$
-BEGIN
-    RAISE EXCEPTION 'events are immutable' USING ERRCODE = 'integrity_constraint_violation';
-END $function$;
+    SELECT CASE p_current
+        WHEN 'pending' THEN p_requested IN ('running', 'failed', 'cancelled')
+        WHEN 'running' THEN p_requested IN ('pending', 'completed', 'failed', 'cancelled', 'timeout')
+        ELSE false END
+$function$;
 
-CREATE OR REPLACE FUNCTION circle.pipeline_events_notify()
- RETURNS trigger
- LANGUAGE plpgsql
+CREATE OR REPLACE FUNCTION circle.node_may_become(p_current text, p_requested text)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
 AS $function$
-BEGIN
-    NOTIFY circle_events;
-    RETURN NULL;
-END $function$;
+    SELECT CASE p_current
+        WHEN 'pending' THEN p_requested IN ('running', 'completed', 'failed', 'skipped', 'cancelled')
+        WHEN 'running' THEN p_requested IN ('pending', 'completed', 'failed', 'cancelled')
+        ELSE false END
+$function$;
 
--- Switches whether commits wake listeners, which poll otherwise. Off by default, because commits that notify are serialized.
-CREATE OR REPLACE FUNCTION circle.notify_events(p_on boolean)
+-- Adds up the rows of counters that no other transaction holds, a row for each pipeline.
+CREATE OR REPLACE FUNCTION circle.add_up_counters()
  RETURNS void
  LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    DROP TRIGGER IF EXISTS pipeline_events_notify ON circle.pipeline_events;
-    IF p_on THEN
-        CREATE TRIGGER pipeline_events_notify AFTER INSERT ON circle.pipeline_events
-            FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
+    WITH free AS MATERIALIZED (
+        SELECT ctid FROM circle.pipeline_counters FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT free.ctid FROM free)) RETURNING *
+    )
+    INSERT INTO circle.pipeline_counters
+    SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
+           sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
+    FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
+END $function$;
+REVOKE ALL ON FUNCTION circle.add_up_counters() FROM PUBLIC;
+
+-- Counts runs that change from a status to another; a NULL is no status. One in some hundred calls adds up the rows.
+CREATE OR REPLACE FUNCTION circle.count_runs(p_pipeline_id integer, p_old text, p_new text, p_number bigint DEFAULT 1)
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout) VALUES (
+        p_pipeline_id,
+        CASE 'pending' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END,
+        CASE 'running' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END,
+        CASE 'completed' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END,
+        CASE 'failed' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END,
+        CASE 'cancelled' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END,
+        CASE 'timeout' WHEN p_new THEN p_number WHEN p_old THEN -p_number ELSE 0 END);
+    IF random() < 0.005 AND circle.is_read_committed() THEN
+        PERFORM circle.add_up_counters();
+    END IF;
+END $function$;
+REVOKE ALL ON FUNCTION circle.count_runs(integer,text,text,bigint) FROM PUBLIC;
+
+-- Judges and completes a row. Logs may be written after the end; a claim token grows, to at most the microseconds of the clock.
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_before()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        IF NOT circle.is_replica() THEN
+            SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
+            JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
+            WHERE p.id = NEW.pipeline_id;
+        END IF;
+        IF NEW.status = 'pending' AND NEW.trigger_data = '{}' AND NEW.logs = '[]' THEN
+            RETURN NEW;
+        ELSIF NOT (circle.is_readable(NEW.trigger_data) AND circle.is_readable(NEW.logs)) THEN
+            PERFORM circle.refuse_json('trigger_data or logs', TG_TABLE_NAME);
+        END IF;
+    ELSE
+        IF (CASE NEW.status
+               WHEN 'running' THEN OLD.status = 'pending' AND NEW.started_at IS NOT NULL AND NEW.completed_at IS NULL
+               WHEN 'completed' THEN OLD.status = 'running' AND NEW.completed_at IS NOT NULL AND NEW.lease_expires_at IS NULL
+                   AND NEW.duration_seconds IS NOT NULL END)
+           AND NEW.pipeline_id = OLD.pipeline_id AND NEW.id = OLD.id AND NEW.claim_token = OLD.claim_token
+           AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL
+           AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
+            RETURN NEW;
+        END IF;
+        IF NEW.id <> OLD.id OR NEW.pipeline_id <> OLD.pipeline_id
+           OR NEW.pipeline_version IS DISTINCT FROM OLD.pipeline_version THEN
+            PERFORM circle.refuse_change('run ' || OLD.id, 'id, pipeline_id and pipeline_version');
+        ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.run_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
+            PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
+        ELSIF OLD.completed_at IS NOT NULL AND (NEW.completed_at IS DISTINCT FROM OLD.completed_at
+                                                OR NEW.error_message IS DISTINCT FROM OLD.error_message) THEN
+            PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, 'the end and the error of a terminal run are final');
+        ELSIF NEW.claim_token < OLD.claim_token
+              OR NEW.claim_token > OLD.claim_token AND NEW.claim_token > circle.next_token(OLD.claim_token) AND NOT circle.is_replica() THEN
+            PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status,
+                                             'claim tokens only grow, by one or to the microseconds of the clock');
+        -- only changed values are checked: else a run with values from before this revision could never end
+        ELSIF NEW.trigger_data IS DISTINCT FROM OLD.trigger_data AND NOT circle.is_readable(NEW.trigger_data)
+              OR NEW.logs IS DISTINCT FROM OLD.logs AND NOT circle.is_readable(NEW.logs) AND circle.is_readable(OLD.logs) THEN
+            PERFORM circle.refuse_json(format('trigger_data or logs of run %s', OLD.id), TG_TABLE_NAME);
+        ELSIF NEW.status = OLD.status THEN
+            RETURN NEW;
+        END IF;
+    END IF;
+    IF NEW.status = 'running' THEN
+        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
+    ELSIF NEW.status <> 'pending' THEN
+        NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
+        NEW.lease_expires_at := NULL;
+        IF coalesce(NEW.duration_seconds, 0) = 0 THEN
+            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
+        END IF;
+    END IF;
+    RETURN NEW;
+END $function$;
+
+-- The fencing token after this one. It grows with the clock, so that neither a restore nor a failover issues one twice. Inlined.
+CREATE OR REPLACE FUNCTION circle.next_token(p_token bigint)
+ RETURNS bigint
+ LANGUAGE sql
+AS $function$
+    SELECT greatest(p_token + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
+$function$;
+
+-- The current status is refused, too: of two writers that end a run or a node run only one may succeed. An UPDATE of a logical
+-- subscriber names every column, changed or not.
+CREATE OR REPLACE FUNCTION circle.refuse_same_status()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF NOT circle.is_replica() THEN
+        PERFORM circle.refuse_transition((to_jsonb(OLD) ->> CASE TG_TABLE_NAME WHEN 'pipeline_runs' THEN 'id' ELSE 'run_id' END)::bigint,
+                                         to_jsonb(OLD) ->> 'node_id', OLD.status, NEW.status, '');
+    END IF;
+    RETURN NEW;
+END $function$;
+
+-- Judges inserted runs here and not BEFORE, because ON CONFLICT proposes rows that are never inserted.
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_insert()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    c record;
+    started boolean := false;
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_runs_after_insert', TG_RELID);
+    END IF;
+    FOR c IN SELECT pipeline_id, status, count(*) AS number, min(id) AS first,
+                    max(claim_token) > circle.next_token(0) AS ahead
+             FROM new_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status LOOP
+        IF c.status NOT IN ('pending', 'running') OR c.ahead THEN
+            PERFORM circle.refuse_transition(c.first, NULL, 'new', c.status, CASE WHEN c.ahead THEN 'its claim token is ahead of the clock' END);
+        END IF;
+        PERFORM circle.count_runs(c.pipeline_id, NULL, c.status, c.number);
+        started := started OR c.status = 'running';
+    END LOOP;
+    IF started THEN
+        INSERT INTO circle.pipeline_events (xid, run_id, type)
+        SELECT circle.event_xid(), id, circle.run_event(status) FROM new_rows WHERE status = 'running' ORDER BY id;
+    END IF;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_runs_after_insert() FROM PUBLIC;
+
+-- Writes the event, takes live nodes along, refuses an end that would leave some.
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_update()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF NEW.status IN ('failed', 'cancelled', 'timeout') AND TG_RELID = 'circle.pipeline_runs'::regclass THEN
+        UPDATE circle.pipeline_node_runs SET status = 'cancelled' WHERE run_id = NEW.id AND (status IN ('pending', 'running')) IS TRUE;
+    END IF;
+    INSERT INTO circle.pipeline_events (xid, run_id, type, data)
+    SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
+           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message) ELSE '{}' END
+    WHERE CASE
+        WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
+             OR NEW.status IN ('pending', 'completed') AND EXISTS (
+                 SELECT FROM circle.pipeline_node_runs WHERE run_id = NEW.id AND (
+                     status = 'running' OR NEW.status = 'completed' AND status IN ('pending', 'failed')))
+        THEN circle.refuse_run_change(TG_RELID, NEW.id, OLD.status, NEW.status)
+        ELSE NEW.status <> 'pending' END;
+    PERFORM circle.count_runs(NEW.pipeline_id, OLD.status, NEW.status);
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_runs_after_update() FROM PUBLIC;
+
+-- Raises why pipeline_runs_after_update refuses a row.
+CREATE OR REPLACE FUNCTION circle.refuse_run_change(p_table regclass, p_run_id bigint, p_current text, p_requested text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF p_table <> 'circle.pipeline_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_runs_after_update', p_table);
+    ELSIF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    RETURN circle.refuse_transition(p_run_id, NULL, p_current, p_requested, 'some of its nodes are live or failed');
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_delete()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_runs_after_delete', TG_RELID);
+    END IF;
+    PERFORM circle.count_runs(c.pipeline_id, c.status, NULL, c.number)
+    FROM (SELECT pipeline_id, status, count(*) AS number FROM old_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status) c;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_runs_after_delete() FROM PUBLIC;
+
+-- Events and counters have no row left that they are about.
+CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_truncate()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_runs_after_truncate', TG_RELID);
+    END IF;
+    TRUNCATE circle.pipeline_events, circle.pipeline_counters;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_runs_after_truncate() FROM PUBLIC;
+
+-- Completes a proposed row; pipeline_node_runs_after_insert judges those that were inserted.
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF NOT (circle.is_readable(NEW.input_data) AND circle.is_readable(NEW.output_data)) THEN
+        PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
+                                   TG_TABLE_NAME);
+    ELSIF NEW.status = 'running' THEN
+        NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
+    ELSIF NEW.status <> 'pending' AND NEW.completed_at IS NULL THEN
+        NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
+    END IF;
+    RETURN NEW;
+END $function$;
+
+-- Judges and completes a changed row. position, predecessors and successors may be set once, where they are NULL.
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF (CASE NEW.status
+           WHEN 'running' THEN OLD.status = 'pending' AND NEW.started_at IS DISTINCT FROM OLD.started_at AND NEW.completed_at IS NULL
+           WHEN 'completed' THEN OLD.status IN ('pending', 'running') AND NEW.completed_at IS NOT NULL END)
+       AND NEW.run_id = OLD.run_id AND NEW.node_id = OLD.node_id AND NEW.id = OLD.id AND NEW.node_type = OLD.node_type
+       AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors
+       AND (NEW.output_data = OLD.output_data OR circle.is_readable(NEW.output_data))
+       AND (NEW.input_data = OLD.input_data OR circle.is_readable(NEW.input_data)) THEN
+        RETURN NEW;
+    END IF;
+    IF NEW.run_id <> OLD.run_id OR NEW.node_id <> OLD.node_id OR NEW.id <> OLD.id OR NEW.node_type <> OLD.node_type
+       OR OLD.position IS NOT NULL AND NEW.position IS DISTINCT FROM OLD.position
+       OR OLD.predecessors IS NOT NULL AND NEW.predecessors IS DISTINCT FROM OLD.predecessors
+       OR OLD.successors IS NOT NULL AND NEW.successors IS DISTINCT FROM OLD.successors THEN
+        PERFORM circle.refuse_change(format('node %s of run %s', OLD.node_id, OLD.run_id),
+                                     'id, run_id, node_id, node_type, position, predecessors and successors');
+    ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.node_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
+        PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
+            (SELECT 'its run is ' || r.status FROM circle.pipeline_runs r WHERE r.id = OLD.run_id AND r.status <> 'running'));
+    ELSIF NEW.input_data IS DISTINCT FROM OLD.input_data AND NOT circle.is_readable(NEW.input_data)
+          OR NEW.output_data IS DISTINCT FROM OLD.output_data AND NOT circle.is_readable(NEW.output_data) THEN
+        PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
+                                   TG_TABLE_NAME);
+    ELSIF NEW.status = OLD.status THEN
+        RETURN NEW;
+    ELSIF NEW.status = 'pending' THEN
+        -- a due time tells a retry from a run that is released: pipeline_node_runs_after_update relies on it
+        NEW.available_at := CASE
+            WHEN NEW.retry_count > OLD.retry_count THEN coalesce(NEW.available_at, clock_timestamp())
+            WHEN NEW.available_at IS DISTINCT FROM OLD.available_at THEN NEW.available_at END;
+    ELSIF NEW.status = 'running' THEN
+        NEW.started_at := CASE WHEN NEW.started_at IS DISTINCT FROM OLD.started_at THEN NEW.started_at ELSE clock_timestamp() END;
+    ELSIF NEW.completed_at IS NULL THEN
+        NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+            ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
+    END IF;
+    RETURN NEW;
+END $function$;
+
+-- Notes the first of the failed nodes of a run, in execution order: whatever order a statement changes them in. Returns true.
+CREATE OR REPLACE FUNCTION circle.note_failure(p_run_id bigint)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    UPDATE circle.pipeline_runs SET failed_node = (
+        SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed' ORDER BY position, id LIMIT 1)
+    WHERE id = p_run_id AND failed_node IS NULL AND completed_at IS NULL;
+    RETURN true;
+END $function$;
+
+-- Raises why a node can't have a new status when the statement has ended, or returns whether it has an event. A statement that ends a
+-- node and its run together is legal: both rows have its command number.
+CREATE OR REPLACE FUNCTION circle.judge_node(p_run_id bigint, p_node_id text, p_current text, p_requested text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    run_status text;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT (run_status = 'running'
+            OR p_requested = 'cancelled' AND p_current <> 'new' AND run_status IN ('failed', 'cancelled', 'timeout')
+            OR p_current = 'new' AND run_status = 'pending' AND p_requested <> 'running'
+            OR p_requested NOT IN ('running', 'pending') AND run_status <> 'pending' AND EXISTS (
+                SELECT FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
+                WHERE n.run_id = p_run_id AND n.node_id = p_node_id AND n.xmin = r.xmin AND n.cmin = r.cmin)) THEN
+        PERFORM circle.refuse_transition(p_run_id, p_node_id, p_current, p_requested, 'its run is ' || run_status);
+    END IF;
+    RETURN p_requested <> 'cancelled';
+END $function$;
+
+-- The data of the event of a node run that failed or waits: for its retry, or because its run was released.
+CREATE OR REPLACE FUNCTION circle.node_event_data(n circle.pipeline_node_runs)
+ RETURNS jsonb
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT CASE n.status
+        WHEN 'failed' THEN jsonb_build_object('error', n.error_message)
+        ELSE jsonb_build_object('attempt', CASE WHEN n.available_at IS NULL THEN n.retry_count + 1::bigint ELSE greatest(n.retry_count, 1) END,
+                                'error', n.error_message, 'available_at', n.available_at) END
+$function$;
+
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r record;
+    run_status text;
+    eventful boolean := false;
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_node_runs_after_insert', TG_RELID);
+    END IF;
+    FOR r IN SELECT run_id, bool_or(status NOT IN ('pending', 'cancelled')) AS eventful, bool_or(status = 'failed') AS failed,
+                    min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
+             FROM new_rows GROUP BY run_id ORDER BY run_id LOOP
+        -- locks the run, so that it doesn't end concurrently
+        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
+        IF run_status <> 'running' AND (run_status <> 'pending' OR r.running IS NOT NULL) THEN
+            PERFORM circle.judge_node(r.run_id, coalesce(r.running, r.node_id), 'new',
+                                      CASE WHEN r.running IS NOT NULL THEN 'running' ELSE r.status END);
+        ELSIF r.failed THEN
+            PERFORM circle.note_failure(r.run_id);
+        END IF;
+        eventful := eventful OR r.eventful;
+    END LOOP;
+    IF eventful THEN
+        INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
+        SELECT circle.event_xid(), run_id, node_id, circle.node_event(status),
+               CASE WHEN status = 'failed' THEN jsonb_build_object('error', error_message) ELSE '{}' END
+        FROM new_rows WHERE status NOT IN ('pending', 'cancelled') ORDER BY run_id, position, id;
+    END IF;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_insert() FROM PUBLIC;
+
+-- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
+-- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_node_runs_after_update', TG_RELID);
+    END IF;
+    INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
+    SELECT circle.event_xid(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
+        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = m.id) ELSE '{}' END
+    FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    WHERE CASE
+        WHEN CASE m.status
+                 WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
+                 ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
+             AND circle.is_read_committed()
+        THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
+        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
+    ORDER BY m.run_id, m.id;   -- ids are given in execution order
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_update() FROM PUBLIC;
+
+-- Node runs go with their run, or once it is over.
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_delete()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    live record;
+BEGIN
+    IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
+        PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
+    END IF;
+    SELECT r.id, r.status INTO live FROM (SELECT DISTINCT run_id FROM old_rows) o
+    -- by the primary key: a join would read all live runs
+    CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
+    WHERE r.status IN ('pending', 'running') LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id, live.status
+            USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
+    END IF;
+    RETURN NULL;
+END $function$;
+REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_delete() FROM PUBLIC;
+
+CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_truncate()
+ RETURNS trigger
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF EXISTS (SELECT FROM circle.pipeline_runs) THEN
+        RAISE EXCEPTION 'runs would be left without nodes: TRUNCATE circle.pipeline_runs CASCADE empties both tables'
+            USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN NULL;
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/5_runs.sql
+
+-- Whether the caller holds the run: its token is the run's, or it gives none and the run has no lease. Inlined.
+CREATE OR REPLACE FUNCTION circle.holds_run(p_claim_token bigint, p_lease_expires_at timestamp with time zone, p_token bigint)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT coalesce(p_claim_token = p_token, p_lease_expires_at IS NULL)
+$function$;
+
+-- Raises why a call on a run is refused.
+CREATE OR REPLACE FUNCTION circle.refuse_run(p_run_id bigint, p_token bigint, p_requested text, p_reason text DEFAULT ''::text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    IF r.completed_at IS NOT NULL THEN
+        PERFORM circle.refuse_run_over(p_run_id, r.status, r.completed_at, r.error_message, p_requested);
+    END IF;
+    PERFORM circle.refuse_transition(p_run_id, NULL, r.status, p_requested, p_reason);
+END $function$;
+
+-- The run, if a call repeats the one that ended it, with the token that held it then; else raises why the call is refused.
+CREATE OR REPLACE FUNCTION circle.repeat_or_refuse_run(p_run_id bigint, p_statuses text[], p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND claim_token = p_token AND status = ANY (p_statuses);
+    IF r.completed_at IS NULL OR NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, p_statuses[1]);
+    END IF;
+    PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+    RETURN r;
+END $function$;
+
+-- Locks the run for a caller that holds it, and starts a pending one.
+CREATE OR REPLACE FUNCTION circle.lock_run(p_run_id bigint, p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
+       OR r.status NOT IN ('pending', 'running') THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+    ELSIF r.status = 'pending' THEN
+        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+        WHERE id = p_run_id RETURNING * INTO r;
+    END IF;
+    RETURN r;
+END $function$;
+
+-- Ends a locked run. The trigger pipeline_runs_after_update cancels its live nodes.
+CREATE OR REPLACE FUNCTION circle.end_run(p_run_id bigint, p_status text, p_error text)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    UPDATE circle.pipeline_runs SET status = p_status, error_message = coalesce(p_error, error_message),
+        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL,
+        duration_seconds = least(coalesce(extract(epoch FROM greatest(clock_timestamp(), started_at) - started_at), 0), 2147483647)
+    WHERE id = p_run_id RETURNING * INTO r;
+    IF p_status <> 'cancelled' THEN
+        INSERT INTO circle.pipeline_counters (pipeline_id, success_count, error_count)
+        VALUES (r.pipeline_id, (p_status = 'completed')::integer, (p_status <> 'completed')::integer);
+    END IF;
+    RETURN r;
+END $function$;
+
+-- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
+CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r record;
+BEGIN
+    SELECT t.failed_node,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id
+                   AND (status = 'running' OR status = 'pending' AND retry_count > 0)) AS busy,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending') AS pending,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'cancelled') AS cancelled
+    INTO r FROM circle.pipeline_runs t WHERE t.id = p_run_id;
+    IF r.busy THEN
+        RETURN NULL;
+    ELSIF r.failed_node IS NOT NULL THEN
+        RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
+                                                   WHERE run_id = p_run_id AND node_id = r.failed_node));
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
+        RETURN NULL;
+    END IF;
+    -- pending nodes that can't start wait for a cancelled one
+    RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);
+END $function$;
+
+-- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
+-- begun; record_run begins one at once.
+CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, OUT r circle.pipeline_runs, OUT is_new boolean)
+ RETURNS record
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    is_new := false;
+    -- shared among creators; delete_pipeline waits for this lock before it takes any other
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    -- the first run with this key is returned even if the pipeline has been paused since
+    FOR attempt IN 1 .. 2 LOOP
+        IF p_key IS NOT NULL THEN
+            SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
+            EXIT WHEN FOUND;
+        END IF;
+        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
+        SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
+        WHERE p.id = p_pipeline_id AND (p.status = 'active') IS TRUE
+        ON CONFLICT (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+        RETURNING * INTO r;
+        is_new := FOUND;
+        EXIT WHEN is_new;
+    END LOOP;
+    IF is_new THEN
+        INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
     END IF;
 END $function$;
 
--- Moves restored events before all others, in their order, after a restore into a cluster whose transactions have lower numbers.
--- Has to be called before events are read. Returns the number of changed events. Later events have higher ids.
-CREATE OR REPLACE FUNCTION circle.reset_event_xids()
- RETURNS bigint
+-- Raises why a run of a pipeline can't be created.
+CREATE OR REPLACE FUNCTION circle.refuse_create(p_pipeline_id bigint)
+ RETURNS void
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
-    changed bigint;
+    p circle.pipelines;
 BEGIN
-    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
-        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
-    GET DIAGNOSTICS changed = ROW_COUNT;
-    RETURN changed;
+    SELECT * INTO p FROM circle.pipelines WHERE id = p_pipeline_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
+    ELSIF p.status = 'active' THEN
+        PERFORM circle.sort_graph(p.nodes, p.edges);
+        IF p.nodes = '[]' THEN
+            PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
+        END IF;
+        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
+    END IF;
+    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
+        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
 END $function$;
 
--- ---- alembic/sql/011b_events/3_reads.sql
-
--- EventType, RUN_EVENTS and NODE_EVENTS of the package (events.py, lifecycle.py); a test compares them.
-CREATE OR REPLACE FUNCTION circle.event_types()
- RETURNS text[]
- LANGUAGE sql
- IMMUTABLE
+CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
-    SELECT ARRAY['pipeline_run.started', 'pipeline_run.completed', 'pipeline_run.failed', 'pipeline_run.cancelled',
-                 'pipeline_run.timeout', 'pipeline_node.started', 'pipeline_node.completed', 'pipeline_node.failed',
-                 'pipeline_node.skipped', 'pipeline_node.retrying']
-$function$;
+DECLARE
+    created record;
+BEGIN
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key);
+    IF created.is_new THEN
+        INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
+        SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
+        FROM circle.pipeline_versions v
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        WHERE v.pipeline_id = (created.r).pipeline_id AND v.version = (created.r).pipeline_version
+        ORDER BY c.place;
+        IF NOT FOUND THEN
+            PERFORM circle.refuse_create(p_pipeline_id);
+        END IF;
+    ELSIF (created.r).id IS NULL THEN
+        PERFORM circle.refuse_create(p_pipeline_id);
+    END IF;
+    RETURN created.r;
+END $function$;
 
--- The event of a run's new status; NULL where it has none. A run that returns to pending has an event when it starts again.
-CREATE OR REPLACE FUNCTION circle.run_event(p_status text)
- RETURNS text
- LANGUAGE sql
- IMMUTABLE
+CREATE OR REPLACE FUNCTION circle.start_run(p_run_id bigint, p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
-    SELECT CASE p_status
-        WHEN 'running' THEN 'pipeline_run.started'
-        WHEN 'completed' THEN 'pipeline_run.completed'
-        WHEN 'failed' THEN 'pipeline_run.failed'
-        WHEN 'cancelled' THEN 'pipeline_run.cancelled'
-        WHEN 'timeout' THEN 'pipeline_run.timeout' END
-$function$;
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+    WHERE id = p_run_id AND (status = 'pending') IS TRUE
+      AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    RETURNING * INTO r;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+    END IF;
+    RETURN r;
+END $function$;
 
--- The event of a node run's new status; NULL where it has none. A cancelled node has its run's event.
-CREATE OR REPLACE FUNCTION circle.node_event(p_status text)
- RETURNS text
- LANGUAGE sql
- IMMUTABLE
+-- Ends a run with the caller's status: completed, failed or cancelled. A cancel needs no token.
+CREATE OR REPLACE FUNCTION circle.conclude_run(p_run_id bigint, p_status text, p_error text, p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
-    SELECT CASE p_status
-        WHEN 'running' THEN 'pipeline_node.started'
-        WHEN 'completed' THEN 'pipeline_node.completed'
-        WHEN 'failed' THEN 'pipeline_node.failed'
-        WHEN 'skipped' THEN 'pipeline_node.skipped'
-        WHEN 'pending' THEN 'pipeline_node.retrying' END
-$function$;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (p_status = 'cancelled' OR circle.holds_run(claim_token, lease_expires_at, p_token))
+      AND circle.run_may_become(status, p_status)
+    FOR NO KEY UPDATE;
+    IF NOT FOUND AND p_status <> 'cancelled' THEN
+        RETURN circle.repeat_or_refuse_run(p_run_id, ARRAY[p_status], p_token);
+    ELSIF NOT FOUND THEN   -- of several that cancel one wins
+        PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
+    END IF;
+    RETURN circle.end_run(p_run_id, p_status, p_error);
+END $function$;
 
-CREATE OR REPLACE FUNCTION circle.page_of_events(p_run_id bigint, p_xid xid8, p_id bigint, p_limit integer)
- RETURNS SETOF circle.pipeline_events
+-- Ends a run with the status that follows from its nodes.
+CREATE OR REPLACE FUNCTION circle.finish_run(p_run_id bigint, p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed}', p_token);
+    END IF;
+    r := circle.end_run_if_done(p_run_id);
+    IF r.id IS NULL THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'completed', 'some of its nodes are running, ready or waiting for a retry');
+    END IF;
+    RETURN r;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb, p_token bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
+    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
+    END IF;
+END $function$;
+
+-- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
+-- would drop it from the order and might scan the primary key through the runs of other pipelines. Without sorts only the
+-- right index remains.
+CREATE OR REPLACE FUNCTION circle.page_of_runs(p_pipeline_id bigint, p_status text, p_after bigint, p_limit integer)
+ RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
  STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
- SET enable_seqscan TO 'off'
- SET enable_bitmapscan TO 'off'
  SET enable_sort TO 'off'
  SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
 AS $function$
 BEGIN
-    IF p_run_id IS NULL THEN
-        RETURN QUERY SELECT * FROM circle.pipeline_events
-        WHERE (xid, id) > (p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot()) AND type = ANY (circle.event_types())
-        ORDER BY xid, id LIMIT p_limit;
+    IF p_pipeline_id IS NOT NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r
+        WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, p_after)
+          AND (p_status IS NULL OR r.status = p_status)
+        ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit;
+    ELSIF p_status IS NOT NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r
+        WHERE r.status >= p_status AND (r.status, r.id) < (p_status, p_after)
+        ORDER BY r.status DESC, r.id DESC LIMIT p_limit;
     ELSE
-        -- >= and <=, because with "=" the planner would drop run_id from the order and might use the other index
-        RETURN QUERY SELECT * FROM circle.pipeline_events
-        WHERE run_id >= p_run_id AND run_id <= p_run_id
-          AND (run_id, xid, id) > (p_run_id, p_xid, p_id) AND xid < pg_snapshot_xmin(pg_current_snapshot())
-          AND type = ANY (circle.event_types())
-        ORDER BY run_id, xid, id LIMIT p_limit;
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
     END IF;
 END $function$;
 
--- Later events are younger, so only the first ones can be old enough.
-CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer)
+-- The number of runs of a pipeline by status, and the median and the 95th percentile of the seconds that completed ones took: of the
+-- last p_limit runs, as far as they were created after p_since. Without sorts only the right index remains, as in page_of_runs.
+CREATE OR REPLACE FUNCTION circle.run_statistics(p_pipeline_id bigint, p_since timestamp with time zone, p_limit integer)
+ RETURNS json
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+AS $function$
+DECLARE
+    counts json;
+    seconds double precision[];
+BEGIN
+    WITH recent AS MATERIALIZED (
+        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN extract(epoch FROM r.completed_at - r.started_at)::float8 END AS seconds
+        FROM circle.pipeline_runs r
+        WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
+        ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit
+    ), wanted AS MATERIALIZED (
+        SELECT * FROM recent WHERE created_at >= p_since
+    )
+    SELECT (SELECT json_object_agg(s.status, s.number) FROM (SELECT status, count(*) AS number FROM wanted GROUP BY status) s),
+           (SELECT percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY w.seconds) FROM wanted w)
+    INTO counts, seconds;
+    RETURN json_build_object('runs', coalesce(counts, '{}'), 'p50', seconds[1], 'p95', seconds[2]);
+END $function$;
+
+-- Locks the runs before their pipeline. The advisory lock keeps create_run out.
+CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    live bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));
+    IF p_force THEN
+        PERFORM FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
+        ORDER BY id FOR UPDATE;
+    END IF;
+    PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
+    END IF;
+    SELECT count(*) INTO live FROM circle.pipeline_runs
+    WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running');
+    IF live > 0 AND NOT p_force THEN
+        RAISE EXCEPTION 'pipeline % has % live runs', p_pipeline_id, live USING ERRCODE = 'PL010',
+            DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'live_runs', live);
+    END IF;
+    DELETE FROM circle.pipelines WHERE id = p_pipeline_id;
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/6_nodes.sql
+
+-- Returns what blocks a pending node, NULL if it is ready. RETURNS SETOF, because a function with a subquery is inlined only in
+-- FROM.
+CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id bigint, p_predecessors integer[], p_retry_count integer, p_available_at timestamp with time zone)
+ RETURNS SETOF text
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT CASE
+        WHEN p_available_at > clock_timestamp() THEN 'retry'
+        WHEN (p_run_status = 'running') IS NOT TRUE THEN 'run'
+        WHEN p_failed_node IS NOT NULL AND p_retry_count = 0 THEN 'failure'
+        WHEN p_predecessors <> '{}' THEN (
+            SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
+                        WHEN bool_or(p.status = 'completed') IS NOT TRUE THEN 'skipped' END
+            FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
+    END
+$function$;
+
+CREATE OR REPLACE VIEW circle.pending_node_runs WITH (security_invoker=true) AS
+ SELECT n.id,
+    n.run_id,
+    n.node_id,
+    n."position",
+    b.reason AS blocked_by,
+    ARRAY( SELECT p.node_id
+           FROM circle.pipeline_node_runs p
+          WHERE ((p.run_id = n.run_id) AND (p."position" = ANY (n.predecessors)) AND ((p.status)::text <> ALL ((ARRAY['completed'::character varying, 'skipped'::character varying])::text[])))
+          ORDER BY p."position") AS waiting_for
+   FROM ((circle.pipeline_node_runs n
+     JOIN circle.pipeline_runs r ON ((r.id = n.run_id)))
+     CROSS JOIN LATERAL circle.blocked_by((r.status)::text, (r.failed_node)::text, n.run_id, n.predecessors, n.retry_count, n.available_at) b(reason))
+  WHERE ((n.status)::text = 'pending'::text);
+
+CREATE OR REPLACE VIEW circle.startable_node_runs WITH (security_invoker=true) AS
+ SELECT id,
+    run_id,
+    node_id,
+    "position"
+   FROM circle.pending_node_runs n
+  WHERE (blocked_by IS NULL);
+
+-- What a call returns of a node run: little, because these are the hot paths.
+CREATE OR REPLACE FUNCTION circle.node_answer(n circle.pipeline_node_runs)
+ RETURNS json
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT json_build_object('run_id', n.run_id, 'node_id', n.node_id, 'node_type', n.node_type, 'status', n.status,
+                             'attempt', n.retry_count + 1::bigint, 'available_at', n.available_at, 'error_message', n.error_message)
+$function$;
+
+--   state of the node              a repeat is
+--   the status reported            the same attempt, and for completed the same output
+--   pending, to be retried         failed, of an earlier attempt
+CREATE OR REPLACE FUNCTION circle.is_repeat(n circle.pipeline_node_runs, p_token bigint, p_status text, p_attempt integer, p_output jsonb)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT CASE
+        WHEN p_status = 'skipped' THEN n.status = 'skipped'
+        WHEN p_token IS NULL THEN false
+        WHEN p_status = 'failed' AND n.status IN ('pending', 'running') THEN
+            coalesce(p_attempt <= n.retry_count, n.status = 'pending' AND n.retry_count > 0)
+        WHEN p_status = 'completed' THEN n.status = 'completed' AND coalesce(p_attempt = n.retry_count + 1::bigint, true)
+                                         AND coalesce(p_output = n.output_data, true)
+        ELSE n.status = p_status AND coalesce(p_attempt = n.retry_count + 1::bigint, true) END
+$function$;
+
+-- Raises why a call on a node run is refused, unless it repeats one that succeeded: then returns the node run.
+CREATE OR REPLACE FUNCTION circle.repeat_or_refuse(p_run_id bigint, p_node_id text, p_token bigint, p_requested text, p_attempt integer DEFAULT NULL::integer, p_output jsonb DEFAULT NULL::jsonb)
+ RETURNS circle.pipeline_node_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+    n circle.pipeline_node_runs;
+    p record;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    SELECT * INTO n FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
+    ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output) THEN
+        PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+        RETURN n;
+    ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
+        SELECT blocked_by, to_jsonb(waiting_for) AS waiting_for INTO p
+        FROM circle.pending_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
+        RAISE EXCEPTION 'node % of run % is not ready', p_node_id, p_run_id USING ERRCODE = 'PL005',
+            DETAIL = jsonb_build_object('run_id', p_run_id, 'node_id', p_node_id, 'waiting_for', coalesce(p.waiting_for, '[]'),
+                'reason', CASE
+                    WHEN p.waiting_for <> '[]' THEN ''
+                    WHEN p.blocked_by = 'retry' THEN 'its retry is due at ' || n.available_at
+                    WHEN p.blocked_by = 'failure' THEN format('node %L failed, and only retries start after a failure', r.failed_node)
+                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'none of its predecessors is completed: skip it, too'
+                    ELSE 'it became ready during this call: try again' END);
+    END IF;
+    IF r.completed_at IS NOT NULL THEN
+        PERFORM circle.refuse_run_over(p_run_id, r.status, r.completed_at, r.error_message, p_requested);
+    END IF;
+    PERFORM circle.refuse_transition(p_run_id, p_node_id, n.status, p_requested, CASE
+        WHEN r.status <> 'running' THEN 'its run is ' || r.status
+        WHEN p_attempt <> n.retry_count + 1::bigint THEN format('attempt %s has ended', p_attempt)
+        WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN 'it completed with another output' END);
+END $function$;
+
+-- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
+-- positions and those of the nodes that follow the skipped ones.
+CREATE OR REPLACE FUNCTION circle.skip_followers(p_run_id bigint, p_positions integer[])
+ RETURNS integer[]
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    following integer[] := p_positions;
+    touched integer[] := p_positions;
+BEGIN
+    WHILE cardinality(following) > 0 LOOP
+        WITH skipped AS (
+            UPDATE circle.pipeline_node_runs n SET status = 'skipped'
+            WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
+              AND (SELECT bool_and(p.status = 'skipped') FROM circle.pipeline_node_runs p
+                   WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
+            RETURNING n.successors
+        )
+        SELECT array_agg(DISTINCT s.position) INTO following FROM skipped k CROSS JOIN unnest(k.successors) s (position);
+        touched := touched || following;
+    END LOOP;
+    RETURN touched;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.start_node(p_run_id bigint, p_node_id text, p_input jsonb, p_token bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    failed text;
+    n circle.pipeline_node_runs;
+BEGIN
+    UPDATE circle.pipeline_runs SET current_node = left(p_node_id, 100)
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    RETURNING failed_node INTO failed;
+    IF FOUND THEN
+        UPDATE circle.pipeline_node_runs t SET
+            status = 'running', started_at = clock_timestamp(), input_data = coalesce(p_input, t.input_data)
+        WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status = 'pending') IS TRUE
+          AND (SELECT b.reason FROM circle.blocked_by('running', failed, t.run_id, t.predecessors, t.retry_count,
+                                                      t.available_at) b (reason)) IS NULL
+        RETURNING * INTO n;
+    END IF;
+    IF n.id IS NULL THEN
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'running');
+    END IF;
+    RETURN circle.node_answer(n);
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_attempt integer, p_token bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    n circle.pipeline_node_runs;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    FOR NO KEY UPDATE;
+    IF FOUND THEN
+        UPDATE circle.pipeline_node_runs t SET
+            status = 'completed', output_data = coalesce(p_output, t.output_data), error_message = NULL,
+            completed_at = greatest(clock_timestamp(), t.started_at), duration_ms = circle.elapsed_ms(NULL, t.started_at)
+        WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status IN ('pending', 'running')) IS TRUE
+          AND coalesce(p_attempt = t.retry_count + 1::bigint, true)
+        RETURNING * INTO n;
+    END IF;
+    IF n.id IS NULL THEN
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'completed', p_attempt, p_output);
+    END IF;
+    RETURN circle.node_answer(n);
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.skip_node(p_run_id bigint, p_node_id text, p_token bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    n circle.pipeline_node_runs;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    FOR NO KEY UPDATE;
+    IF FOUND THEN
+        UPDATE circle.pipeline_node_runs SET status = 'skipped'
+        WHERE run_id = p_run_id AND node_id = p_node_id AND circle.node_may_become(status, 'skipped') RETURNING * INTO n;
+        PERFORM circle.skip_followers(p_run_id, n.successors);
+    END IF;
+    IF n.id IS NULL THEN
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'skipped');
+    END IF;
+    RETURN circle.node_answer(n);
+END $function$;
+
+-- The milliseconds since a node was started, unless they are given. Inlined.
+CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamp with time zone)
+ RETURNS integer
+ LANGUAGE sql
+AS $function$
+    SELECT coalesce(p_given, least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer, 0)
+$function$;
+
+-- Whether an attempt that isn't named was reported before: its node waits for the retry. Inlined.
+CREATE OR REPLACE FUNCTION circle.was_reported(n circle.pipeline_node_runs, p_attempt integer)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT p_attempt IS NULL AND n.status = 'pending' AND n.retry_count > 0
+$function$;
+
+-- When the next attempt of a node may start; PostgreSQL has no interval for a larger exponent. Inlined.
+CREATE OR REPLACE FUNCTION circle.retry_due(p_base double precision, p_max double precision, p_retries integer)
+ RETURNS timestamp with time zone
+ LANGUAGE sql
+AS $function$
+    SELECT clock_timestamp() + make_interval(secs => least(p_base * power(2, least(p_retries, 62)), p_max))
+$function$;
+
+-- Records that the attempt of a node, or of all running nodes, failed: it is retried if retries remain, else failed.
+CREATE OR REPLACE FUNCTION circle.fail_attempts(p_run_id bigint, p_node_id text, p_error text, p_retryable boolean, p_attempt integer, p_claimed boolean)
+ RETURNS SETOF circle.pipeline_node_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    p circle.pipelines;
+BEGIN
+    SELECT * INTO p FROM circle.pipelines WHERE id = (SELECT pipeline_id FROM circle.pipeline_runs WHERE id = p_run_id);
+    RETURN QUERY UPDATE circle.pipeline_node_runs n SET
+        status = CASE WHEN a.retried THEN 'pending' ELSE 'failed' END,
+        retry_count = n.retry_count + a.retried::integer,
+        available_at = CASE WHEN a.retried THEN circle.retry_due(p.retry_backoff_base, p.retry_backoff_max, n.retry_count) END,
+        error_message = p_error
+    FROM (
+        SELECT t.id, p_retryable AND t.status = 'running' AND t.retry_count < p.max_retries_per_node AS retried
+        FROM circle.pipeline_node_runs t
+        WHERE t.run_id = p_run_id AND CASE WHEN p_node_id IS NULL THEN t.status = 'running'
+                                      ELSE t.node_id = p_node_id AND circle.node_may_become(t.status, 'failed')
+                                           AND coalesce(p_attempt = t.retry_count + 1::bigint, true)
+                                           AND NOT (p_claimed AND p_retryable AND circle.was_reported(t, p_attempt)) END
+    ) a
+    WHERE n.id = a.id
+    RETURNING n.*;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.fail_node(p_run_id bigint, p_node_id text, p_error text, p_retryable boolean, p_attempt integer, p_token bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    n circle.pipeline_node_runs;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    FOR NO KEY UPDATE;
+    IF FOUND THEN
+        SELECT * INTO n FROM circle.fail_attempts(p_run_id, p_node_id, p_error, p_retryable, p_attempt, p_token IS NOT NULL);
+    END IF;
+    IF n.id IS NULL THEN
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'failed', p_attempt);
+    END IF;
+    RETURN circle.node_answer(n);
+END $function$;
+
+-- Raises why results can't be recorded, unless all that were not applied are repeats.
+CREATE OR REPLACE FUNCTION circle.repeat_or_refuse_results(p_run_id bigint, p_results jsonb, p_applied text[], p_token bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    x record;
+BEGIN
+    FOR x IN SELECT r.*, n.status AS current, count(*) OVER (PARTITION BY r.node_id) AS times
+             FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) r
+             LEFT JOIN circle.pipeline_node_runs n ON n.run_id = p_run_id AND n.node_id = r.node_id
+             ORDER BY n.id IS NULL DESC, times DESC, n.position LOOP
+        IF x.current IS NOT NULL AND x.times > 1 THEN
+            PERFORM circle.refuse_transition(p_run_id, x.node_id, x.current, x.status, 'the batch has more than one result for it');
+        ELSIF (x.node_id = ANY (p_applied)) IS NOT TRUE THEN
+            PERFORM circle.repeat_or_refuse(p_run_id, x.node_id, p_token, x.status, x.attempt, x.output);
+        END IF;
+    END LOOP;
+END $function$;
+
+-- Records results, all or none. p_retry: whether failed attempts are retried where a result doesn't say. Returns the positions of the
+-- nodes that may have become ready, and whether some results repeat earlier ones.
+CREATE OR REPLACE FUNCTION circle.apply_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean, OUT following integer[], OUT repeated boolean)
+ RETURNS record
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    done record;
+    p record;
+BEGIN
+    IF p_retry OR p_results @? '$[*] ? (@.retryable == true)' THEN
+        SELECT t.max_retries_per_node AS retries, t.retry_backoff_base AS base, t.retry_backoff_max AS most INTO p
+        FROM circle.pipelines t WHERE t.id = (SELECT pipeline_id FROM circle.pipeline_runs WHERE id = p_run_id);
+    ELSE
+        SELECT 0 AS retries, 0.0 AS base, 0.0 AS most INTO p;
+    END IF;
+    WITH updated AS (
+        UPDATE circle.pipeline_node_runs n SET
+            status = CASE WHEN x.retried THEN 'pending' ELSE x.status END, error_message = x.error,
+            output_data = coalesce(x.output, n.output_data), duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at),
+            retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, x.retry_count) END,
+            available_at = CASE WHEN x.retried THEN circle.retry_due(p.base, p.most, n.retry_count) END,
+            -- of a node that is reported after it ran
+            started_at = CASE WHEN n.started_at IS NULL AND x.status IN ('completed', 'failed') THEN
+                clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) ELSE n.started_at END,
+            completed_at = CASE WHEN NOT x.retried THEN greatest(clock_timestamp(), n.started_at) END
+        FROM (
+            SELECT t.id, r.*, r.status = 'failed' AND coalesce(r.retryable, p_retry) AND t.status = 'running'
+                              AND t.retry_count < p.retries AS retried
+            FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) r
+            JOIN circle.pipeline_node_runs t ON t.run_id = p_run_id AND t.node_id = r.node_id
+            WHERE circle.node_may_become(t.status, r.status) AND coalesce(r.attempt = t.retry_count + 1::bigint, true)
+              -- NOT IN, because with a list of the terminal statuses the planner would expect few results and join by loops
+              AND r.status NOT IN ('pending', 'running')
+              AND NOT (p_token IS NOT NULL AND r.status = 'failed' AND coalesce(r.retryable, p_retry)
+                       AND circle.was_reported(t, r.attempt))
+        ) x
+        WHERE n.id = x.id
+        RETURNING n.node_id, n.status, n.successors
+    )
+    SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
+           bool_or(u.status = 'skipped') AS skipped
+    INTO done FROM updated u LEFT JOIN unnest(u.successors) WITH ORDINALITY s (position, ord) ON true;
+    repeated := coalesce(cardinality(done.nodes), 0) <> jsonb_array_length(p_results);
+    IF repeated THEN
+        PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, done.nodes, p_token);
+    END IF;
+    following := coalesce(done.following, '{}');
+    IF done.skipped THEN
+        following := circle.skip_followers(p_run_id, following);
+    END IF;
+END $function$;
+
+-- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of their completed predecessors.
+CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_positions integer[], p_inputs boolean)
+ RETURNS json
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    IF p_inputs THEN
+        RETURN (SELECT json_agg(json_build_object(
+                    'node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint, 'inputs', (
+                        SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
+                        FROM circle.pipeline_node_runs p
+                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'))
+                    ORDER BY n.position)
+                FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+    END IF;
+    RETURN (SELECT json_agg(json_build_object('node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint)
+                            ORDER BY n.position)
+            FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+END $function$;
+
+-- The answer of advance_run if it started nothing: what is running, and when a retry is due.
+CREATE OR REPLACE FUNCTION circle.waiting_step(p_run_id bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN (SELECT json_build_object(
+        'status', (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = p_run_id),
+        'running', json_agg(json_build_object('node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint)
+                            ORDER BY n.position) FILTER (WHERE n.status = 'running'),
+        'next_due', min(n.available_at) FILTER (WHERE n.status = 'pending'))
+        FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.status IN ('pending', 'running'));
+END $function$;
+
+-- Starts the ready nodes at these positions, or all that are ready if they are NULL, and returns their positions.
+CREATE OR REPLACE FUNCTION circle.start_ready_nodes(r circle.pipeline_runs, p_positions integer[])
+ RETURNS integer[]
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    started integer[];
+BEGIN
+    IF p_positions IS NULL THEN
+        WITH s AS (
+            UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
+            WHERE n.run_id = r.id AND (n.status = 'pending') IS TRUE
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+                                                          n.available_at) b (reason)) IS NULL
+            RETURNING n.position
+        ) SELECT array_agg(s.position) INTO started FROM s;
+    ELSE
+        WITH s AS (
+            UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
+            WHERE n.run_id = r.id AND n.position = ANY (p_positions) AND (n.status = 'pending') IS TRUE
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+                                                          n.available_at) b (reason)) IS NULL
+            RETURNING n.position
+        ) SELECT array_agg(s.position) INTO started FROM s;
+    END IF;
+    RETURN started;
+END $function$;
+
+-- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes of a run in
+-- which none failed: for them it is one statement, in which the guard fires once.
+CREATE OR REPLACE FUNCTION circle.advance_run(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean, p_inputs boolean)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+    d record;
+    fresh boolean := false;
+    following integer[];   -- positions that may have become ready; NULL: any
+    started integer[];
+    repeated boolean := false;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
+    IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed")' THEN
+        WITH done AS (
+            UPDATE circle.pipeline_node_runs n SET
+                status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
+                duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+                started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
+                completed_at = greatest(clock_timestamp(), n.started_at)
+            FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) x
+            WHERE n.run_id = p_run_id AND n.node_id = x.node_id AND (n.status IN ('pending', 'running')) IS TRUE
+              AND coalesce(x.attempt = n.retry_count + 1::bigint, true)
+            RETURNING n.node_id, n.position, n.successors
+        ), started AS (
+            UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
+            WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
+              AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
+              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it
+              AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
+                              WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
+                                AND p.status NOT IN ('completed', 'skipped')
+                                AND NOT p.position = ANY (ARRAY(SELECT done.position FROM done)))
+            RETURNING n.node_id, n.node_type, n.position, n.retry_count
+        ), current AS (
+            UPDATE circle.pipeline_runs SET current_node = c.node_id
+            FROM (SELECT node_id FROM started ORDER BY position DESC LIMIT 1) c WHERE id = p_run_id
+        )
+        SELECT (SELECT array_agg(node_id) FROM done) AS applied, array_agg(s.position) AS started,
+               json_agg(json_build_object('node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint)
+                        ORDER BY s.position) AS nodes
+        INTO d FROM started s;
+        started := d.started;
+        IF cardinality(d.applied) = jsonb_array_length(p_results) THEN
+            IF started IS NOT NULL THEN
+                RETURN json_build_object('status', 'running', 'started', CASE WHEN p_inputs
+                    THEN circle.started_nodes(p_run_id, started, true) ELSE d.nodes END);
+            END IF;
+        ELSE
+            PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, d.applied, p_token);
+            repeated := true;
+        END IF;
+    ELSE
+        IF (r.status = 'running' AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)) IS NOT TRUE THEN
+            IF r.completed_at IS NOT NULL AND r.claim_token = p_token AND p_results <> '[]' THEN
+                PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
+                RETURN json_build_object('status', r.status);
+            END IF;
+            fresh := r.started_at IS NULL;
+            r := circle.lock_run(p_run_id, p_token);
+        END IF;
+        IF p_results <> '[]' THEN
+            SELECT a.following, a.repeated INTO following, repeated FROM circle.apply_results(p_run_id, p_results, p_token, p_retry) a;
+            SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+        ELSIF fresh THEN
+            SELECT array_agg(position) INTO following FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND predecessors = '{}';
+        END IF;
+        IF r.failed_node IS NOT NULL THEN
+            following := NULL;   -- retries that are due can be anywhere
+        END IF;
+        started := circle.start_ready_nodes(r, following);
+    END IF;
+    IF repeated THEN   -- the answer to the first report may be lost: also what it started
+        started := circle.start_ready_nodes(r, NULL) || started;
+        SELECT started || array_agg(position) INTO started FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running';
+    END IF;
+    IF started IS NULL THEN
+        PERFORM circle.end_run_if_done(p_run_id);
+        RETURN circle.waiting_step(p_run_id);
+    END IF;
+    UPDATE circle.pipeline_runs SET current_node = (
+        SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position = ANY (started) ORDER BY position DESC LIMIT 1)
+    WHERE id = p_run_id;
+    RETURN json_build_object('status', 'running', 'started', circle.started_nodes(p_run_id, started, p_inputs));
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    PERFORM circle.lock_run(p_run_id, p_token);
+    PERFORM circle.apply_results(p_run_id, p_results, p_token, p_retry);
+END $function$;
+
+-- Creates a run with the results of its nodes and ends it.
+CREATE OR REPLACE FUNCTION circle.record_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text, p_results jsonb)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    created record;
+    r circle.pipeline_runs;
+    done record;
+BEGIN
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key);
+    r := created.r;
+    IF NOT created.is_new THEN
+        IF r.id IS NULL THEN
+            PERFORM circle.refuse_create(p_pipeline_id);
+        END IF;
+        PERFORM pg_current_xact_id();   -- as in repeat_or_refuse
+        RETURN r;
+    END IF;
+    WITH inserted AS (
+        INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, output_data,
+                                               error_message, retry_count, duration_ms, started_at, completed_at)
+        SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
+               coalesce(x.output, '{}'), x.error, coalesce(x.retry_count, x.attempt - 1, 0), coalesce(x.duration_ms, 0),
+               CASE WHEN x.status IN ('completed', 'failed') THEN
+                   clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
+               CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
+        FROM circle.pipeline_versions v
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        LEFT JOIN (SELECT DISTINCT ON (y.node_id) y.* FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) y) x
+            ON x.node_id = c.node_id
+        WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+        ORDER BY c.place
+        RETURNING status, successors, node_id
+    )
+    SELECT count(*) AS nodes, array_agg(i.node_id) FILTER (WHERE i.status <> 'pending') AS applied,
+           bool_or(i.status = 'skipped') AS skipped INTO done FROM inserted i;
+    IF done.nodes = 0 THEN
+        PERFORM circle.refuse_create(p_pipeline_id);
+    ELSIF coalesce(cardinality(done.applied), 0) <> jsonb_array_length(p_results) THEN
+        PERFORM circle.repeat_or_refuse_results(r.id, p_results, done.applied, NULL);
+    ELSIF done.skipped THEN
+        PERFORM circle.skip_followers(r.id, ARRAY(SELECT s FROM circle.pipeline_node_runs n, unnest(n.successors) s
+                                                  WHERE n.run_id = r.id AND n.status = 'skipped'));
+    END IF;
+    r := circle.end_run_if_done(r.id);
+    IF r.id IS NULL THEN
+        PERFORM circle.refuse_run((created.r).id, NULL, 'completed', 'some of its nodes have no result, and could start');
+    END IF;
+    RETURN r;
+END $function$;
+
+-- advance_run for many runs at once, each at most once, in one commit: for those whose call is plain. p_results has the results of
+-- all, each with its run_id. A call is plain if its results complete nodes of a run that the caller holds and in which no node
+-- failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
+-- NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
+CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
+ RETURNS TABLE(run_id bigint, step json)
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET lock_timeout TO '100ms'
+AS $function$
+#variable_conflict use_column
+DECLARE
+    calls record;
+    moved record;
+    idle bigint[];   -- runs in which nothing was started
+    ended bigint[];
+    one bigint;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT array_agg(l.id) FILTER (WHERE l.status = 'running' AND l.reported) AS reported,
+           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported) AS fresh
+    INTO calls FROM (
+        SELECT r.id, r.status, x.run_id IS NOT NULL AS reported
+        FROM unnest(p_run_ids, p_tokens) c (run_id, token)
+        JOIN circle.pipeline_runs r ON r.id = c.run_id
+        LEFT JOIN (SELECT DISTINCT run_id FROM jsonb_to_recordset(p_results) AS y (run_id bigint)) x ON x.run_id = c.run_id
+        WHERE r.failed_node IS NULL AND r.completed_at IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, c.token)
+        ORDER BY r.id FOR NO KEY UPDATE OF r SKIP LOCKED
+    ) l;
+    IF calls.fresh IS NOT NULL THEN
+        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+        WHERE id = ANY (calls.fresh);
+    END IF;
+    WITH results AS MATERIALIZED (
+        SELECT x.*, n.id, (n.status = ANY ('{pending,running}') AND x.status = 'completed'
+                           AND coalesce(x.attempt = n.retry_count + 1::bigint, true) AND count(*) OVER (PARTITION BY n.id) = 1) IS TRUE AS plain
+        FROM jsonb_to_recordset(p_results) AS x (run_id bigint, node_id text, status text, output jsonb, duration_ms integer,
+                                                 retry_count integer, attempt integer)
+        LEFT JOIN circle.pipeline_node_runs n ON n.run_id = x.run_id AND n.node_id = x.node_id
+        WHERE x.run_id = ANY (calls.reported)
+    ), refused AS MATERIALIZED (
+        SELECT DISTINCT x.run_id FROM results x WHERE NOT x.plain
+    ), done AS (
+        UPDATE circle.pipeline_node_runs n SET
+            status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
+            duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+            started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
+            completed_at = greatest(clock_timestamp(), n.started_at)
+        FROM results x
+        WHERE n.id = x.id AND (n.status IN ('pending', 'running')) IS TRUE AND NOT x.run_id IN (SELECT f.run_id FROM refused f)
+        RETURNING n.run_id, n.position, n.successors
+    ), following AS MATERIALIZED (
+        SELECT DISTINCT d.run_id, s.position FROM done d CROSS JOIN unnest(d.successors) s (position)
+        UNION ALL
+        SELECT n.run_id, n.position FROM circle.pipeline_node_runs n WHERE n.run_id = ANY (calls.fresh) AND n.predecessors = '{}'
+    ), started AS (
+        UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
+        FROM following f
+        WHERE n.run_id = f.run_id AND n.position = f.position AND (n.status = 'pending') IS TRUE
+          AND coalesce(n.available_at <= clock_timestamp(), true)
+          AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
+                          WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
+                            AND NOT (p.run_id, p.position) IN (SELECT d.run_id, d.position FROM done d))
+        RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
+    ), current AS (
+        UPDATE circle.pipeline_runs r SET current_node = c.node_id
+        FROM (SELECT DISTINCT ON (s.run_id) s.run_id, s.node_id FROM started s ORDER BY s.run_id, s.position DESC) c WHERE r.id = c.run_id
+    ), steps AS (
+        SELECT s.run_id, json_build_object('status', 'running', 'started', json_agg(json_build_object(
+                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step
+        FROM started s GROUP BY s.run_id
+    )
+    SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM results x WHERE NOT x.run_id IN (SELECT f.run_id FROM refused f)) AS wanted,
+           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps
+    INTO moved FROM steps s;
+    IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
+        RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
+    END IF;
+    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
+    IF idle <> '{}' THEN
+        WITH over AS (
+            UPDATE circle.pipeline_runs r SET
+                status = 'completed', completed_at = greatest(clock_timestamp(), r.started_at), lease_expires_at = NULL,
+                duration_seconds = least(extract(epoch FROM greatest(clock_timestamp(), r.started_at) - r.started_at), 2147483647)
+            WHERE r.id = ANY (idle) AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id
+                                                    AND n.status NOT IN ('completed', 'skipped'))
+            RETURNING r.id, r.pipeline_id
+        ), counted AS (
+            INSERT INTO circle.pipeline_counters (pipeline_id, success_count)
+            SELECT o.pipeline_id, count(*) FROM over o GROUP BY o.pipeline_id
+        )
+        SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
+        RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
+        FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
+            PERFORM circle.end_run_if_done(one);
+            RETURN QUERY SELECT one, circle.waiting_step(one);
+        END LOOP;
+    END IF;
+    RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)
+    WHERE NOT c.id = ANY (coalesce(moved.run_ids, '{}') || idle);
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/7_workers.sql
+
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer)
+ RETURNS SETOF circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    RETURN QUERY WITH picked AS MATERIALIZED (
+        SELECT id FROM circle.pipeline_runs WHERE status = 'pending' ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()), lease_expires_at = clock_timestamp() + p_lease
+    WHERE r.id = ANY (ARRAY(SELECT picked.id FROM picked)) RETURNING r.*;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval)
+ RETURNS timestamp with time zone
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    expires timestamptz;
+BEGIN
+    UPDATE circle.pipeline_runs SET lease_expires_at = clock_timestamp() + p_lease
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
+    RETURNING lease_expires_at INTO expires;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    RETURN expires;
+END $function$;
+
+-- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
+CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer)
+ RETURNS circle.pipeline_runs
+ LANGUAGE sql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+    UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
+        claim_token = circle.next_token(claim_token), claim_count = claim_count - p_counts
+    WHERE id = p_run_id RETURNING *
+$function$;
+
+CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    -- the release is deliberate: neither the attempts of its nodes nor the claim count
+    UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
+    RETURN circle.requeue_run(p_run_id, 1);
+END $function$;
+
+-- Adds the counters of runs to the columns of their pipelines. A pipeline that somebody changes is left for the next sweep.
+CREATE OR REPLACE FUNCTION circle.fold_counters()
+ RETURNS void
+ LANGUAGE plpgsql
+ SECURITY DEFINER
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    PERFORM circle.add_up_counters();
+    WITH free AS MATERIALIZED (
+        SELECT p.id FROM circle.pipelines p
+        WHERE p.id IN (SELECT pipeline_id FROM circle.pipeline_counters WHERE run_count + success_count + error_count > 0)
+        ORDER BY p.id FOR NO KEY UPDATE SKIP LOCKED
+    ), rows AS MATERIALIZED (
+        SELECT c.ctid FROM circle.pipeline_counters c
+        WHERE c.pipeline_id IN (SELECT free.id FROM free) AND c.run_count + c.success_count + c.error_count > 0 FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT rows.ctid FROM rows)) RETURNING *
+    ), sums AS MATERIALIZED (
+        SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
+               sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
+               sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+        FROM gone GROUP BY pipeline_id
+    ), kept AS (
+        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout)
+        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout FROM sums
+    )
+    UPDATE circle.pipelines p SET run_count = least(p.run_count + s.run_count, 2147483647),
+        success_count = least(p.success_count + s.success_count, 2147483647),
+        error_count = least(p.error_count + s.error_count, 2147483647), last_run = greatest(p.last_run, s.last_run)
+    FROM sums s WHERE p.id = s.pipeline_id;
+END $function$;
+
+-- A pipeline's row with what its counters add to it.
+CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines)
+ RETURNS circle.pipelines
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    c record;
+BEGIN
+    SELECT sum(run_count) AS run_count, sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+    INTO c FROM circle.pipeline_counters WHERE pipeline_id = p.id;
+    p.run_count := least(p.run_count + coalesce(c.run_count, 0), 2147483647);
+    p.success_count := least(p.success_count + coalesce(c.success_count, 0), 2147483647);
+    p.error_count := least(p.error_count + coalesce(c.error_count, 0), 2147483647);
+    p.last_run := greatest(p.last_run, c.last_run);
+    RETURN p;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer)
+ RETURNS SETOF circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    r record;
+    result circle.pipeline_runs;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
+             WHERE status = 'running' AND lease_expires_at < clock_timestamp()
+             ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
+        PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
+        result := circle.end_run_if_done(r.id);
+        IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
+            result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+        ELSIF result.id IS NULL THEN
+            result := circle.requeue_run(r.id, 0);
+        END IF;
+        RETURN NEXT result;
+    END LOOP;
+    PERFORM circle.fold_counters();
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer)
+ RETURNS SETOF circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    r record;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
+             WHERE t.status = 'running' AND p.timeout_seconds > 0
+               AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
+             ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+        RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+    END LOOP;
+    PERFORM circle.fold_counters();
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer)
  RETURNS integer
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
- SET enable_seqscan TO 'off'
  SET enable_sort TO 'off'
 AS $function$
 DECLARE
+    before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
     deleted integer;
 BEGIN
-    WITH oldest AS MATERIALIZED (
-        SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
+    WITH old AS MATERIALIZED (
+        SELECT id FROM circle.pipeline_runs WHERE completed_at < before
+        ORDER BY completed_at LIMIT p_limit FOR UPDATE SKIP LOCKED
     )
-    DELETE FROM circle.pipeline_events e USING oldest o
-    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than;
+    DELETE FROM circle.pipeline_runs WHERE id = ANY (ARRAY(SELECT old.id FROM old));
     GET DIAGNOSTICS deleted = ROW_COUNT;
     RETURN deleted;
-END $function$;
-
--- ---- alembic/sql/011b_events/4_writers.sql
-
--- A hot path: one statement, because PL/pgSQL prepares each expression in every transaction.
-CREATE OR REPLACE FUNCTION circle.pipeline_runs_event()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    INSERT INTO circle.pipeline_events (xid, run_id, type, data) VALUES (
-        circle.event_xid(), NEW.id,
-        circle.run_event(NEW.status),
-        CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-            ELSE '{}' END);
-    RETURN NULL;
-END $function$;
-
-CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_event()
- RETURNS trigger
- LANGUAGE plpgsql
-AS $function$
-BEGIN
-    INSERT INTO circle.pipeline_events (id, xid, run_id, node_id, type, data) VALUES (
-        -- A setting of the transaction holds the block of the statement (cmin) for this run.
-        CASE WHEN NEW.position BETWEEN 0 AND 131071 THEN split_part(
-            CASE WHEN starts_with(current_setting('circle.event_block', true),
-                                  NEW.run_id || '.' || pg_current_xact_id()::text || '.' || NEW.cmin || '.')
-                THEN current_setting('circle.event_block')
-                ELSE set_config('circle.event_block',
-                                NEW.run_id || '.' || pg_current_xact_id()::text || '.' || NEW.cmin || '.'
-                                || nextval('circle.pipeline_events_id_seq'), true)
-            END, '.', 4)::bigint + NEW.position
-            ELSE nextval('circle.pipeline_events_id_seq') END,
-        circle.event_xid(), NEW.run_id, NEW.node_id,
-        circle.node_event(NEW.status),
-        CASE NEW.status
-            WHEN 'failed' THEN jsonb_build_object('error', NEW.error_message)
-            WHEN 'pending' THEN jsonb_build_object('attempt', OLD.retry_count + 1, 'error', NEW.error_message,
-                                                   'available_at', NEW.available_at)
-            ELSE '{}' END);
-    RETURN NULL;
 END $function$;

@@ -130,10 +130,10 @@ def run_by_steps(pipeline_id: int, count: int, runs: RunRepository, stopwatch: S
 def run_by_advance(pipeline_id: int, count: int, runs: RunRepository, stopwatch: Stopwatch) -> None:
     """A run by our repository, by ``advance`` on a chain."""
     run = stopwatch("create", runs.create, pipeline_id)
-    started = stopwatch("first", runs.advance, run.id)
+    step = stopwatch("first", runs.advance, run.id)
     for at in range(count):
         name = "advance" if at < count - 1 else "last"
-        started = stopwatch(name, runs.advance, run.id, [completed(node) for node in started])
+        step = stopwatch(name, runs.advance, run.id, [completed(node) for node in step.started])
 
 
 def measure(databases: Databases, size: Size) -> Iterator[tuple[str, dict[str, float]]]:

@@ -1,30 +1,23 @@
-"""What events cost the writer, and how soon a listener receives them."""
+"""How soon a listener receives events, and what that costs. Guards write the events: ``breakdown`` shows their cost."""
 
 from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from time import perf_counter, sleep
 from typing import LiteralString
 
-from psycopg import sql
-
 from benchmarks import floor
 from benchmarks.databases import Databases
 from benchmarks.graphs import chain
-from benchmarks.runs import LEASE, advance_through, run_by_advance, run_by_record, run_by_steps
+from benchmarks.runs import LEASE, advance_through
 from benchmarks.table import Row, Size, timed
 from gathering_pipeline import Database, EventRepository, RunRepository
 
-EVENT_TRIGGERS: LiteralString = """
-SELECT c.relname, t.tgname
-FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_proc p ON p.oid = t.tgfoid
-WHERE c.relnamespace = 'circle'::regnamespace AND NOT t.tgisinternal
-  AND p.prosrc LIKE '%INSERT INTO circle.pipeline_events%'"""
 INSERT: LiteralString = """
 INSERT INTO circle.pipeline_events (xid, run_id, type)
 SELECT circle.event_xid(), 0, 'pipeline_run.started' FROM generate_series(1, %s)"""
@@ -37,51 +30,9 @@ SECONDS = 3.0
 
 def events(databases: Databases, size: Size) -> Iterator[Row]:
     """All rows on events."""
-    yield from overhead(databases, size)
     yield from latency(databases, size)
     yield from notifications(databases, size)
     yield from newest(databases, size)
-
-
-def overhead(databases: Databases, size: Size) -> Iterator[Row]:
-    """A run with events, against the same without; both in one database, in turns."""
-    runs, count = databases.runs, size.count(NODES)
-    pipeline_id = databases.store(chain(count)).ours
-    actions: tuple[tuple[str, Callable[[], object]], ...] = (
-        ("step by step", partial(run_by_steps, runs, pipeline_id, count)),
-        ("by advance", partial(run_by_advance, runs, pipeline_id)),
-        ("by record", partial(run_by_record, runs, pipeline_id, count)),
-    )
-    with floor.connect(databases.our_url) as admin:
-        triggers = admin.execute(EVENT_TRIGGERS, prepare=False).fetchall()
-        assert triggers, "no trigger writes events"
-
-        def switch(how: LiteralString) -> None:
-            for names in triggers:
-                statement = sql.SQL("ALTER TABLE circle.{} " + how + " TRIGGER {}")
-                admin.execute(statement.format(*map(sql.Identifier, names)), prepare=False)
-
-        def seconds(how: LiteralString, action: Callable[[], object]) -> float:
-            switch(how)
-            action()  # plans again what the switch made stale
-            return statistics.mean(timed(action) for _ in range(size.repeats(3)))
-
-        for what, action in actions:
-            times: list[tuple[float, float]] = []
-            for turn in range(size.repeats(30)):
-                if turn % 2:
-                    enabled, disabled = seconds("ENABLE", action), seconds("DISABLE", action)
-                else:
-                    disabled, enabled = seconds("DISABLE", action), seconds("ENABLE", action)
-                times.append((enabled, disabled))
-            switch("ENABLE")
-            yield Row.of_times(
-                f"events on, to off: {count} nodes {what}",
-                statistics.median(enabled for enabled, _ in times),
-                statistics.median(disabled for _, disabled in times),
-                1.25,
-                ratio=statistics.median(enabled / disabled for enabled, disabled in times),
-            )
 
 
 def latency(databases: Databases, size: Size) -> Iterator[Row]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from multiprocessing.pool import Pool
 from multiprocessing.synchronize import Barrier
 from time import perf_counter
 
@@ -18,7 +21,7 @@ from benchmarks.databases import Databases
 from benchmarks.floor import OUTPUT, fetch_value
 from benchmarks.graphs import chain, fan_out
 from benchmarks.table import Row, Size, compare
-from gathering_pipeline import Database, NodeExecutionResult, NodeRunRead, RunRepository
+from gathering_pipeline import AsyncRunRepository, Database, NodeExecutionResult, RunRepository, StartedNode
 
 LEASE = timedelta(minutes=1)
 
@@ -36,12 +39,12 @@ def step_through(runs: RunRepository, run_id: int, count: int, token: int | None
 
 def advance_through(runs: RunRepository, run_id: int, token: int | None = None) -> None:
     """Report the nodes that were started and start their successors, to the run's end: on a chain n + 1 calls."""
-    started = runs.advance(run_id, token=token)
-    while started:
-        started = runs.advance(run_id, [completed(node) for node in started], token=token)
+    step = runs.advance(run_id, token=token)
+    while step.started:
+        step = runs.advance(run_id, [completed(node) for node in step.started], token=token)
 
 
-def completed(node: NodeRunRead) -> NodeExecutionResult:
+def completed(node: StartedNode) -> NodeExecutionResult:
     """The result of a node."""
     return NodeExecutionResult(node_id=node.node_id, status="completed", output=OUTPUT, duration_ms=5)
 
@@ -59,14 +62,12 @@ def run_by_advance(runs: RunRepository, pipeline_id: int) -> None:
 
 
 def run_by_record(runs: RunRepository, pipeline_id: int, count: int) -> None:
-    """Create a run and report all its nodes in one batch: 3 calls."""
+    """Create a run, report all its nodes and end it: 1 call."""
     results = [
         NodeExecutionResult(node_id=f"node-{at}", status="completed", output=OUTPUT, duration_ms=5)
         for at in range(count)
     ]
-    run = runs.create(pipeline_id)
-    runs.record(run.id, results)
-    runs.finish(run.id)
+    runs.record_run(pipeline_id, results)
 
 
 # One worker
@@ -114,7 +115,7 @@ def record(databases: Databases, size: Size) -> Iterator[Row]:
             partial(floor.record_run, databases.floor.execute, pipeline.floor, count),
             size.repeats(repeats),
         )
-        name = f"the same by record in one batch, {count} nodes"
+        name = f"the same, reported afterwards in one call, {count} nodes"
         yield Row.of_rates(name, 1 / figures.ours, 1 / figures.floor, bar, ratio=1 / figures.ratio)
 
 
@@ -215,8 +216,7 @@ NODES = 10
 def workers(databases: Databases, size: Size) -> Iterator[Row]:
     """Workers that create, claim and execute runs, against as many connections of the floor's script."""
     number, count = size.count(WORKERS), size.count(NODES)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(number, _set_barrier, (context.Barrier(number),)) as pool:
+    with _processes(number) as pool:
 
         def runs_per_second(target: Callable[..., float], url: str, ids: list[int]) -> float:
             arguments = [(url, ids[at % len(ids)], at, count, size) for at in range(number)]
@@ -241,11 +241,77 @@ def workers(databases: Databases, size: Size) -> Iterator[Row]:
                     bar,
                     ratio=statistics.median(figures[at] / figures[0] for figures in rounds),
                 )
-        pool.close()
-        pool.join()
     statement = "SELECT count(*) FROM circle.pipeline_runs WHERE claim_count > 1"
     twice: int = databases.session.connection().exec_driver_sql(statement).scalar_one()
     yield Row("runs that were claimed twice", str(twice), "0", float(twice), 0)
+
+
+def creators(databases: Databases, size: Size) -> Iterator[Row]:
+    """Processes that create runs of one pipeline, against as many that create runs of a pipeline each."""
+    number, count = size.count(WORKERS), size.count(NODES)
+    many = [databases.store(chain(count)).ours for _ in range(number)]
+    with _processes(number) as pool:
+
+        def rate(ids: list[int]) -> float:
+            arguments = [(databases.our_url, ids[at % len(ids)], size) for at in range(number)]
+            return sum(pool.starmap(_creator, arguments, chunksize=1))
+
+        rounds = [(rate(many[:1]), rate(many)) for _ in range(size.repeats(ROUNDS))]
+    yield Row.of_rates(
+        f"{number} creators on one pipeline, to {number} on {number}",
+        statistics.median(one for one, _ in rounds),
+        statistics.median(each for _, each in rounds),
+        0.8,
+        ratio=statistics.median(one / each for one, each in rounds),
+    )
+
+
+def group(databases: Databases, size: Size) -> Iterator[Row]:
+    """Tasks that execute runs by one group commit, against the floor's script on eight connections."""
+    number, count = size.count(WORKERS), size.count(NODES)
+    pipeline = databases.store(chain(count))
+    with _processes(number) as pool:
+        arguments = [(databases.floor_url, pipeline.floor, at, count, size) for at in range(number)]
+        for tasks, bar in ((8, 0.9), (64, 2.3), (256, 3.0)):
+            rounds = []
+            for _ in range(size.repeats(ROUNDS)):
+                base = sum(pool.starmap(_floor_worker, arguments, chunksize=1))
+                made = max(tasks, int(base * 5 * size.seconds(SECONDS)) + tasks)
+                ids = [databases.runs.create(pipeline.ours).id for _ in range(made)]
+                rounds.append((asyncio.run(_gathered(databases.our_url, ids, tasks)), base))
+            yield Row.of_rates(
+                f"group commit: {tasks} tasks, chains of {count}, to {number} connections",
+                statistics.median(ours for ours, _ in rounds),
+                statistics.median(base for _, base in rounds),
+                bar,
+                ratio=statistics.median(ours / base for ours, base in rounds),
+            )
+
+
+async def _gathered(url: str, run_ids: list[int], tasks: int) -> float:
+    """Runs per second of tasks that take runs to their ends."""
+    waiting = iter(run_ids)
+
+    async def execute(runs: AsyncRunRepository) -> None:
+        for run_id in waiting:
+            step = await runs.advance(run_id)
+            while step.started:
+                step = await runs.advance(run_id, [completed(node) for node in step.started])
+
+    async with Database(url) as database, database.group_commit() as runs:
+        begin = perf_counter()
+        await asyncio.gather(*(execute(runs) for _ in range(tasks)))
+        return len(run_ids) / (perf_counter() - begin)
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[Pool]:
+    """Processes whose work begins at the same moment."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(number, _set_barrier, (context.Barrier(number),)) as pool:
+        yield pool
+        pool.close()
+        pool.join()
 
 
 _barrier: Barrier
@@ -284,6 +350,11 @@ def _steps_worker(url: str, pipeline_id: int, at: int, count: int, size: Size) -
 
 def _advance_worker(url: str, pipeline_id: int, at: int, _count: int, size: Size) -> float:
     return _worker(url, pipeline_id, at, advance_through, size)
+
+
+def _creator(url: str, pipeline_id: int, size: Size) -> float:
+    with Database(url) as database, database.session(autocommit=True) as session:
+        return _rate(partial(RunRepository(session).create, pipeline_id), size)
 
 
 def _worker(

@@ -17,6 +17,8 @@ BENCHMARKS: dict[str, Callable[[Databases, Size], Iterator[Row]]] = {
     "advance": runs.advance,
     "record": runs.record,
     "workers": runs.workers,
+    "group": runs.group,
+    "creators": runs.creators,
     "create": runs.create,
     "trips": runs.round_trips,
     "wal": runs.write_ahead_log,

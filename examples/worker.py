@@ -25,12 +25,12 @@ from typing import Any
 from gathering_pipeline import (
     AsyncRunRepository,
     Database,
-    NodeExecutionResult,
-    NodeStatus,
+    NodeResult,
     PipelineDefinition,
     PipelineError,
     PipelineNode,
     RunRead,
+    StartedNode,
     is_transient,
 )
 
@@ -146,52 +146,44 @@ class Worker:
                 await runs.heartbeat(run.id, LEASE, token=run.claim_token)
 
     async def execute(self, run: RunRead, group: asyncio.TaskGroup) -> None:
-        """Execute each node as soon as it is ready. ``advance`` returns these nodes and ends the run at last."""
+        """Execute each node as soon as it is ready. ``advance`` starts these nodes and ends the run at last."""
         async with self.runs() as runs:
             graph = await runs.definition(run.id)
-            stored = await runs.nodes(run.id)  # another worker may have executed a part of it
-        outputs = {node.node_id: node.output_data for node in stored if node.status is NodeStatus.COMPLETED}
-        retries = {node.node_id for node in stored if node.status is NodeStatus.PENDING and node.retry_count}
-        results: list[NodeExecutionResult] = []
-        attempts: set[asyncio.Task[NodeExecutionResult]] = set()
+        results: list[NodeResult] = []
+        attempts: dict[tuple[str, int], asyncio.Task[NodeResult]] = {}
         while True:
             async with self.runs() as runs:
-                for failure in (result for result in results if result.status == "failed"):
-                    node = await runs.fail_node(run.id, failure.node_id, failure.error or "", token=run.claim_token)
-                    retries |= {node.node_id} if node.status is NodeStatus.PENDING else set()
-                reports = [result for result in results if result.status != "failed"]
-                started = await runs.advance(run.id, reports, token=run.claim_token)
-            for node in started:
-                retries.discard(node.node_id)
-                before = {edge.from_node for edge in graph.edges if edge.to_node == node.node_id}
-                inputs = {source: outputs[source] for source in before & outputs.keys()}
-                attempt = self.attempt(graph.node_map[node.node_id], inputs, node.retry_count)
-                attempts.add(group.create_task(attempt))
-            if attempts:
-                due = POLL_SECONDS if retries else None
-                done, attempts = await asyncio.wait(attempts, timeout=due, return_when=asyncio.FIRST_COMPLETED)
-            elif retries:
-                done = set()
-                await asyncio.sleep(POLL_SECONDS)
-            else:
+                step = await runs.advance(run.id, results, retry=True, inputs=True, token=run.claim_token)
+            for started in step.started:
+                if (started.node_id, started.attempt) not in attempts:
+                    attempt = self.attempt(graph.node_map[started.node_id], started)
+                    attempts[started.node_id, started.attempt] = group.create_task(attempt)
+            retrying = step.next_due is not None or any(result.status == "failed" for result in results)
+            if not attempts and not retrying:
                 return
-            results = [task.result() for task in done]
+            # without a result the next step starts the retries that are due
+            timeout = POLL_SECONDS if retrying else None
+            if attempts:
+                await asyncio.wait(attempts.values(), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(POLL_SECONDS)
+            results = [attempts.pop(key).result() for key in [key for key, task in attempts.items() if task.done()]]
             for result in [result for result in results if result.status == "completed"]:
-                outputs[result.node_id] = result.output
                 if graph.node_map[result.node_id].type == "condition":
                     skipped = untaken_nodes(graph, result.node_id, result=bool((result.output or {})["result"]))
-                    results += [NodeExecutionResult(node_id=node_id, status="skipped") for node_id in skipped]
+                    results += [NodeResult(node_id=node_id, status="skipped") for node_id in skipped]
 
-    async def attempt(self, node: PipelineNode, inputs: Mapping[str, Any], retry_count: int) -> NodeExecutionResult:
+    async def attempt(self, node: PipelineNode, started: StartedNode) -> NodeResult:
         """Execute a node once."""
         begin = monotonic()
         try:
-            output = await perform(node, inputs, retry_count)
+            output = await perform(node, started.inputs or {}, started.attempt - 1)
         except Exception as error:  # noqa: BLE001 - any error is the node's failure
-            return NodeExecutionResult(node_id=node.id, status="failed", error=f"{type(error).__name__}: {error}")
+            message = f"{type(error).__name__}: {error}"
+            return NodeResult(node_id=node.id, status="failed", error=message, attempt=started.attempt)
         spent = round((monotonic() - begin) * 1000)
-        return NodeExecutionResult(
-            node_id=node.id, status="completed", output=output, duration_ms=spent, retry_count=retry_count
+        return NodeResult(
+            node_id=node.id, status="completed", output=output, duration_ms=spent, attempt=started.attempt
         )
 
 

@@ -88,6 +88,15 @@ def check_token(token: object) -> int | None:
     return None if token is None else check_id(token, "token")
 
 
+def check_attempt(attempt: object) -> int | None:
+    """Check the number of an attempt, from 1; ``None`` stays ``None``.
+
+    Raises:
+        InvalidDataError: It is not a positive integer.
+    """
+    return None if attempt is None else check_count(attempt, "attempt")
+
+
 def check_text(value: object, name: str, max_length: int | None = None) -> str:
     """Check a text.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import psycopg
 from psycopg import generators, pq
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import create_engine, event
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from gathering_pipeline.errors import (
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.errors import Diagnostic
     from sqlalchemy.engine import URL, Connection, Engine
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 RV = TypeVar("RV")
 
@@ -47,6 +50,7 @@ def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
     """Make an engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     engine = create_engine(url, **_engine_arguments(url, settings))
     event.listen(engine, "do_connect", _connect)
+    event.listen(engine, "checkout", _replace_dead)
     return engine
 
 
@@ -64,7 +68,29 @@ def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
     """Make an async engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     arguments = _engine_arguments(url, settings)
     arguments["connect_args"]["async_creator_fn"] = _connect_async
-    return create_async_engine(url, **arguments)
+    engine = create_async_engine(url, **arguments)
+    event.listen(engine.sync_engine, "checkout", _replace_dead)
+    return engine
+
+
+def _replace_dead(connection: Any, entry: ConnectionPoolEntry, _fairy: PoolProxiedConnection) -> None:
+    """Let the pool connect anew if a connection died while it was idle: nothing was sent, so nothing is lost.
+
+    No round trip: the socket of a connection that the server or the network closed can be read.
+    """
+    if not entry.info.get("used"):  # it is new
+        entry.info["used"] = True
+        return
+    pgconn: pq.abc.PGconn = getattr(connection, "driver_connection", connection).pgconn
+    try:
+        ready = select.poll()
+        ready.register(pgconn.socket, select.POLLIN)
+        if ready.poll(0):
+            pgconn.consume_input()
+    except psycopg.Error as error:
+        raise DisconnectionError from error
+    if pgconn.status != pq.ConnStatus.OK:
+        raise DisconnectionError
 
 
 def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
@@ -73,6 +99,7 @@ def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
         "pool_size": settings.pool_size,
         "max_overflow": settings.max_overflow,
         "pool_timeout": settings.pool_timeout.total_seconds(),
+        "isolation_level": "READ COMMITTED",  # the level of the lifecycle
         "use_native_hstore": False,  # saves a query on the first connection
         "connect_args": connect_arguments(url, settings) | {"answer_timeout": limit and limit.total_seconds()},
     }
@@ -203,6 +230,10 @@ _PIPELINE_OFF = pq.PipelineStatus.OFF
 _UTF8 = (b"UTF8", b"utf8")  # a pooler may repeat what the client sent
 _COMMAND_OK, _TUPLES_OK = pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK
 _SQLSTATE, _SOURCE_FUNCTION = pq.DiagnosticField.SQLSTATE, pq.DiagnosticField.SOURCE_FUNCTION
+_BEGIN_SESSION = (
+    b"SELECT pg_catalog.set_config('default_transaction_isolation', 'read committed', false)"
+    b" WHERE pg_catalog.pg_backend_pid() = $1::int4"
+)
 Rows = list[str | None]
 
 
@@ -254,13 +285,16 @@ class _Direct(psycopg.BaseConnection[Any]):
             result = yield from self._unnamed(statement, values)  # in autocommit the refused statement left nothing
         return self._rows(result)
 
-    def detect_pooler(self) -> Generator[Any, Any, None]:
-        """Prepare nothing if a pooler is between: then the server's process is not the one that was announced."""
+    def begin_session(self) -> Generator[Any, Any, None]:
+        """Set the isolation level, or prepare nothing if a pooler is between.
+
+        Then the server's process is not the one that was announced, and a setting would be left to other clients.
+        """
         if self.prepare_threshold is None:
             return
-        self.pgconn.send_query_params(b"SELECT pg_backend_pid()", None)
+        self.pgconn.send_query_params(_BEGIN_SESSION, [b"%d" % self.pgconn.backend_pid])
         result = (yield from generators.execute(self.pgconn))[-1]
-        if result.status != _TUPLES_OK or int(result.get_value(0, 0) or 0) != self.pgconn.backend_pid:
+        if result.status != _TUPLES_OK or not result.ntuples:
             self.prepare_threshold = None
 
     def _unnamed(self, statement: Statement, values: list[Any]) -> Generator[Any, Any, pq.abc.PGresult]:
@@ -356,7 +390,7 @@ def _connect(_dialect: object, _record: object, _args: object, arguments: dict[s
     except psycopg.Error as error:
         raise _connect_error(error, rest) from error
     _check(connection, watchdog)
-    connection.wait(connection.detect_pooler())
+    connection.wait(connection.begin_session())
     return connection
 
 
@@ -367,7 +401,7 @@ async def _connect_async(*_args: object, **arguments: Any) -> AsyncDirectConnect
     except psycopg.Error as error:
         raise await asyncio.to_thread(_connect_error, error, arguments) from error
     _check(connection, watchdog)
-    await connection.wait(connection.detect_pooler())
+    await connection.wait(connection.begin_session())
     return connection
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import connections, listening, migrations, urls
 from gathering_pipeline.errors import CommitIndeterminateError, TransactionAbortedError
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -101,6 +103,15 @@ class Database:
             yield session
             await session.run_sync(_commit, autocommit)
 
+    def group_commit(self) -> GroupCommits:
+        """Runs for many concurrent callers, whose ``advance`` calls share statements and commits.
+
+        ``async with database.group_commit() as runs`` gives an ``AsyncRunRepository`` for many tasks,
+        ``with database.group_commit() as runs`` a ``RunRepository`` for many threads. Each call is a transaction of its
+        own; its answer comes after the commit that holds it.
+        """
+        return GroupCommits(self)
+
     def listen(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> Events:
         """Yield every event once, forever, in the order of ``EventRepository.read``; survives restarts of the server.
 
@@ -181,6 +192,31 @@ class Database:
             if self._url is None:
                 self._url = self._location.resolve()
             return self._url
+
+
+class GroupCommits:
+    """What ``Database.group_commit`` returns: a context manager, sync and async."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._sync: GroupCommit | None = None
+        self._async: AsyncGroupCommit | None = None
+
+    def __enter__(self) -> GroupCommit:
+        self._sync = GroupCommit(partial(self._database.session, autocommit=True))
+        return self._sync.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        assert self._sync is not None, "it was entered"
+        self._sync.__exit__(*error)
+
+    async def __aenter__(self) -> AsyncGroupCommit:
+        self._async = AsyncGroupCommit(partial(self._database.async_session, autocommit=True))
+        return await self._async.__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._async is not None, "it was entered"
+        await self._async.__aexit__(*error)
 
 
 def _commit(session: Session, autocommit: bool) -> None:

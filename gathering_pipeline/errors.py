@@ -14,11 +14,13 @@
     │   ├── PipelineInUseError                 delete of a pipeline with live runs
     │   ├── StaleVersionError                  the graph has been changed since it was read
     │   ├── IllegalTransitionError             the transition is not in the tables of ``lifecycle``
+    │   │   └── RunOverError                   the run is terminal
     │   ├── NodeNotReadyError                  the node waits for a predecessor or a retry delay
     │   ├── LeaseLostError                     the token is not the run's current one
     │   └── IntegrityViolationError            a constraint of the schema refused the row
     ├── DatabaseError
     │   ├── ConfigurationError (ValueError)    URL, settings or server that can't be used
+    │   ├── IsolationLevelError                runs can be changed at READ COMMITTED only
     │   ├── DatabaseUnavailableError           no connection; retry later
     │   ├── TransactionAbortedError            an earlier error ended the transaction; nothing is stored
     │   ├── CommitIndeterminateError           the outcome of the commit is unknown
@@ -255,6 +257,23 @@ class IllegalTransitionError(ConflictError):
         )
 
 
+class RunOverError(IllegalTransitionError):
+    """The run is terminal.
+
+    Attributes:
+        status: Its status.
+        completed_at: When it ended; an ISO 8601 text.
+        error: Its error message.
+    """
+
+    def __init__(self, run_id: int, status: str, completed_at: str, error: str | None, requested: str) -> None:
+        self.status = status
+        self.completed_at = completed_at
+        self.error = error
+        super().__init__("run", run_id, status, requested)
+        self.args = (f"run {run_id} is {status} since {completed_at}: neither it nor its nodes can become {requested}",)
+
+
 class NodeNotReadyError(ConflictError):
     """A node can't start yet.
 
@@ -307,6 +326,24 @@ class ConfigurationError(DatabaseError, ValueError):
     """A URL, a setting or a server is unusable; the message says what to do."""
 
 
+class IsolationLevelError(DatabaseError):
+    """Runs can be changed at isolation level READ COMMITTED only, where each statement sees what was committed before.
+
+    ``Database`` sets that level on its connections. Another engine or session has to be made with it:
+    ``create_engine(..., isolation_level="READ COMMITTED")``, or ``default_transaction_isolation`` of the database.
+
+    Attributes:
+        level: The level of the transaction.
+    """
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+        super().__init__(
+            f"runs can't be changed at isolation level {level.upper()}: use READ COMMITTED, which"
+            " create_engine(..., isolation_level=...) or default_transaction_isolation sets"
+        )
+
+
 class DatabaseUnavailableError(DatabaseError):
     """No connection could be made, or it broke."""
 
@@ -333,7 +370,17 @@ class CommitIndeterminateError(DatabaseError):
     """
 
 
-WITHDRAWN_REVISIONS = frozenset({"009_lifecycle", "010_graph_guard", "011_events"})
+WITHDRAWN_REVISIONS = frozenset(
+    {
+        "008_integrity",
+        "009_lifecycle",
+        "009b_lifecycle",
+        "010_graph_guard",
+        "010b_graph_guard",
+        "011_events",
+        "011b_events",
+    }
+)
 """Revisions of unreleased versions of this package. Their schema differs from that of any later revision."""
 
 
@@ -365,7 +412,7 @@ class SchemaRevisionError(DatabaseError):
         if self.found in WITHDRAWN_REVISIONS:
             return (
                 "an unreleased version of this package left the revision: recreate the database, or downgrade it to"
-                " 008_integrity with that version"
+                " 007_pipeline_execution with that version"
             )
         return (
             "run 'alembic upgrade head', 'gathering-pipeline db upgrade' or Database().upgrade(); where the schema is"

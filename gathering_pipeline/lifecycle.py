@@ -1,6 +1,6 @@
 """Statuses, legal transitions, and the event of each.
 
-The database carries the same table (``alembic/sql/009b_lifecycle/4_guards.sql``); a test compares the two cell by cell.
+The database carries the same table (``alembic/sql/011_lifecycle/3_guards.sql``); a test compares the two cell by cell.
 """
 
 from __future__ import annotations

@@ -46,6 +46,9 @@ SMALL_TABLE = 8 * 1024 * 1024
 """Size in bytes below which an index is built at once, which is faster, instead of concurrently."""
 LOW_IMPACT = {"statement_timeout": 0, "max_parallel_maintenance_workers": 0, "max_parallel_workers_per_gather": 0}
 """Session parameters for work concurrently with live services: no time limit, one core."""
+SEARCH_PATH = "pg_catalog, pg_temp"
+"""Of sessions that create or repair objects: a name without a schema is PostgreSQL's own, whoever may create objects in
+``public``. CHECKs and views keep for good what their names and operators meant when they were made."""
 RETRYABLE = ("55P03", "40P01")
 """SQLSTATEs after which a statement is retried: lock_not_available, deadlock_detected."""
 _QUERY_CANCELED = "57014"
@@ -158,11 +161,11 @@ def missing_revision_hint(connection: Connection) -> str | None:
     tables = inspector.get_table_names(SCHEMA)
     if not {"pipelines", "pipeline_versions"}.issubset(tables):
         return None
-    # a host may have tables with these names, but not with this column of revision 009
+    # a host may have tables with these names, but not with this column of revision 010
     if all(column["name"] != "version" for column in inspector.get_columns("pipelines", SCHEMA)):
         return None
     # the lowest revision that the schema can have: an upgrade repeats the later ones, which are idempotent
-    revision = "011b_events" if "pipeline_events" in tables else "009b_lifecycle"
+    revision = "011_lifecycle" if "pipeline_counters" in tables else "010_graph"
     insert = f"INSERT INTO {VERSION_TABLE} VALUES ('{revision}')"  # noqa: S608 - constant names
     return f"the schema was migrated, but the row with its revision is missing: restore it by {insert}"
 
@@ -329,13 +332,13 @@ def migration_lock(connection: Connection, options: Options) -> Iterator[None]:
 
 @contextmanager
 def low_impact_session(connection: Connection, *restored: str) -> Iterator[None]:
-    """Set the parameters of ``LOW_IMPACT`` during a block, then restore what the session had before.
+    """Set the parameters of ``LOW_IMPACT`` and the search path during a block, then restore those of the session.
 
     Args:
         connection: Outside of a transaction, or in autocommit.
         restored: Further parameters to restore, which the block changes.
     """
-    names = (*LOW_IMPACT, *restored)
+    names = (*LOW_IMPACT, "search_path", *restored)
     session_values = (
         "SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (:names) AND source = 'session'"
     )
@@ -343,6 +346,7 @@ def low_impact_session(connection: Connection, *restored: str) -> Iterator[None]
     connection.commit()
     try:
         execute(connection, "; ".join(f"SET {name} = {value}" for name, value in LOW_IMPACT.items()))
+        execute(connection, f"SET search_path = {SEARCH_PATH}")
         connection.commit()
         yield
     finally:
@@ -504,7 +508,8 @@ class Migrator:
 
     def script(self, steps_sql: str) -> str:
         """Complete the SQL that Alembic wrote offline to a script that can be run again after an interruption."""
-        parameters = "".join(f"SET {name} = {value};\n" for name, value in LOW_IMPACT.items())
+        session = {**LOW_IMPACT, "search_path": SEARCH_PATH}
+        parameters = "".join(f"SET {name} = {value};\n" for name, value in session.items())
         known = _REFUSE_UNKNOWN.format(names=", ".join(f"'{name}'" for name in revision_names(self.directory)))
         head = f"SET lock_timeout = '{self.options.lock_timeout}';\n{parameters}\n{_CREATE_SCHEMA};\n\n{known};\n\n"
         # Alembic assumes that its table and row don't exist

@@ -7,9 +7,9 @@ repaired.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -231,6 +231,33 @@ class NodeExecutionResult(_Model):
     retry_count: Int32 = 0
 
 
+class NodeResult(NodeExecutionResult):
+    """The result of an attempt of a node.
+
+    Attributes:
+        attempt: The attempt that it is about, 1 for the first: a late report about an earlier one is recognised.
+            ``None``: the current one.
+        retryable: Whether a failed attempt is retried while retries are left; ``None``: as ``retry`` of the call says.
+    """
+
+    attempt: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    retryable: bool | None = None
+
+
+class RunReport(NamedTuple):
+    """The arguments of ``advance`` for one of many runs.
+
+    Attributes:
+        run_id: The run.
+        results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
+        token: The token of the claim.
+    """
+
+    run_id: int
+    results: Iterable[NodeExecutionResult | Mapping[str, Any]] = ()
+    token: int | None = None
+
+
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
@@ -368,8 +395,67 @@ class NodeRunRead(_Read):
     duration_ms: int
 
 
+class NodeState(_Read):
+    """A node run after a transition.
+
+    Attributes:
+        run_id: The run.
+        node_id: The node.
+        node_type: Its type.
+        status: Its status.
+        attempt: The number of the current attempt, 1 for the first; of a pending node that of the next one.
+        available_at: When its retry is due.
+        error_message: Why the last attempt failed.
+    """
+
+    run_id: int
+    node_id: str
+    node_type: str
+    status: NodeStatus
+    attempt: int
+    available_at: datetime | None
+    error_message: str | None
+
+
+class StartedNode(_Read):
+    """An attempt of a node that is running: what a worker executes.
+
+    Attributes:
+        node_id: The node.
+        node_type: Its type.
+        attempt: The number of the attempt, 1 for the first.
+        inputs: The outputs of the completed predecessors by node id; ``None`` unless they were asked for.
+    """
+
+    node_id: str
+    node_type: str
+    attempt: int
+    inputs: dict[str, Any] | None = None
+
+
+class Step(_Read):
+    """What ``advance`` did.
+
+    Attributes:
+        status: The run's status.
+        started: The nodes that the call started, in execution order.
+        running: The nodes that are running, where the call started none.
+        next_due: When the next retry is due, where the call started no node.
+    """
+
+    status: RunStatus
+    started: tuple[StartedNode, ...] = ()
+    running: tuple[StartedNode, ...] = ()
+    next_due: datetime | None = None
+
+    @field_validator("started", "running", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: object) -> object:
+        return () if value is None else value
+
+
 class RunStatistics(_Read):
-    """Counts and durations of the runs of a pipeline.
+    """Counts and durations of a pipeline's latest runs.
 
     Attributes:
         runs: Number of runs by status.

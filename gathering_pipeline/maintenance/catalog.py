@@ -27,14 +27,16 @@ class Object(NamedTuple):
 
 
 # With the search path pg_catalog PostgreSQL prints names with their schema. Of a function it captures the digest of the
-# source. The id of node runs stays INTEGER if the table was large at revision 008.
+# source. Ids of runs and node runs stay INTEGER if their table was large at revision 008. A row of kind "execution"
+# means that PUBLIC may execute a SECURITY DEFINER function; one of kind "use" has the function that a trigger calls, on
+# any table.
 _CAPTURE = """
 WITH relations AS MATERIALIZED (
     SELECT oid, quote_ident(relname) AS tab, relkind FROM pg_class
     WHERE relnamespace = to_regnamespace('circle') AND relkind IN ('r', 'p', 'v') AND relname <> 'alembic_version'
 ), columns AS (
     SELECT c.tab, quote_ident(a.attname) AS col, a.attnotnull, pg_get_expr(d.adbin, d.adrelid) AS expression,
-           CASE WHEN (c.tab, a.attname) = ('pipeline_node_runs', 'id')
+           CASE WHEN c.tab IN ('pipeline_runs', 'pipeline_node_runs') AND a.attname IN ('id', 'run_id')
                      AND a.atttypid IN ('int4'::regtype, 'int8'::regtype) THEN 'integer or bigint'
                 ELSE format_type(a.atttypid, a.atttypmod) END
            || CASE a.attidentity WHEN 'a' THEN ' GENERATED ALWAYS AS IDENTITY'
@@ -44,7 +46,15 @@ WITH relations AS MATERIALIZED (
     WHERE c.relkind <> 'v'
 )
 SELECT 'table' AS kind, '' AS tab, tab AS name, '' AS definition FROM relations WHERE relkind <> 'v'
-UNION ALL SELECT 'view', '', 'circle.' || tab, pg_get_viewdef(oid) FROM relations WHERE relkind = 'v'
+UNION ALL
+SELECT 'view', '', 'circle.' || c.tab,
+       coalesce('WITH (' || array_to_string(v.reloptions, ', ') || ') ', '') || 'AS ' || pg_get_viewdef(c.oid)
+FROM relations c JOIN pg_class v ON v.oid = c.oid WHERE c.relkind = 'v'
+UNION ALL
+SELECT 'type', '', c.oid::regclass::text,
+       string_agg(quote_ident(a.attname) || ' ' || format_type(a.atttypid, a.atttypmod), ', ' ORDER BY a.attnum)
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind = 'c' GROUP BY c.oid
 UNION ALL SELECT 'column', tab, col, type FROM columns
 UNION ALL SELECT 'NOT NULL', tab, col, '' FROM columns WHERE attnotnull
 UNION ALL SELECT 'default', tab, col, expression FROM columns WHERE expression IS NOT NULL
@@ -73,21 +83,29 @@ SELECT 'row security', c.tab, 'policies', coalesce(string_agg(quote_ident(o.poln
 FROM relations c JOIN pg_class t ON t.oid = c.oid AND t.relrowsecurity LEFT JOIN pg_policy o ON o.polrelid = c.oid
 GROUP BY c.tab
 UNION ALL
+SELECT 'child table', c.tab, i.inhrelid::regclass::text, '' FROM relations c JOIN pg_inherits i ON i.inhparent = c.oid
+UNION ALL
+SELECT 'use', '', quote_ident(t.tgname) || ' of ' || t.tgrelid::regclass, t.tgfoid::regprocedure::text
+FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid AND p.pronamespace = to_regnamespace('circle')
+WHERE NOT t.tgisinternal AND p.proname <> 'pipeline_events_notify'  -- which notify_events() switches
+UNION ALL
 SELECT 'function', '', p.oid::regprocedure::text, concat_ws(', ', pg_get_function_result(p.oid), l.lanname,
-       p.provolatile, p.prosecdef, p.proisstrict, array_to_string(p.proconfig, ' '),
-       encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex'))
+       p.provolatile, CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' END, p.proisstrict,
+       array_to_string(p.proconfig, ' '), encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex'))
 FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang WHERE p.pronamespace = to_regnamespace('circle')
+UNION ALL
+SELECT 'execution', '', p.oid::regprocedure::text, 'PUBLIC' FROM pg_proc p
+WHERE p.pronamespace = to_regnamespace('circle') AND p.prosecdef
+  AND (p.proacl IS NULL OR EXISTS (SELECT FROM aclexplode(p.proacl) a WHERE a.grantee = 0))
 ORDER BY 1, 2, 3
 """
 
 
 def capture(connection: Connection) -> dict[Object, str]:
-    """Read every object of schema circle with its definition. Resets the search path of the connection."""
-    connection.exec_driver_sql("SET search_path = pg_catalog")
+    """Read every object of schema circle with its definition. Sets the search path of the connection."""
+    connection.exec_driver_sql(f"SET search_path = {migrator.SEARCH_PATH}")
     rows = connection.exec_driver_sql(_CAPTURE, execution_options={"no_parameters": True})
-    objects = {Object(kind, table, name): definition for kind, table, name, definition in rows}
-    connection.exec_driver_sql("RESET search_path")  # for the repairs
-    return objects
+    return {Object(kind, table, name): definition for kind, table, name, definition in rows}
 
 
 def expected() -> dict[Object, str]:

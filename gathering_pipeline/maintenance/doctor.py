@@ -33,7 +33,7 @@ def doctor(engine: Engine, *, repair: bool = False, held_for: float = 10.0) -> l
     """
     with (
         engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
-        migrator.low_impact_session(connection, "lock_timeout", "search_path"),
+        migrator.low_impact_session(connection, "lock_timeout"),
     ):
         try:
             lock = f"SELECT pg_try_advisory_lock({migrator.MIGRATION_LOCK})"
@@ -99,7 +99,8 @@ def _wrong_revision(connection: Connection, found: str | None) -> Finding:
 
 def _examine(connection: Connection, held_for: float) -> Iterator[Finding]:
     differences = list(drift.differences(connection))
-    structural = [finding for finding in differences if finding.object.startswith(("table ", "column "))]
+    kinds = ("table ", "column ", "type ", "function ")
+    structural = [finding for finding in differences if finding.code == "drift" and finding.object.startswith(kinds)]
     found: list[Finding] = []
     unexamined: list[str] = []
     for codes, examination in rows.examinations(connection, held_for).items():

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from gathering_pipeline.maintenance.catalog import Object, capture, expected, same
 from gathering_pipeline.maintenance.findings import Finding
-from gathering_pipeline.maintenance.repairs import enable_trigger, rebuild, violating_rows
+from gathering_pipeline.maintenance.repairs import enable_trigger, rebuild, revoke, violating_rows
 
 
 def differences(connection: Connection) -> Iterator[Finding]:
@@ -18,9 +18,9 @@ def differences(connection: Connection) -> Iterator[Finding]:
     wanted, found = expected(), capture(connection)
     for item, definition in wanted.items():
         if item not in found:
-            if item.kind != "firing":  # a missing trigger is one finding
+            if item.kind not in {"firing", "use", "execution"}:  # a missing trigger is one finding; revoked is no drift
                 yield _drift(item, "is missing", rebuild(item, wanted))
-        elif not same(found[item], definition):
+        elif item.kind != "use" and not same(found[item], definition):
             yield _changed(item, wanted, found[item])
     tables = {item.name for item in wanted if item.kind == "table"}
     functions = {_function_name(item) for item in wanted if item.kind == "function"}
@@ -28,6 +28,23 @@ def differences(connection: Connection) -> Iterator[Finding]:
         overloads = item.kind == "function" and _function_name(item) in functions
         if item not in wanted and (item.table in tables or overloads):
             yield from _foreign(item, definition, wanted, found)
+    yield from _foreign_uses(wanted, found)
+
+
+def _foreign_uses(wanted: Mapping[Object, str], found: Mapping[Object, str]) -> Iterator[Finding]:
+    """Report whoever may use, or uses, a function of this package that only the guards should."""
+    for item, definition in found.items():
+        if item in wanted:
+            continue
+        if item.kind == "use" and Object("function", "", definition) in wanted:
+            message = f"calls {definition}, which guards another table and refuses this one"
+            yield Finding("error", "foreign_trigger", f"trigger {item.name}", message, "drop it")
+        elif item.kind == "execution" and Object("function", "", item.name) in wanted:
+            message = (
+                "may be executed by PUBLIC with the rights of its owner: any role could attach it to its own table"
+            )
+            repair = revoke(item.name)
+            yield Finding("error", "drift", f"function {item.name}", message, f"the repair runs {repair}", (repair,))
 
 
 def _function_name(function: Object) -> str:
@@ -72,7 +89,6 @@ def _foreign(
     item: Object, definition: str, wanted: Mapping[Object, str], found: Mapping[Object, str]
 ) -> Iterator[Finding]:
     """Report a foreign object only if it can refuse or change what this package writes."""
-    column = Object("column", item.table, item.name)
     if item.kind == "trigger" and re.match(r"CREATE (CONSTRAINT )?TRIGGER .+? (BEFORE|INSTEAD OF) ", definition):
         message = f"is foreign and can change rows without being checked: {definition}"
         advice = "make sure that it leaves the columns of this package alone"
@@ -85,6 +101,9 @@ def _foreign(
     elif item.kind == "rule":
         message = f"is foreign and can change or drop what this package writes: {definition}"
         yield Finding("warning", "foreign_rule", str(item), message, "drop it if it is not intended")
+    elif item.kind == "child table":
+        message = "is foreign: its rows are read as rows of this package, and no guard of this package sees them"
+        yield Finding("warning", "foreign_child", str(item), message, "run ALTER TABLE ... NO INHERIT on it")
     elif item.kind == "row security":
         message = f"is enabled: a role other than the owner reads and writes only what the policies allow: {definition}"
         advice = "make sure that the policies allow all rows to the services"
@@ -92,7 +111,20 @@ def _foreign(
     elif item.kind == "function":
         message = "is foreign: a call of this package's function may reach it, or fail because both match"
         yield Finding("warning", "foreign_function", str(item), message, "drop it if it is not intended")
-    elif item.kind == "default" and column in wanted:
+    elif item.kind in {"default", "NOT NULL"}:
+        yield from _foreign_property(item, definition, wanted, found)
+    elif item.kind == "index" and definition.endswith(" INVALID"):
+        repair = f"DROP INDEX CONCURRENTLY {item.name}"
+        message = "is INVALID: it is foreign, slows down every write, and no query uses it"
+        yield Finding("warning", "invalid_index", str(item), message, f"the repair runs {repair}", (repair,))
+
+
+def _foreign_property(
+    item: Object, definition: str, wanted: Mapping[Object, str], found: Mapping[Object, str]
+) -> Iterator[Finding]:
+    """Report a default or NOT NULL of a column."""
+    column = Object("column", item.table, item.name)
+    if item.kind == "default" and column in wanted:
         repair = f"ALTER TABLE circle.{item.table} ALTER COLUMN {item.name} DROP DEFAULT"
         message = f"is foreign and fills a column that this package leaves empty: {definition}"
         yield Finding("error", "drift", str(item), message, f"the repair runs {repair}", (repair,))
@@ -103,7 +135,3 @@ def _foreign(
         repair = f"ALTER TABLE circle.{item.table} ALTER COLUMN {item.name} DROP NOT NULL"
         message = "is foreign and refuses rows of this package"
         yield Finding("error", "drift", str(item), message, f"the repair runs {repair}", (repair,))
-    elif item.kind == "index" and definition.endswith(" INVALID"):
-        repair = f"DROP INDEX CONCURRENTLY {item.name}"
-        message = "is INVALID: it is foreign, slows down every write, and no query uses it"
-        yield Finding("warning", "invalid_index", str(item), message, f"the repair runs {repair}", (repair,))

@@ -44,12 +44,35 @@ def rebuild(item: Object, expected: Mapping[Object, str]) -> tuple[str, ...]:
         create = definition.replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1)
         repair = [f"{create}; {enable_trigger(item, expected[Object('firing', table, name)])}"]
     elif kind == "view":
-        repair = [f"CREATE OR REPLACE VIEW {name} AS {definition}"]
-    elif kind == "function":  # its last definition in the revisions
-        source = re.compile(rf"^CREATE OR REPLACE FUNCTION {name.split('(')[0]}\(.*?\$\$;$", re.MULTILINE | re.DOTALL)
-        steps = [step.sql for revision in migrations.revisions() for step in migrator.steps(revision)]
-        repair = source.findall("\n".join(steps))[-1:]
+        repair = [f"CREATE OR REPLACE VIEW {name} {definition}"]
+    elif kind == "function":
+        create = _definition(name)
+        if "SECURITY DEFINER" in definition and Object("execution", "", name) not in expected:
+            create += f"\n{revoke(name)};"  # PUBLIC may execute a new function
+        repair = [create]
     return tuple(repair)
+
+
+def _definition(function: str) -> str:
+    """The last definition of a function in the revisions, of those with as many parameters."""
+    name, _, types = function.rstrip(")").partition("(")
+    sources = re.compile(
+        rf"^CREATE OR REPLACE FUNCTION {re.escape(name)}\((.*?)\)\s+(?:RETURNS|LANGUAGE).*?\$\$;$",
+        re.MULTILINE | re.DOTALL,
+    )
+    steps = "\n".join(step.sql for revision in migrations.revisions() for step in migrator.steps(revision))
+    number = len(types.split(",")) if types else 0
+    found = [
+        source[0]
+        for source in sources.finditer(steps)
+        if len([p for p in source[1].split(",") if p.strip() and not p.strip().startswith("OUT ")]) == number
+    ]
+    return found[-1]
+
+
+def revoke(function: str) -> str:
+    """SQL that lets only the owner of a function, and who was granted it, execute it."""
+    return f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC"
 
 
 def enable_trigger(item: Object, mode: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -26,6 +26,7 @@ from gathering_pipeline.errors import (
     IntegrityViolationError,
     InvalidDataError,
     InvalidPipelineError,
+    IsolationLevelError,
     Issue,
     IssueCode,
     LeaseLostError,
@@ -36,6 +37,7 @@ from gathering_pipeline.errors import (
     PipelineInUseError,
     PipelineNotFoundError,
     RunNotFoundError,
+    RunOverError,
     SchemaRevisionError,
     StaleVersionError,
     TransactionAbortedError,
@@ -59,7 +61,7 @@ class AsyncRepository:
         name = type(self).__name__.removeprefix("Async")
         hint = f"'async with database.async_session() as session:' gives one; {name} takes a Session"
         check_type(session, (AsyncSession, async_scoped_session), "session", hint)
-        self._transport: _Blocking | _Awaiting = _Awaiting(session)
+        self._transport: _Transport = _Awaiting(session)
 
     async def _rows(self, statement: Statement, **parameters: Any) -> Rows:
         """Send one statement, after a flush, and return its rows.
@@ -110,8 +112,11 @@ class Repository:
     def __init__(self, session: Session | scoped_session[Session]) -> None:
         hint = f"'with database.session() as session:' gives one; Async{type(self).__name__} takes an AsyncSession"
         check_type(session, (Session, scoped_session), "session", hint)
+        self._bind(_Blocking(session))
+
+    def _bind(self, transport: _Transport) -> None:
         self._calls = self._source.__new__(self._source)
-        self._calls._transport = _Blocking(session)  # noqa: SLF001 - the two classes are one piece
+        self._calls._transport = transport  # noqa: SLF001 - the two classes are one piece
 
 
 def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> Callable[Concatenate[Repository, A], R]:
@@ -119,16 +124,32 @@ def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> C
 
     @wraps(method)
     def twin(self: Repository, /, *args: A.args, **kwargs: A.kwargs) -> R:
-        coroutine = method(self._calls, *args, **kwargs)
-        try:
-            coroutine.send(None)
-        except StopIteration as stop:
-            result: R = stop.value
-            return result
-        coroutine.close()
-        raise AssertionError(f"{method.__qualname__} waited")
+        return finish(method(self._calls, *args, **kwargs))
 
     return twin
+
+
+def finish(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Run a coroutine that never waits, because its statements are sent on a sync session."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    coroutine.close()
+    raise AssertionError(f"{coroutine!r} waited")
+
+
+class _Transport(Protocol):
+    """Sends statements on a session."""
+
+    async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        """Send one statement, after a flush, and return its rows."""
+        ...
+
+    async def run(self, action: Callable[[Session], T]) -> T:
+        """Run what needs the session itself, such as a statement of the ORM."""
+        ...
 
 
 class _Blocking:
@@ -190,6 +211,40 @@ class _Awaiting:
         return None if session.new or session.dirty or session.deleted else connection
 
 
+class Apart:
+    """Sends each statement on a session of its own, which is opened for it."""
+
+    def __init__(self, open_session: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> None:
+        self._open_session = open_session
+
+    async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        """Send one statement and return its rows."""
+        async with self._open_session() as session:
+            return await _Awaiting(session).send(statement, parameters)
+
+    async def run(self, action: Callable[[Session], T]) -> T:
+        """Run what needs the session itself."""
+        async with self._open_session() as session:
+            return await session.run_sync(action)
+
+
+class ApartBlocking:
+    """The sync twin of ``Apart``."""
+
+    def __init__(self, open_session: Callable[[], AbstractContextManager[Session]]) -> None:
+        self._open_session = open_session
+
+    async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        """Send one statement and return its rows."""
+        with self._open_session() as session:
+            return _send(session, statement, parameters)
+
+    async def run(self, action: Callable[[Session], T]) -> T:
+        """Run what needs the session itself."""
+        with self._open_session() as session:
+            return action(session)
+
+
 def _send(session: Session | scoped_session[Session], statement: Statement, parameters: Mapping[str, Any]) -> Rows:
     with connected(session, read_only=statement.read_only) as connection:
         driver = direct(connection)
@@ -227,7 +282,7 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
         raise typed from error
 
 
-def _failure(
+def _failure(  # noqa: PLR0911 - each kind of error has its end
     session: Session | scoped_session[Session],
     connection: Connection | None,
     driver: Any,
@@ -242,6 +297,8 @@ def _failure(
             broken = _broken(error, outcome_unknown=driver.autocommit and may_write)
             _begin_anew(session, driver)
             return broken
+        if connection is None and isinstance(getattr(error, "orig", error), psycopg.OperationalError):
+            return _broken(error, outcome_unknown=False)  # the server ended it before anything was sent
         return _typed(error) or error
     if isinstance(error, PendingRollbackError):
         return TransactionAbortedError()
@@ -285,6 +342,8 @@ _BY_SQLSTATE: dict[str, type[PipelineError]] = {
     "PL007": LeaseLostError,
     "PL009": StaleVersionError,
     "PL010": PipelineInUseError,
+    "PL011": IsolationLevelError,
+    "PL012": RunOverError,
 }
 _INVALID_PIPELINE = "PL008"  # DETAIL has the issues
 _TRANSACTION_ABORTED = "25P02"

@@ -12,7 +12,7 @@ from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.json_values import quote
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
-# --- statements; alembic/sql/011b_events/1_log.sql explains the order of events, and which of them can be read -------
+# --- statements; alembic/sql/009_events/1_log.sql explains the order of events, and which of them can be read -------
 
 _DATABASE = """
 WITH database AS MATERIALIZED (
@@ -21,7 +21,7 @@ WITH database AS MATERIALIZED (
 )"""
 READ = Statement(
     f"""{_DATABASE}
-SELECT json_build_array(d.name, d.next_xid::text, e)::text
+SELECT pg_catalog.json_build_array(d.name, d.next_xid::text, e)::text
 FROM database d LEFT JOIN LATERAL (
     SELECT e.*, d.name || '-' || e.xid || '-' || e.id AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
@@ -31,14 +31,14 @@ ORDER BY e.xid, e.id""",
 )
 LAST = Statement(
     f"""{_DATABASE}
-SELECT to_json(d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0))::text
+SELECT pg_catalog.to_json(d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0))::text
 FROM database d LEFT JOIN LATERAL (
     SELECT xid, id FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
 ) e ON true""",
     read_only=True,
 )
-PURGE = Statement("SELECT circle.purge_events(make_interval(secs => %(older_than)s), %(limit)s)::text")
+PURGE = Statement("SELECT circle.purge_events(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s)::text")
 
 
 # --- the repository --------------------------------------------------------------------------------------------------

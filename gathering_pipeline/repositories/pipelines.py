@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import BigInteger, Executable, Row, func, insert, literal, update
+from sqlalchemy import BigInteger, ColumnElement, Executable, Row, cast, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import (
@@ -22,23 +22,41 @@ from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
-from gathering_pipeline.orm import Pipeline
+from gathering_pipeline.orm import Pipeline, PipelineCounterRow
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected
 
 # --- statements; alembic/schema.sql has the function -----------------------------------------------------------------
 
-GET = Statement("SELECT to_json(p)::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s::bigint", read_only=True)
+GET = Statement(
+    "SELECT pg_catalog.to_json(circle.counted(p))::text FROM circle.pipelines p WHERE p.id = %(pipeline_id)s::bigint",
+    read_only=True,
+)
 SEARCH = Statement(
     """
-SELECT to_json(p)::text FROM circle.pipelines p
-WHERE p.id < %(after)s::bigint AND (%(status)s::text IS NULL OR p.status = %(status)s)
-  AND (%(name)s::text IS NULL OR strpos(lower(p.name), lower(%(name)s)) > 0)
+SELECT pg_catalog.to_json(circle.counted(p))::text FROM circle.pipelines p
+WHERE p.id < %(after)s::bigint AND (%(status)s::text IS NULL OR p.status::text = %(status)s::text)
+  AND (%(name)s::text IS NULL OR strpos(lower(p.name::text), lower(%(name)s::text)) > 0)
 ORDER BY p.id DESC LIMIT %(limit)s""",
     read_only=True,
 )
 DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)")
 
-_RETURNED = [getattr(Pipeline, name) for name in PipelineRead.model_fields]
+_COUNTERS = PipelineCounterRow.__table__.c
+
+
+def _returned(name: str) -> ColumnElement[Any]:
+    """A column of a changed row; to a counter what ``pipeline_counters`` adds, as ``circle.counted`` does."""
+    column: ColumnElement[Any] = getattr(Pipeline, name)
+    if name not in ("run_count", "success_count", "error_count", "last_run"):
+        return column
+    added = select((func.max if name == "last_run" else func.sum)(_COUNTERS[name]))
+    subquery = added.where(_COUNTERS.pipeline_id == Pipeline.id).correlate(Pipeline).scalar_subquery()
+    if name == "last_run":
+        return func.greatest(column, subquery).label(name)
+    return cast(column + func.coalesce(subquery, 0), BigInteger).label(name)
+
+
+_RETURNED = [_returned(name) for name in PipelineRead.model_fields]
 
 
 # --- the repository --------------------------------------------------------------------------------------------------

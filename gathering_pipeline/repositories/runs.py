@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from gathering_pipeline.arguments import (
+    check_attempt,
     check_count,
     check_duration,
     check_flag,
@@ -34,76 +35,104 @@ from gathering_pipeline.errors import (
 )
 from gathering_pipeline.json_values import MAX_DEPTH, json_path
 from gathering_pipeline.lifecycle import RunStatus
-from gathering_pipeline.models import NodeExecutionResult, NodeRunRead, Page, PipelineDefinition, RunRead, RunStatistics
+from gathering_pipeline.models import (
+    NodeExecutionResult,
+    NodeResult,
+    NodeRunRead,
+    NodeState,
+    Page,
+    PipelineDefinition,
+    RunRead,
+    RunReport,
+    RunStatistics,
+    Step,
+)
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
 # --- statements; alembic/schema.sql has the functions ----------------------------------------------------------------
 
-CREATE = Statement("SELECT to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text")
-START = Statement("SELECT to_json(circle.start_run(%(run_id)s, %(token)s))::text")
-CONCLUDE = Statement("SELECT to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text")
-FINISH = Statement("SELECT to_json(circle.finish_run(%(run_id)s, %(token)s))::text")
-START_NODE = Statement("SELECT to_json(circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text")
+CREATE = Statement(
+    "SELECT pg_catalog.to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
+)
+START = Statement("SELECT pg_catalog.to_json(circle.start_run(%(run_id)s, %(token)s))::text")
+CONCLUDE = Statement(
+    "SELECT pg_catalog.to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
+)
+FINISH = Statement("SELECT pg_catalog.to_json(circle.finish_run(%(run_id)s, %(token)s))::text")
+RECORD_RUN = Statement(
+    "SELECT pg_catalog.to_json("
+    "circle.record_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s, %(results)s::jsonb))::text"
+)
+START_NODE = Statement("SELECT circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s)::text")
 COMPLETE_NODE = Statement(
-    "SELECT to_json(circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s))::text"
+    "SELECT circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(attempt)s, %(token)s)::text"
 )
-SKIP_NODE = Statement("SELECT to_json(circle.skip_node(%(run_id)s, %(node_id)s, %(token)s))::text")
+SKIP_NODE = Statement("SELECT circle.skip_node(%(run_id)s, %(node_id)s, %(token)s)::text")
 FAIL_NODE = Statement(
-    "SELECT to_json(circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(token)s))::text"
+    "SELECT circle.fail_node(%(run_id)s, %(node_id)s, %(error)s, %(retryable)s, %(attempt)s, %(token)s)::text"
 )
-ADVANCE = Statement("""
-SELECT to_json(n)::text FROM circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s) n
-ORDER BY n.position, n.id""")
-RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s)")
+ADVANCE = Statement("SELECT circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s, %(inputs)s)::text")
+ADVANCE_MANY = Statement("""
+SELECT pg_catalog.json_build_array(run_id, step)::text
+FROM circle.advance_runs(%(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)s::jsonb)""")
+RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s)")
 CLAIM = Statement("""
-SELECT to_json(r)::text FROM circle.claim_runs(%(worker_id)s, make_interval(secs => %(lease)s), %(limit)s) r
+SELECT pg_catalog.to_json(r)::text
+FROM circle.claim_runs(%(worker_id)s, pg_catalog.make_interval(secs => %(lease)s), %(limit)s) r
 ORDER BY r.id""")
 HEARTBEAT = Statement(
-    "SELECT to_json(circle.heartbeat_run(%(run_id)s, %(token)s, make_interval(secs => %(lease)s)))::text"
+    "SELECT pg_catalog.to_json("
+    "circle.heartbeat_run(%(run_id)s, %(token)s, pg_catalog.make_interval(secs => %(lease)s)))::text"
 )
-RELEASE = Statement("SELECT to_json(circle.release_run(%(run_id)s, %(token)s))::text")
-RECOVER = Statement("SELECT to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id")
-EXPIRE = Statement("SELECT to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
+RELEASE = Statement("SELECT pg_catalog.to_json(circle.release_run(%(run_id)s, %(token)s))::text")
+RECOVER = Statement(
+    "SELECT pg_catalog.to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
+)
+EXPIRE = Statement("SELECT pg_catalog.to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
 APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)")
-PURGE = Statement("SELECT circle.purge_runs(make_interval(secs => %(older_than)s), %(limit)s)::text")
+PURGE = Statement("SELECT circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s)::text")
 
-GET = Statement("SELECT to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint", read_only=True)
+GET = Statement(
+    "SELECT pg_catalog.to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint", read_only=True
+)
 NODES = Statement(
     """
-SELECT to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s::bigint
+SELECT pg_catalog.to_json(n)::text FROM circle.pipeline_node_runs n WHERE n.run_id = %(run_id)s::bigint
 ORDER BY n.position, n.id""",
     read_only=True,
 )
 READY = Statement(
     """
-SELECT to_json(n)::text FROM circle.pipeline_node_runs n
+SELECT pg_catalog.to_json(n)::text FROM circle.pipeline_node_runs n
 WHERE n.id = ANY (ARRAY(SELECT s.id FROM circle.startable_node_runs s WHERE s.run_id = %(run_id)s::bigint))
 ORDER BY n.position, n.id""",
     read_only=True,
 )
 DEFINITION = Statement(
     """
-SELECT json_build_array(r.pipeline_version, v.nodes, v.edges)::text FROM circle.pipeline_runs r
+SELECT pg_catalog.json_build_array(r.pipeline_version, v.nodes, v.edges)::text FROM circle.pipeline_runs r
 LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
 WHERE r.id = %(run_id)s::bigint""",
     read_only=True,
 )
 SEARCH = Statement(
     """
-SELECT to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
+SELECT pg_catalog.to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
 ORDER BY r.id DESC""",
     read_only=True,
 )
 COUNTS = Statement(
-    "SELECT json_build_array(status, count(*))::text FROM circle.pipeline_runs GROUP BY status", read_only=True
+    """
+SELECT pg_catalog.json_build_object('pending', coalesce(sum(pending), 0), 'running', coalesce(sum(running), 0),
+                         'completed', coalesce(sum(completed), 0), 'failed', coalesce(sum(failed), 0),
+                         'cancelled', coalesce(sum(cancelled), 0), 'timeout', coalesce(sum(timeout), 0))::text
+FROM circle.pipeline_counters""",
+    read_only=True,
 )
 STATISTICS = Statement(
     """
-SELECT json_build_array(
-    status, count(*),
-    percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY extract(epoch FROM completed_at - started_at))
-        FILTER (WHERE status = 'completed' AND started_at IS NOT NULL))::text
-FROM circle.pipeline_runs WHERE pipeline_id = %(pipeline)s::bigint GROUP BY status""",
+SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_interval(secs => %(window)s),
+                             %(limit)s)::text""",
     read_only=True,
 )
 
@@ -140,15 +169,7 @@ class AsyncRunRepository(AsyncRepository):
             InvalidPipelineError: Its stored graph is broken or empty.
             InvalidDataError: The data or the key can't be stored.
         """
-        data = encode_json({} if trigger_data is None else trigger_data, "trigger_data")
-        key = None if idempotency_key is None else check_text(idempotency_key, "idempotency_key", 255)
-        parameters = {"pipeline_id": check_pipeline_id(pipeline_id), "trigger_data": data, "key": key}
-        try:
-            return (await self._read(RunRead, CREATE, **parameters))[0]
-        except IntegrityViolationError as error:
-            if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted concurrently
-                raise PipelineNotFoundError(pipeline_id) from error
-            raise
+        return await self._create(CREATE, pipeline_id, trigger_data, idempotency_key)
 
     async def start(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Start a pending run.
@@ -214,8 +235,8 @@ class AsyncRunRepository(AsyncRepository):
 
     async def start_node(
         self, run_id: int, node_id: str, input_data: Any = None, *, token: int | None = None
-    ) -> NodeRunRead:
-        """Start a ready node of a running run.
+    ) -> NodeState:
+        """Start a ready node of a running run. With the token that started it, a second call changes nothing.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -228,9 +249,18 @@ class AsyncRunRepository(AsyncRepository):
         return await self._node(START_NODE, run_id, node_id, token, data=encode_json(input_data, "input_data"))
 
     async def complete_node(
-        self, run_id: int, node_id: str, output: Any = None, *, token: int | None = None
-    ) -> NodeRunRead:
+        self, run_id: int, node_id: str, output: Any = None, *, attempt: int | None = None, token: int | None = None
+    ) -> NodeState:
         """Complete a running node, or a pending node whose executor reports afterwards.
+
+        On a claimed run a call that repeats one that succeeded, with an equal output or none, changes nothing.
+
+        Args:
+            run_id: The run.
+            node_id: The node.
+            output: JSON; ``None`` keeps what is stored.
+            attempt: The attempt that the report is about; ``None``: the current one.
+            token: The token of the claim.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -239,10 +269,11 @@ class AsyncRunRepository(AsyncRepository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: The output can't be stored.
         """
-        return await self._node(COMPLETE_NODE, run_id, node_id, token, data=encode_json(output, "output"))
+        data = encode_json(output, "output")
+        return await self._node(COMPLETE_NODE, run_id, node_id, token, data=data, attempt=check_attempt(attempt))
 
-    async def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeRunRead:
-        """Skip a pending node, and every node whose predecessors are then all skipped.
+    async def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeState:
+        """Skip a pending node, and every node whose predecessors are then all skipped; a second call changes nothing.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -253,12 +284,28 @@ class AsyncRunRepository(AsyncRepository):
         return await self._node(SKIP_NODE, run_id, node_id, token)
 
     async def fail_node(
-        self, run_id: int, node_id: str, error: str, retryable: bool = True, *, token: int | None = None
-    ) -> NodeRunRead:
-        """Report a failed attempt: the returned node run is ``pending`` if a retry is left, else ``failed``.
+        self,
+        run_id: int,
+        node_id: str,
+        error: str,
+        retryable: bool = True,
+        *,
+        attempt: int | None = None,
+        token: int | None = None,
+    ) -> NodeState:
+        """Report a failed attempt: the returned status is ``pending`` if a retry is left, else ``failed``.
 
         A retry is due at ``available_at``: after ``min(retry_backoff_base * 2^n, retry_backoff_max)`` seconds, where
         ``n`` is the number of earlier retries. A node that was never started has no attempt to retry, and fails.
+        On a claimed run a call that repeats one that succeeded changes nothing.
+
+        Args:
+            run_id: The run.
+            node_id: The node.
+            error: Why the attempt failed.
+            retryable: Whether it may be retried.
+            attempt: The attempt that the report is about; ``None``: the current one.
+            token: The token of the claim.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -268,50 +315,139 @@ class AsyncRunRepository(AsyncRepository):
         """
         text = check_text(error, "error")
         return await self._node(
-            FAIL_NODE, run_id, node_id, token, error=text, retryable=check_flag(retryable, "retryable")
+            FAIL_NODE,
+            run_id,
+            node_id,
+            token,
+            error=text,
+            retryable=check_flag(retryable, "retryable"),
+            attempt=check_attempt(attempt),
         )
 
     async def advance(
-        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (), *, token: int | None = None
-    ) -> list[NodeRunRead]:
+        self,
+        run_id: int,
+        results: Iterable[NodeExecutionResult | Mapping[str, Any]] = (),
+        *,
+        retry: bool = False,
+        inputs: bool = False,
+        token: int | None = None,
+    ) -> Step:
         """Record results, start the nodes that became ready, and end the run when nothing is left, in one call.
 
         A pending run without a claim is started first. Without results every ready node is started, due retries
-        included; so a run begins with ``advance(run_id)`` and goes on with the results of the nodes returned.
-        ``failed`` results are final: report an attempt that may be retried by ``fail_node``.
+        included; so a run begins with ``advance(run_id)`` and goes on with the results of the nodes that were started.
 
-        Returns:
-            The nodes started, in execution order; an empty list if there are none.
+        On a claimed run a result may repeat one that was recorded: it changes nothing. The call then starts every ready
+        node, and ``started`` has those that are running already, too, because the first answer may have been lost.
+        Ignore what you are executing, by ``(node_id, attempt)``.
+
+        Args:
+            run_id: The run.
+            results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
+            retry: Whether failed attempts are retried while retries are left; ``retryable`` of a result goes before.
+            inputs: Whether ``started`` has the outputs of each node's completed predecessors.
+            token: The token of the claim.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
             NodeRunNotFoundError: The run has no such node.
-            IllegalTransitionError: A result is not legal, or the run is terminal. No result was recorded.
+            RunOverError: The run is terminal, and the results repeat none that ended it.
+            IllegalTransitionError: A result is not legal. No result was recorded.
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        text = _encode_results(results)
-        return await self._read(
-            NodeRunRead, ADVANCE, run_id=check_run_id(run_id), results=text, token=check_token(token)
-        )
+        report = encode_report(run_id, results, token)
+        return await self._advance(report, retry=check_flag(retry, "retry"), inputs=check_flag(inputs, "inputs"))
+
+    async def advance_many(self, reports: Iterable[RunReport]) -> list[Step | None]:
+        """Do as ``advance`` for many runs, in one call and one commit.
+
+        What every call would have to wait for, or what needs an answer of its own, is left out: a call changes nothing
+        and has ``None`` for its step if somebody else has locked its run, if it reports anything but completed nodes of
+        a run without failures, or if ``advance`` would refuse it. Call ``advance`` for those. ``Database.group_commit``
+        does so for concurrent callers.
+
+        Args:
+            reports: At most one for each run.
+
+        Returns:
+            A step for each report, in their order.
+
+        Raises:
+            InvalidDataError: A report can't be stored, or two are about one run.
+            psycopg.Error: A raw writer held a node for long, or changed one meanwhile; nothing was changed, and
+                ``is_transient`` is true.
+        """
+        encoded = [encode_report(report.run_id, report.results, report.token) for report in reports]
+        if len({report.run_id for report in encoded}) < len(encoded):
+            raise InvalidDataError("reports must be about different runs")
+        return await self._advance_many(encoded)
 
     async def record(
-        self, run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], *, token: int | None = None
+        self,
+        run_id: int,
+        results: Iterable[NodeExecutionResult | Mapping[str, Any]],
+        *,
+        retry: bool = False,
+        token: int | None = None,
     ) -> None:
         """Record any number of results, all or none, for executors that report afterwards.
 
         A pending run without a claim is started first. No other node is started, and the run is not ended: ``finish``
-        ends it.
+        ends it. On a claimed run a result may repeat one that was recorded: it changes nothing.
+
+        Args:
+            run_id: The run.
+            results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
+            retry: Whether failed attempts are retried while retries are left; ``retryable`` of a result goes before.
+            token: The token of the claim.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
             NodeRunNotFoundError: The run has no such node.
-            IllegalTransitionError: A result is not legal, or the run is terminal. No result was recorded.
+            RunOverError: The run is terminal.
+            IllegalTransitionError: A result is not legal. No result was recorded.
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored.
         """
-        text = _encode_results(results)
-        await self._rows(RECORD, run_id=check_run_id(run_id), results=text, token=check_token(token))
+        await self._rows(
+            RECORD,
+            run_id=check_run_id(run_id),
+            results=_as_list(_encode_results(results)),
+            token=check_token(token),
+            retry=check_flag(retry, "retry"),
+        )
+
+    async def record_run(
+        self,
+        pipeline_id: int,
+        results: Iterable[NodeExecutionResult | Mapping[str, Any]],
+        trigger_data: Any = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> RunRead:
+        """Create a run, record the results of its nodes and end it, in one call: for executors that report afterwards.
+
+        The run ends as ``finish`` would end it: nodes without a result are cancelled if a node failed, and refused if
+        they could have started.
+
+        Args:
+            pipeline_id: The pipeline.
+            results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
+            trigger_data: JSON input of the run; ``None`` stores ``{}``.
+            idempotency_key: At most 255 characters. A second call with the same key returns the run of the first.
+
+        Raises:
+            PipelineNotFoundError: The pipeline doesn't exist.
+            PipelineInactiveError: It is not ``active``.
+            InvalidPipelineError: Its stored graph is broken or empty.
+            NodeRunNotFoundError: The graph has no such node.
+            IllegalTransitionError: A node has two results, or one that could have started has none. Nothing is stored.
+            InvalidDataError: The data, the key or an output can't be stored.
+        """
+        encoded = _as_list(_encode_results(results))
+        return await self._create(RECORD_RUN, pipeline_id, trigger_data, idempotency_key, results=encoded)
 
     # --- leases and sweeps ---
 
@@ -439,26 +575,68 @@ class AsyncRunRepository(AsyncRepository):
         return PipelineDefinition.from_json(nodes, edges)
 
     async def counts(self) -> dict[RunStatus, int]:
-        """Count runs by status; a status without runs is 0."""
-        rows = await self._values(COUNTS)
-        return dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in rows}
+        """Count runs by status, from counters that every change of a status keeps; a status without runs is 0."""
+        counted = (await self._values(COUNTS))[0]
+        return {status: counted[status] for status in RunStatus}
 
-    async def statistics(self, pipeline_id: int) -> RunStatistics:
-        """Read how many runs of a pipeline have each status, and how long they took."""
-        counts = dict.fromkeys(RunStatus, 0)
-        quantiles: tuple[float, float] | None = None
-        for status, number, durations in await self._values(STATISTICS, pipeline=check_id(pipeline_id, "pipeline_id")):
-            counts[RunStatus(status)] = number
-            quantiles = durations or quantiles
+    async def statistics(
+        self, pipeline_id: int, window: timedelta = timedelta(days=30), limit: int = 10_000
+    ) -> RunStatistics:
+        """Read how many of a pipeline's latest runs have each status, and how long they took.
+
+        Args:
+            pipeline_id: The pipeline.
+            window: Only runs that were created within this time.
+            limit: Only the last runs, at most this number: the call takes the same time, however long the history is.
+        """
+        (found,) = await self._values(
+            STATISTICS,
+            pipeline=check_id(pipeline_id, "pipeline_id"),
+            window=check_duration(window, "window"),
+            limit=check_count(limit, "limit"),
+        )
+        counts = dict.fromkeys(RunStatus, 0) | {RunStatus(status): number for status, number in found["runs"].items()}
         ended = counts[RunStatus.COMPLETED] + counts[RunStatus.FAILED] + counts[RunStatus.TIMEOUT]
+        p50, p95 = (None if found[key] is None else timedelta(seconds=found[key]) for key in ("p50", "p95"))
         return RunStatistics(
             runs=counts,
             success_rate=counts[RunStatus.COMPLETED] / ended if ended else None,
-            duration_p50=timedelta(seconds=quantiles[0]) if quantiles else None,
-            duration_p95=timedelta(seconds=quantiles[1]) if quantiles else None,
+            duration_p50=p50,
+            duration_p95=p95,
         )
 
-    # --- statements on one run ---
+    # --- statements on one run, and on many ---
+
+    async def _advance(self, report: EncodedReport, *, retry: bool = False, inputs: bool = False) -> Step:
+        parameters = {"run_id": report.run_id, "token": report.token, "retry": retry, "inputs": inputs}
+        return (await self._read(Step, ADVANCE, results=_as_list(report.results), **parameters))[0]
+
+    async def _advance_many(self, reports: Sequence[EncodedReport]) -> list[Step | None]:
+        rows = await self._values(
+            ADVANCE_MANY,
+            run_ids=f"{{{','.join(str(report.run_id) for report in reports)}}}",
+            tokens=f"{{{','.join('NULL' if report.token is None else str(report.token) for report in reports)}}}",
+            results=_as_list(
+                f'{{"run_id":{report.run_id},{result[1:]}' for report in reports for result in report.results
+            ),
+        )
+        steps = {run_id: step and Step.model_validate(step) for run_id, step in rows}
+        return [steps[report.run_id] for report in reports]
+
+    async def _create(
+        self, statement: Statement, pipeline_id: int, trigger_data: Any, idempotency_key: str | None, **parameters: Any
+    ) -> RunRead:
+        parameters |= {
+            "pipeline_id": check_pipeline_id(pipeline_id),
+            "trigger_data": encode_json({} if trigger_data is None else trigger_data, "trigger_data"),
+            "key": None if idempotency_key is None else check_text(idempotency_key, "idempotency_key", 255),
+        }
+        try:
+            return (await self._read(RunRead, statement, **parameters))[0]
+        except IntegrityViolationError as error:
+            if error.constraint == "pipeline_runs_pipeline_id_fkey":  # deleted concurrently
+                raise PipelineNotFoundError(pipeline_id) from error
+            raise
 
     async def _run(self, statement: Statement, run_id: int, token: int | None, **parameters: Any) -> RunRead:
         parameters |= {"run_id": check_run_id(run_id), "token": check_token(token)}
@@ -466,13 +644,13 @@ class AsyncRunRepository(AsyncRepository):
 
     async def _node(
         self, statement: Statement, run_id: int, node_id: str, token: int | None, **parameters: Any
-    ) -> NodeRunRead:
+    ) -> NodeState:
         parameters |= {
             "run_id": check_run_id(run_id),
             "node_id": check_text(node_id, "node_id"),
             "token": check_token(token),
         }
-        return (await self._read(NodeRunRead, statement, **parameters))[0]
+        return (await self._read(NodeState, statement, **parameters))[0]
 
     async def _nodes(self, statement: Statement, run_id: int) -> list[NodeRunRead]:
         nodes = await self._read(NodeRunRead, statement, run_id=check_run_id(run_id))
@@ -498,7 +676,9 @@ class RunRepository(Repository):
     skip_node = blocking(AsyncRunRepository.skip_node)
     fail_node = blocking(AsyncRunRepository.fail_node)
     advance = blocking(AsyncRunRepository.advance)
+    advance_many = blocking(AsyncRunRepository.advance_many)
     record = blocking(AsyncRunRepository.record)
+    record_run = blocking(AsyncRunRepository.record_run)
     claim = blocking(AsyncRunRepository.claim)
     heartbeat = blocking(AsyncRunRepository.heartbeat)
     release = blocking(AsyncRunRepository.release)
@@ -514,11 +694,37 @@ class RunRepository(Repository):
     statistics = blocking(AsyncRunRepository.statistics)
 
 
-_RESULTS = TypeAdapter(list[NodeExecutionResult])
+def _as_node_result(value: object) -> object:
+    """The fields of the mission's model, which ``NodeResult`` extends."""
+    if isinstance(value, NodeExecutionResult) and not isinstance(value, NodeResult):
+        return value.model_dump(exclude_unset=True)
+    return value
 
 
-def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) -> str:
-    """Check results and write them as JSON.
+_RESULTS = TypeAdapter(list[Annotated[NodeResult, BeforeValidator(_as_node_result)]])
+
+
+class EncodedReport(NamedTuple):
+    """What ``advance`` sends: the results are JSON objects as text."""
+
+    run_id: int
+    results: list[str]
+    token: int | None
+
+
+def encode_report(
+    run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], token: int | None
+) -> EncodedReport:
+    """Check the arguments of ``advance`` and write its results as JSON; raises as ``advance`` does."""
+    return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token))
+
+
+def _as_list(objects: Iterable[str]) -> str:
+    return f"[{','.join(objects)}]"
+
+
+def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) -> list[str]:
+    """Check results and write each as JSON.
 
     Raises:
         InvalidDataError: A result has the wrong shape, or can't be stored; the message gives its path.
@@ -530,4 +736,4 @@ def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) 
         path = json_path("results", first["loc"])
         raise InvalidDataError(f"{path}: {shorten(first['msg'], 200)}") from None
     check_json(_RESULTS.dump_python(items), "results")
-    return _RESULTS.dump_json(items).decode()
+    return [item.model_dump_json(exclude_unset=True) for item in items]  # the database measures what isn't given

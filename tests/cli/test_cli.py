@@ -61,7 +61,7 @@ def test_upgrade_session_from_preflight_to_doctor_succeeds(empty_database_url: s
 
     done = program("db", "upgrade", **where)
     assert (done.returncode, done.stdout) == (0, f"the schema is at revision {head}\n")
-    assert "Running upgrade 007_pipeline_execution -> 008_integrity" in done.stderr
+    assert "Running upgrade 007_pipeline_execution -> 008_valid_rows" in done.stderr
     assert run("check", **where).exit_code == 0
     healthy = run("doctor", **where)
     assert (healthy.exit_code, healthy.stdout) == (0, "no problems found\n")
@@ -88,17 +88,17 @@ def pending() -> list[migrator.Step]:
 
 
 def test_downgrade_asks_for_confirmation(database_url: str) -> None:
-    refused = run("downgrade", "009b_lifecycle", "--url", database_url, input="n\n")
+    refused = run("downgrade", "010_graph", "--url", database_url, input="n\n")
     assert (refused.exit_code, "Aborted!" in refused.output) == (1, True)
     assert refused.output.startswith(
         f"database: {described(database_url)}\nThis deletes the objects of the later revisions"
     ), "where"
     assert run("current", "--url", database_url).stdout == f"the schema is at revision {migrations.head()}\n"
-    done = run("downgrade", "009b_lifecycle", "--url", database_url, "--yes")
-    assert (done.exit_code, done.stdout) == (0, "the schema is at revision 009b_lifecycle\n")
+    done = run("downgrade", "010_graph", "--url", database_url, "--yes")
+    assert (done.exit_code, done.stdout) == (0, "the schema is at revision 010_graph\n")
     checked = run("check", "--url", database_url)
     assert checked.exit_code == 1
-    assert "009b_lifecycle" in checked.stderr
+    assert "010_graph" in checked.stderr
     assert migrations.head() in checked.stderr
 
 
@@ -118,9 +118,9 @@ def test_upgrade_options_reach_the_migrator(database_url: str, connect: Connect)
     with raw.transaction():
         raw.execute("SELECT FROM circle.pipeline_runs")
         options = ("-x", "lock_timeout=50ms", "-x", "patience=0", "-x", "yield=no", "--url", database_url)
-        waited = run("downgrade", "009b_lifecycle", "--yes", *options)
+        waited = run("downgrade", "010_graph", "--yes", *options)
     assert (waited.exit_code, "retried for 0 s, but a lock was not free within 50ms" in waited.output) == (1, True)
-    assert run("downgrade", "009b_lifecycle", "--yes", *options).exit_code == 0
+    assert run("downgrade", "010_graph", "--yes", *options).exit_code == 0
 
 
 def test_sql_prints_the_migration_script(empty_database_url: str, database_url: str) -> None:
@@ -199,9 +199,7 @@ def test_command_with_empty_migration_url_ignores_it(database_url: str) -> None:
     assert run("check", GATHERING_MIGRATION_URL="", DATABASE_URL=database_url).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("revision", "put_back"), [("010b_graph_guard", "009b_lifecycle"), (migrations.head(), "011b_events")]
-)
+@pytest.mark.parametrize(("revision", "put_back"), [("010_graph", "010_graph"), (migrations.head(), "011_lifecycle")])
 def test_command_without_revision_row_prints_the_statement(
     database_url: str, connect: Connect, revision: str, put_back: str
 ) -> None:
@@ -327,4 +325,4 @@ def test_page_lists_every_finding() -> None:
         re.findall(r'_Check\(\s*"(\w+)"', source)
     )
     assert documented == made
-    assert len(made) == 18
+    assert len(made) == 21

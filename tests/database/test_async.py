@@ -159,7 +159,8 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
             token = claimed.claim_token
             await runs.heartbeat(made.id, timedelta(minutes=2), token=token)
             await runs.start_node(made.id, "t", {"in": 1}, token=token)
-            assert (await runs.complete_node(made.id, "t", {"out": 1}, token=token)).output_data == {"out": 1}
+            assert (await runs.complete_node(made.id, "t", {"out": 1}, token=token)).status is NodeStatus.COMPLETED
+            assert next(node for node in await runs.nodes(made.id) if node.node_id == "t").output_data == {"out": 1}
             assert [node.node_id for node in await runs.ready_nodes(made.id)] == ["a", "b"]
             await runs.start_node(made.id, "a", token=token)
             assert (await runs.fail_node(made.id, "a", "once", token=token)).status == NodeStatus.PENDING
@@ -167,9 +168,9 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
             await runs.complete_node(made.id, "a", token=token)
             await runs.skip_node(made.id, "b", token=token)
             await runs.append_log(made.id, {"m": "hello"}, token=token)
-            started = await runs.advance(made.id, token=token)
+            started = (await runs.advance(made.id, token=token)).started
             assert [node.node_id for node in started] == ["c"]
-            assert await runs.advance(made.id, [{"node_id": "c", "status": "completed"}], token=token) == []
+            assert (await runs.advance(made.id, [{"node_id": "c", "status": "completed"}], token=token)).started == ()
             ended = await runs.get(made.id)
             assert (ended.status, ended.logs, ended.failed_node) == (RunStatus.COMPLETED, [{"m": "hello"}], None)
             assert {node.node_id: (node.status, node.retry_count) for node in await runs.nodes(made.id)} == {
@@ -208,10 +209,10 @@ def test_async_workers_in_one_loop_share_the_runs(database: Database) -> None:
                 runs = AsyncRunRepository(session)
                 while claimed := await runs.claim(name, timedelta(minutes=1)):
                     (mine,) = claimed
-                    started = await runs.advance(mine.id, token=mine.claim_token)
+                    started = (await runs.advance(mine.id, token=mine.claim_token)).started
                     while started:
                         results = [{"node_id": node.node_id, "status": "completed"} for node in started]
-                        started = await runs.advance(mine.id, results, token=mine.claim_token)
+                        started = (await runs.advance(mine.id, results, token=mine.claim_token)).started
                     done.append(mine.id)
             return done
 

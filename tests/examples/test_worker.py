@@ -100,7 +100,7 @@ def test_stopped_worker_releases_its_run_and_another_one_completes_it(
         monkeypatch.setattr("examples.worker.perform", perform)
         first = Worker(database, "ada")
         serving = asyncio.create_task(first.serve())
-        await reached.wait()
+        await asyncio.wait_for(reached.wait(), 60)
         first.stopping.set()
         await serving
         async with first.runs() as runs:

@@ -28,12 +28,14 @@ def test_doctor_on_healthy_database_finds_nothing(database: Database, raw: psyco
             while time.monotonic() < over:
                 try:
                     run = runs.create(dice.choice(pipelines))
-                    started = runs.advance(run.id)
+                    started = runs.advance(run.id).started
                     if dice.random() < 0.2:
                         runs.cancel(run.id)
                     while started:
                         status = dice.choice(["completed", "completed", "completed", "failed"])
-                        started = runs.advance(run.id, [{"node_id": n.node_id, "status": status} for n in started])
+                        started = runs.advance(
+                            run.id, [{"node_id": n.node_id, "status": status} for n in started]
+                        ).started
                 except ConflictError:
                     continue
 

@@ -15,10 +15,10 @@ from tests.support.doctor import catalog, found
 
 def test_doctor_on_older_revision_upgrades(database: Database, database_url: str) -> None:
     clean = catalog(database_url)
-    migrations.downgrade(database_url, "009b_lifecycle")
+    migrations.downgrade(database_url, "010_graph")
     (finding,) = doctor(database.engine)
     assert (finding.code, finding.severity) == ("revision", "error")
-    assert "009b_lifecycle" in finding.message
+    assert "010_graph" in finding.message
     assert migrations.head() in finding.message
     assert [finding.outcome for finding in doctor(database.engine, repair=True)] == ["repaired"]
     assert found(database) == []

@@ -10,11 +10,13 @@ import time
 from datetime import timedelta
 
 import psycopg
+import pytest
+from sqlalchemy.engine import make_url
 
 from gathering_pipeline.database import Database
 from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.repositories.runs import RunRepository
-from tests.support.databases import Connect, scalar
+from tests.support.databases import Connect, scalar, unguarded
 from tests.support.doctor import NODE_RUNS, NODES, RUNS, age, found, outcomes, pipeline
 
 
@@ -28,6 +30,7 @@ def test_repair_counters_raises_and_never_lowers(database: Database, raw: psycop
         runs.start(3)
         runs.record(3, [{"node_id": node["id"], "status": "completed"} for node in NODES])
         runs.finish(3)
+    raw.execute("SELECT circle.fold_counters()")
     count = "SELECT run_count, success_count, error_count FROM circle.pipelines WHERE id = %s"
     before = raw.execute(count, (behind,)).fetchone()
     assert found(database) == []
@@ -53,24 +56,26 @@ def test_repair_counters_while_writers_work_is_exact(database: Database, raw: ps
             while not stop.is_set():
                 RunRepository(session).create(target)
 
+    both = f"SELECT (circle.counted(p)).run_count, (SELECT count(*) FROM {RUNS}) FROM circle.pipelines p"
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:
         writer.start()
     repaired = 0
     for _ in range(10):
         age(raw)
+        raw.execute("SELECT circle.fold_counters()")
         raw.execute("UPDATE circle.pipelines SET run_count = 0")
         repaired += sum(finding.outcome == "repaired" for finding in doctor(database.engine, repair=True))
     stop.set()
     for writer in writers:
         writer.join()
     assert repaired > 0
-    counted = raw.execute(f"SELECT run_count, (SELECT count(*) FROM {RUNS}) FROM circle.pipelines").fetchone()
+    counted = raw.execute(both).fetchone()
     assert counted is not None
     assert counted[0] <= counted[1], "a run that began during the recount is not counted twice"
     age(raw)
     doctor(database.engine, repair=True)
-    counted = raw.execute(f"SELECT run_count, (SELECT count(*) FROM {RUNS}) FROM circle.pipelines").fetchone()
+    counted = raw.execute(both).fetchone()
     assert counted is not None
     assert counted[0] == counted[1], "and none is lost"
 
@@ -78,6 +83,7 @@ def test_repair_counters_while_writers_work_is_exact(database: Database, raw: ps
 def test_repair_counters_counts_without_row_lock(database: Database, raw: psycopg.Connection) -> None:
     pipeline(database, runs=1)
     age(raw)
+    raw.execute("SELECT circle.fold_counters()")
     raw.execute("UPDATE circle.pipelines SET run_count = 0")
     (finding,) = doctor(database.engine)
     with raw.transaction():
@@ -92,10 +98,41 @@ def test_terminal_runs_with_live_nodes_are_repaired(database: Database, raw: psy
     raw.execute(f"UPDATE {RUNS} SET status = 'cancelled' WHERE id = 1")
     raw.execute(f"UPDATE {RUNS} SET status = 'running' WHERE id = 2")
     raw.execute(f"UPDATE {RUNS} SET status = 'completed' WHERE id = 2")
-    assert found(database) == [("live_nodes", f"{RUNS} id 1"), ("live_nodes", f"{RUNS} id 2")]
+    assert found(database) == [
+        ("status_counters", "circle.pipelines id 1"),  # which a publisher would replicate
+        ("live_nodes", f"{RUNS} id 1"),
+        ("live_nodes", f"{RUNS} id 2"),
+    ]
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
     states = f"SELECT run_id, status, count(*), count(completed_at) FROM {NODE_RUNS} GROUP BY 1, 2 ORDER BY 1"
     assert raw.execute(states).fetchall() == [(1, "cancelled", 3, 3), (2, "cancelled", 3, 3), (3, "pending", 3, 0)]
+    assert found(database) == []
+
+
+def test_pending_run_with_running_node_is_repaired(database: Database, raw: psycopg.Connection) -> None:
+    pipeline(database, runs=2)
+    with unguarded(raw, "pipeline_node_runs"):
+        raw.execute(f"UPDATE {NODE_RUNS} SET status = 'running', started_at = now() WHERE (run_id, node_id) = (1, 'a')")
+    (finding,) = doctor(database.engine)
+    assert (finding.code, finding.object) == ("live_nodes", f"{RUNS} id 1")
+    assert finding.message == "it is pending, but 1 of its nodes are running"
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    assert raw.execute(f"SELECT DISTINCT status FROM {NODE_RUNS}").fetchall() == [("pending",)]
+    with database.session() as session:
+        (run, *_) = RunRepository(session).claim("w", timedelta(minutes=1))
+        assert [node.node_id for node in RunRepository(session).ready_nodes(run.id)] == ["a"]
+
+
+def test_live_run_with_missing_nodes_is_reported(database: Database, raw: psycopg.Connection) -> None:
+    made = pipeline(database, runs=2)
+    raw.execute(f"INSERT INTO {RUNS} (pipeline_id, status) VALUES (%s, 'running')", (made,))  # keeps no node runs
+    with unguarded(raw, "pipeline_node_runs"):
+        raw.execute(f"DELETE FROM {NODE_RUNS} WHERE (run_id, node_id) = (2, 'c')")
+    (finding,) = doctor(database.engine, repair=True)
+    assert (finding.code, finding.object, finding.outcome) == ("missing_nodes", f"{RUNS} id 2", None)
+    assert finding.message == "it is pending, and has 2 of the 3 nodes of its version"
+    with database.session() as session:
+        RunRepository(session).cancel(2)
     assert found(database) == []
 
 
@@ -107,7 +144,7 @@ def test_expired_leases_are_repaired(database: Database, raw: psycopg.Connection
         kept = runs.claim("here", timedelta(minutes=5), limit=1)
     raw.execute(f"UPDATE {RUNS} SET claim_count = 50 WHERE id = %s", (claimed[9].id,))
     for run in claimed[:5]:
-        raw.execute("SELECT count(*) FROM circle.advance_run(%s, '[]', %s)", (run.id, run.claim_token))
+        raw.execute("SELECT circle.advance_run(%s, '[]', %s, true, false)", (run.id, run.claim_token))
     (finding,) = doctor(database.engine)
     assert (finding.code, finding.severity) == ("expired_leases", "warning")
     assert "on 230 running runs" in finding.message
@@ -144,12 +181,12 @@ def test_transaction_that_withholds_events_is_reported(
 
 
 def test_ids_past_half_their_range_are_reported(database: Database, raw: psycopg.Connection) -> None:
-    raw.execute("SELECT setval('circle.pipeline_runs_id_seq', 1073741823)")
+    raw.execute("SELECT setval('circle.pipelines_id_seq', 1073741823)")
     assert found(database) == []
-    raw.execute("SELECT setval('circle.pipeline_runs_id_seq', 1073741824)")
-    raw.execute("SELECT setval('circle.pipeline_node_runs_id_seq', 3000000000)")  # a bigint
+    raw.execute("SELECT setval('circle.pipelines_id_seq', 1073741824)")
+    raw.execute("SELECT setval('circle.pipeline_node_runs_id_seq', 3000000000)")  # a BIGINT
     (finding,) = doctor(database.engine, repair=True)
-    assert (finding.code, finding.object, finding.outcome) == ("ids", "circle.pipeline_runs.id", None)
+    assert (finding.code, finding.object, finding.outcome) == ("ids", "circle.pipelines.id", None)
     assert "1073741824 of 2147483647" in finding.message
 
 
@@ -195,21 +232,143 @@ def test_null_graph_is_reported(database: Database, raw: psycopg.Connection) -> 
     assert ("broken_graph", "circle.pipelines id 1") in found(database)
 
 
-def test_versions_without_all_nodes_are_repaired(database: Database, raw: psycopg.Connection) -> None:
-    short, long = pipeline(database), pipeline(database)
-    content = "SELECT * FROM circle.pipeline_version_nodes ORDER BY pipeline_id, position"
-    versions = "SELECT * FROM circle.pipeline_versions ORDER BY pipeline_id"
-    clean = raw.execute(content).fetchall(), raw.execute(versions).fetchall()
-    raw.execute("DELETE FROM circle.pipeline_version_nodes WHERE (pipeline_id, position) = (%s, 1)", (short,))
-    raw.execute("INSERT INTO circle.pipeline_version_nodes VALUES (%s, 1, 9, 'z', 'agent', '{}', '{}')", (long,))
-    expected = [("incomplete_version", f"circle.pipeline_versions {made}, 1") for made in (short, long)]
-    assert found(database) == expected
-    findings = doctor(database.engine, repair=True)
-    assert [finding.message for finding in findings] == ["it has 2 of its 3 nodes", "it has 4 of its 3 nodes"]
-    assert outcomes(findings) == {"repaired"}
-    assert (raw.execute(content).fetchall(), raw.execute(versions).fetchall()) == clean
+def test_status_counters_while_writers_work_are_exact(database: Database, raw: psycopg.Connection) -> None:
+    target, other = pipeline(database, runs=50), pipeline(database, runs=1)
+    stop = threading.Event()
+
+    def write() -> None:
+        with database.session(autocommit=True) as session:
+            runs = RunRepository(session)
+            while not stop.is_set():
+                run = runs.create(target)
+                runs.start(run.id)
+                runs.cancel(run.id)
+
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    try:
+        for turn in range(5):
+            raw.execute(
+                """INSERT INTO circle.pipeline_counters (pipeline_id, pending, failed)
+                VALUES (%s, 7, -3), (%s, -1, 0)""",  # what a session with disabled triggers leaves
+                (target, other),
+            )
+            raw.execute("SELECT circle.add_up_counters()")
+            findings = doctor(database.engine, repair=True)
+            assert {finding.object for finding in findings if finding.code == "status_counters"} == {
+                f"circle.pipelines id {made}" for made in (target, other)
+            }, turn
+            assert outcomes(findings) == {"repaired"}
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+    assert found(database) == []
     with database.session() as session:
-        RunRepository(session).create(short)
+        counts = {status.value: number for status, number in RunRepository(session).counts().items()}
+    rows = raw.execute(f"SELECT status, count(*) FROM {RUNS} GROUP BY 1").fetchall()
+    assert counts == dict.fromkeys(counts, 0) | dict(rows)
+
+
+def test_status_counters_names_the_differences(database: Database, raw: psycopg.Connection) -> None:
+    made = pipeline(database, runs=2)
+    with unguarded(raw, "pipeline_runs"):
+        raw.execute(f"DELETE FROM {RUNS}")
+    raw.execute("INSERT INTO circle.pipeline_counters (pipeline_id, timeout) VALUES (%s, -1)", (made,))
+    (finding,) = doctor(database.engine)
+    assert (finding.code, finding.object) == ("status_counters", f"circle.pipelines id {made}")
+    assert finding.message == "the numbers of its runs by status are wrong: pending by -2, timeout by 1"
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    assert found(database) == []
+
+
+def test_counters_that_are_not_added_up_yet_are_no_finding(database: Database, raw: psycopg.Connection) -> None:
+    made = pipeline(database, runs=3)
+    age(raw)
+    columns = "SELECT run_count FROM circle.pipelines WHERE id = %s"
+    assert (scalar(raw, columns, (made,)), found(database)) == (0, [])
+    raw.execute("SELECT circle.fold_counters()")
+    assert (scalar(raw, columns, (made,)), found(database)) == (3, [])
+
+
+COMPILED = "SELECT pipeline_id, version, node_count, compiled::text FROM circle.pipeline_versions ORDER BY 1, 2"
+
+
+def test_versions_with_other_nodes_than_compiled_are_repaired(database: Database, raw: psycopg.Connection) -> None:
+    made = [pipeline(database) for _ in range(4)]
+    clean = raw.execute(COMPILED).fetchall()
+    with unguarded(raw, "pipeline_versions"):
+        for change, number in zip(
+            (
+                "compiled = compiled[:2], node_count = 2",  # fewer
+                "compiled = compiled || compiled[1], node_count = 4",  # more
+                "compiled[2] = ROW('b', 'parallel', '{}', '{}')::circle.compiled_node",  # an edge less
+                "node_count = 9",
+            ),
+            made,
+            strict=True,
+        ):
+            raw.execute(f"UPDATE circle.pipeline_versions SET {change} WHERE pipeline_id = %s", (number,))
+    assert found(database) == [("miscompiled_version", f"circle.pipeline_versions {number}, 1") for number in made]
+    findings = doctor(database.engine, repair=True)
+    assert outcomes(findings) == {"repaired"}
+    assert found(database) == []
+    assert raw.execute(COMPILED).fetchall() == clean
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation, match="immutable"):
+        raw.execute("UPDATE circle.pipeline_versions SET node_count = 1")
+    with database.session() as session:
+        assert len(RunRepository(session).nodes(RunRepository(session).create(made[0]).id)) == 3
+
+
+def test_repair_of_versions_needs_no_superuser(database: Database, raw: psycopg.Connection, database_url: str) -> None:
+    pipeline(database, runs=1)
+    with unguarded(raw, "pipeline_versions"):
+        raw.execute("UPDATE circle.pipeline_versions SET compiled = compiled[:1]")
+    with unguarded(raw, "pipelines"):
+        raw.execute("UPDATE circle.pipelines SET nodes = nodes || %s", ('[{"id":"d","type":"delay","name":"D"}]',))
+    role = f"gathering_test_owner_{time.monotonic_ns()}"
+    raw.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x' IN ROLE {raw.info.user}".encode())  # an owner, no superuser
+    try:
+        with Database(make_url(database_url).set(username=role, password="x")) as owned:
+            findings = doctor(owned.engine, repair=True)
+            assert [finding.code for finding in findings] == ["not_compiled", "miscompiled_version"]
+            assert outcomes(findings) == {"repaired"}
+            assert found(owned) == []
+    finally:
+        raw.execute(f"DROP ROLE {role}".encode())
+
+
+def test_version_with_invalid_graph_is_reported(database: Database, raw: psycopg.Connection) -> None:
+    first, second = pipeline(database), pipeline(database)
+    for number in (first, second):  # a new version, so that this one is an old one
+        raw.execute("UPDATE circle.pipelines SET edges = '[]' WHERE id = %s", (number,))
+    with unguarded(raw, "pipeline_versions"):
+        raw.execute("""UPDATE circle.pipeline_versions SET edges = '[{"id": "e", "from": "a", "to": "a"}]'
+                       WHERE (pipeline_id, version) = (%s, 1)""", (first,))  # fmt: skip
+        raw.execute("UPDATE circle.pipeline_versions SET node_count = 7 WHERE pipeline_id = %s", (second,))
+    findings = doctor(database.engine)
+    assert [(finding.severity, finding.object) for finding in findings] == [
+        ("warning", f"circle.pipeline_versions {first}, 1"),
+        ("error", f"circle.pipeline_versions {second}, 1"),
+        ("error", f"circle.pipeline_versions {second}, 2"),
+    ]
+    assert findings[0].message == "its graph is invalid: Pipeline contains a cycle: a -> a"
+    assert [finding.outcome for finding in doctor(database.engine, repair=True)] == ["repaired"] * 2 + [None]
+
+
+def test_graph_without_its_version_gets_one(database: Database, raw: psycopg.Connection) -> None:
+    """The graph of a pipeline was changed while the triggers were disabled."""
+    made, _ = pipeline(database, runs=1), pipeline(database)
+    with unguarded(raw, "pipelines"):
+        raw.execute("UPDATE circle.pipelines SET edges = '[]' WHERE id = %s", (made,))
+    assert found(database) == [("not_compiled", f"circle.pipelines id {made}")]
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    versions = "SELECT version, edges = '[]' FROM circle.pipeline_versions WHERE pipeline_id = %s ORDER BY 1"
+    assert raw.execute(versions, (made,)).fetchall() == [(1, False), (2, True)]
+    with database.session() as session:
+        assert RunRepository(session).create(made).pipeline_version == 2
+    assert found(database) == []
 
 
 def test_events_of_another_cluster_are_repaired(database: Database, raw: psycopg.Connection) -> None:

@@ -126,14 +126,13 @@ def test_preflight_lists_blocking_sessions(empty_database_url: str, connect: Con
 
 
 def test_preflight_ignores_locks_without_conflict(empty_database_url: str, connect: Connect) -> None:
-    migrations.upgrade(empty_database_url, "009b_lifecycle")
+    migrations.upgrade(empty_database_url, "010_graph")
     raw = connect(empty_database_url)
     with raw.transaction():
-        raw.execute("SELECT FROM circle.pipelines")  # 010 makes writers wait there, but no readers
+        raw.execute("UPDATE circle.pipelines SET name = name")  # 011 leaves this table alone
+        raw.execute("UPDATE circle.pipeline_versions SET created_at = now() WHERE false")
         assert look(empty_database_url).blockers == ()
-        raw.execute("SELECT FROM circle.pipelines FOR UPDATE")
-        assert look(empty_database_url).blockers == ()
-        raw.execute("UPDATE circle.pipelines SET name = name")
+        raw.execute("SELECT FROM circle.pipeline_runs")
         assert len(look(empty_database_url).blockers) == 1
 
 
@@ -144,4 +143,4 @@ def test_preflight_lists_other_migrator(empty_database_url: str, connect: Connec
     (blocker,) = look(empty_database_url).blockers
     assert "is another migrator" in blocker.reason
     threading.Timer(0.5, raw.close).start()
-    migrations.upgrade(empty_database_url, "008_integrity")  # waits for this very lock
+    migrations.upgrade(empty_database_url, "008_valid_rows")  # waits for this very lock

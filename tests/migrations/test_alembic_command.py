@@ -58,19 +58,17 @@ def test_alembic_relative_downgrade_counts_once(database_url: str, connect: Conn
     raw.execute("""
         CREATE SEQUENCE circle.tried;
         CREATE FUNCTION circle.busy() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            IF NEW.version_num = '009b_lifecycle' AND nextval('circle.tried') = 1 THEN
+            IF NEW.version_num = '009_events' AND nextval('circle.tried') = 1 THEN
                 RAISE EXCEPTION 'not free' USING ERRCODE = 'lock_not_available';
             END IF;
             RETURN NEW;
         END $$;
         CREATE TRIGGER busy BEFORE UPDATE ON circle.alembic_version FOR EACH ROW EXECUTE FUNCTION circle.busy()""")
-    with pytest.raises(
-        DatabaseUnavailableError, match="at 010b_graph_guard now: .*; name the revision instead of a number"
-    ):
+    with pytest.raises(DatabaseUnavailableError, match="at 010_graph now: .*; name the revision instead of a number"):
         migrations.downgrade(database_url, "-2")
-    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("010b_graph_guard",)]
-    migrations.downgrade(database_url, "009b_lifecycle")
-    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("009b_lifecycle",)]
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("010_graph",)]
+    migrations.downgrade(database_url, "009_events")
+    assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [("009_events",)]
 
 
 @pytest.mark.parametrize("revision", ["base", "-1"])

@@ -69,6 +69,7 @@ def write_as_of_today(raw: psycopg.Connection) -> None:
 
 
 def test_raw_writes_succeed_at_each_revision(url: str, used: psycopg.Connection) -> None:
+    used.prepare_threshold = None  # see test_statement_prepared_before_ids_became_bigint_is_refused
     write_as_of_today(used)
     for one in revisions():
         migrations.upgrade(url, one)
@@ -87,6 +88,21 @@ def test_raw_writes_succeed_at_each_revision(url: str, used: psycopg.Connection)
     for one in [*reversed(revisions()[:-1]), "base"]:
         migrations.downgrade(url, one)
         write_as_of_today(used)
+
+
+def test_statement_prepared_before_ids_became_bigint_is_refused(url: str, connect: Connect) -> None:
+    """PostgreSQL refuses it for as long as the session keeps it: services that prepare statements have to reconnect."""
+    insert = "INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (1) RETURNING id"
+    raw = connect(url)
+    migrations.upgrade(url, "007_pipeline_execution")
+    raw.execute("INSERT INTO circle.pipelines (name) VALUES ('p')")
+    raw.execute(insert, prepare=True)
+    migrations.upgrade(url)
+    for _ in range(2):
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match="cached plan must not change result type"):
+            raw.execute(insert, prepare=True)
+    row = connect(url).execute(insert, prepare=True).fetchone()
+    assert row == (2,)
 
 
 def test_create_table_if_not_exists_after_upgrade_changes_nothing(url: str, used: psycopg.Connection) -> None:
@@ -112,6 +128,7 @@ def test_raw_writes_during_upgrade_succeed(url: str, used: psycopg.Connection, c
 
     def write(number: int) -> None:
         raw = connect(url)
+        raw.prepare_threshold = None  # see test_statement_prepared_before_ids_became_bigint_is_refused
         try:
             while not stop.is_set():
                 start = time.monotonic()

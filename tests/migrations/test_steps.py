@@ -129,10 +129,10 @@ def test_command_at_unreleased_revision_raises(
     assert revision not in migrations.revisions()
     connect(database_url).execute("UPDATE circle.alembic_version SET version_num = %s", [revision])
     advice = "an unreleased version of this package left the revision: recreate the database, or downgrade it to"
-    sentence = f"at revision {revision}, this code needs {migrations.head()}: {advice} 008_integrity"
+    sentence = f"at revision {revision}, this code needs {migrations.head()}: {advice} 007_pipeline_execution"
     calls: list[Callable[[], object]] = [
         lambda: migrations.upgrade(database_url),
-        lambda: migrations.downgrade(database_url, "008_integrity"),
+        lambda: migrations.downgrade(database_url, "007_pipeline_execution"),
         lambda: migrations.downgrade(database_url, "base"),
         database.check,
     ]

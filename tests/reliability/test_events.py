@@ -63,9 +63,9 @@ def one_run(database: Database, chance: random.Random) -> None:
         with database.session(autocommit=True) as session:
             runs = RunRepository(session)
             run = runs.create(1)
-            started = runs.advance(run.id)
+            started = runs.advance(run.id).started
             while started:
-                started = runs.advance(run.id, [done(node.node_id) for node in started])
+                started = runs.advance(run.id, [done(node.node_id) for node in started]).started
     elif how < 0.6:
         with database.session() as session:  # one transaction, open for a while, with a number from its beginning
             session.connection().exec_driver_sql("SELECT pg_current_xact_id()")

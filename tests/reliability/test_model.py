@@ -37,6 +37,7 @@ MAX_CLAIMS = 3
 GRAPHS = ("a", "a>b", "a b", "a>b a>c b>d c>d", "a>b b>c a>c x", "t>l t>r l>m m>j r>j j>e")
 WORKERS = 3
 OVER = ("completed", "failed", "skipped", "cancelled")
+RUN_OVER = ("completed", "failed", "cancelled", "timeout")
 
 
 class RefusedError(Exception):
@@ -72,7 +73,17 @@ class Run:
     def need(self, token: int | None, *statuses: str) -> None:
         self.held(token)
         if self.status not in statuses:
-            raise RefusedError("IllegalTransitionError")
+            self.refuse()
+
+    def refuse(self) -> None:
+        raise RefusedError("RunOverError" if self.status in RUN_OVER else "IllegalTransitionError")
+
+    def repeats(self, name: str, status: str, token: int | None) -> bool:
+        """Whether a result that can't be applied repeats one that was."""
+        node = self.nodes[name]
+        if status == "skipped" or token is None:
+            return status == node.status == "skipped"
+        return node.status == status or (status == "failed" and node.status == "pending" and node.retries > 0)
 
     def ready(self, name: str) -> bool:
         node = self.nodes[name]
@@ -98,7 +109,8 @@ class Run:
             return False
         if not self.failed and any(map(self.ready, self.nodes)):
             return False
-        self.end("failed" if self.failed else "completed")
+        left = {node.status for node in self.nodes.values()}
+        self.end("failed" if self.failed else "cancelled" if left & {"pending", "cancelled"} else "completed")
         return True
 
     def skip_on(self, names: list[str]) -> list[str]:
@@ -117,21 +129,27 @@ class Run:
             seen += names
         return seen
 
-    def record(self, results: list[tuple[str, str]]) -> list[str]:
+    def record(self, results: list[tuple[str, str]], token: int | None) -> tuple[list[str], bool]:
+        """Apply results; returns what may have become ready, and whether some results repeat earlier ones."""
         if any(name not in self.nodes for name, _ in results):
             raise RefusedError("NodeRunNotFoundError")
         named = [name for name, _ in results]
+        if len(set(named)) < len(named):
+            raise RefusedError("IllegalTransitionError")
+        new = []
         for name, status in results:
             live = self.nodes[name].status
-            if live in OVER or (live == "running" and status == "skipped") or named.count(name) > 1:
-                raise RefusedError("IllegalTransitionError")
-        for name, status in results:
+            if self.status not in RUN_OVER and not (live in OVER or (live == "running" and status == "skipped")):
+                new.append((name, status))
+            elif not self.repeats(name, status, token):
+                self.refuse()
+        for name, status in new:
             self.nodes[name].status = status
             self.failed |= status == "failed"
-        followers = [follower for name in named for follower in self.nodes[name].after]
-        if any(status == "skipped" for _, status in results):
+        followers = [follower for name, _ in new for follower in self.nodes[name].after]
+        if any(status == "skipped" for _, status in new):
             followers = self.skip_on(followers)
-        return followers
+        return followers, len(new) < len(results)
 
     def node(self, name: str, token: int | None) -> Node:
         self.held(token)
@@ -171,6 +189,7 @@ class Lifecycle(RuleBasedStateMachine):
     @initialize(target=runs, places=st.tuples(*[st.integers(0, len(GRAPHS) - 1)] * 2))
     def begin(self, places: tuple[int, int]) -> MultipleResults[int]:
         self.raw.execute("DELETE FROM circle.pipeline_runs")
+        self.raw.execute("DELETE FROM circle.pipeline_counters")
         self.raw.execute("UPDATE circle.pipelines SET run_count = 0, success_count = 0, error_count = 0")
         made = [self.create_run(at) for at in places]
         self.claim(1)
@@ -235,6 +254,8 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def complete() -> str:
+            if run.status == "completed" and token == run.token:
+                return run.status
             run.need(token, "running")
             if any(node.status not in OVER or node.status == "failed" for node in run.nodes.values()):
                 raise RefusedError("IllegalTransitionError")
@@ -249,6 +270,8 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def finish() -> str:
+            if run.status in ("completed", "failed") and token == run.token:
+                return run.status
             run.need(token, "running")
             if not run.end_if_over():
                 raise RefusedError("IllegalTransitionError")
@@ -262,8 +285,9 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def fail() -> None:
-            run.need(token, "pending", "running")
-            run.end("failed")
+            if run.status != "failed" or token != run.token:
+                run.need(token, "pending", "running")
+                run.end("failed")
 
         self.both(fail, lambda: nothing(self.worker.fail(run_id, "x", token=token)))
 
@@ -273,7 +297,7 @@ class Lifecycle(RuleBasedStateMachine):
 
         def cancel() -> None:
             if run.status not in ("pending", "running"):
-                raise RefusedError("IllegalTransitionError")
+                run.refuse()
             run.end("cancelled")
 
         self.both(cancel, lambda: nothing(self.worker.cancel(run_id)))
@@ -288,8 +312,10 @@ class Lifecycle(RuleBasedStateMachine):
 
         def start_node() -> None:
             node = run.node(name, token)
+            if token is not None and node.status == "running":
+                return
             if run.status != "running" or node.status != "pending":
-                raise RefusedError("IllegalTransitionError")
+                run.refuse()
             if not run.may_start(name):
                 raise RefusedError("NodeNotReadyError")
             node.status = "running"
@@ -304,8 +330,10 @@ class Lifecycle(RuleBasedStateMachine):
 
         def complete_node() -> None:
             node = run.node(name, token)
+            if token is not None and node.status == "completed":
+                return
             if run.status != "running" or node.status in OVER:
-                raise RefusedError("IllegalTransitionError")
+                run.refuse()
             node.status = "completed"
 
         self.both(complete_node, lambda: nothing(self.worker.complete_node(run_id, name, token=token)))
@@ -318,8 +346,10 @@ class Lifecycle(RuleBasedStateMachine):
 
         def skip_node() -> None:
             node = run.node(name, token)
+            if node.status == "skipped":
+                return
             if run.status != "running" or node.status != "pending":
-                raise RefusedError("IllegalTransitionError")
+                run.refuse()
             node.status = "skipped"
             run.skip_on(node.after)
 
@@ -333,8 +363,11 @@ class Lifecycle(RuleBasedStateMachine):
 
         def fail_node() -> str:
             node = run.node(name, token)
+            waits = node.status == "pending" and node.retries > 0
+            if token is not None and (node.status == "failed" or (waits and (retryable or run.status != "running"))):
+                return node.status
             if run.status != "running" or node.status in OVER:
-                raise RefusedError("IllegalTransitionError")
+                run.refuse()
             self._attempt_failed(run, node, retryable)
             return node.status
 
@@ -354,7 +387,7 @@ class Lifecycle(RuleBasedStateMachine):
 
         def record() -> None:
             run.need(token, "pending", "running")
-            run.record(named)
+            run.record(named, token)
             run.status = "running"
 
         self.both(record, lambda: self.worker.record(run_id, [done(*result) for result in named], token=token))
@@ -375,22 +408,28 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def advance() -> list[str]:
+            if run.status in RUN_OVER and token == run.token and results:
+                run.record(results, token)
+                return []
             run.need(token, "pending", "running")
-            followers = run.record(results)
+            followers, repeated = run.record(results, token)
             run.status = "running"
-            if not results or run.failed:
+            if not results or run.failed or repeated:
                 followers = list(run.nodes)
-            started = sorted({name for name in followers if run.may_start(name)})
+            started = {name for name in followers if run.may_start(name)}
             for name in started:
                 run.nodes[name].status = "running"
+            if repeated:  # the answer to the first report may be lost
+                started = {name for name, node in run.nodes.items() if node.status == "running"}
             if not started:
                 run.end_if_over()
-            return started
+            return sorted(started)
 
         self.both(
             advance,
             lambda: sorted(
-                node.node_id for node in self.worker.advance(run_id, [done(*result) for result in results], token=token)
+                node.node_id
+                for node in self.worker.advance(run_id, [done(*result) for result in results], token=token).started
             ),
         )
 
@@ -401,15 +440,22 @@ class Lifecycle(RuleBasedStateMachine):
         self.claim(limit)
 
     def claim(self, limit: int) -> None:
-        def claim() -> list[tuple[int, int]]:
+        def claim() -> list[int]:
             oldest = sorted(run_id for run_id, run in self.model.items() if run.status == "pending")[:limit]
             for run_id in oldest:
                 run = self.model[run_id]
                 run.status, run.leased, run.lost = "running", True, False
-                run.token, run.claims = run.token + 1, run.claims + 1
-            return [(run_id, self.model[run_id].token) for run_id in oldest]
+                run.claims += 1
+            return oldest
 
-        self.both(claim, lambda: [(run.id, run.claim_token) for run in self.worker.claim("w", LEASE, limit)])
+        self.both(claim, lambda: [run.id for run in self.worker.claim("w", LEASE, limit)])
+        self.read_tokens()
+
+    def read_tokens(self) -> None:
+        """Tokens follow the clock of the database: all that is certain is that they grow."""
+        for run_id, token in self.raw.execute("SELECT id, claim_token FROM circle.pipeline_runs").fetchall():
+            assert token >= self.model[run_id].token
+            self.model[run_id].token = token
 
     @rule(run_id=runs, kind=TOKENS.filter(lambda kind: kind != "none"))
     def heartbeat(self, run_id: int, kind: str) -> None:
@@ -436,9 +482,12 @@ class Lifecycle(RuleBasedStateMachine):
             for node in run.nodes.values():
                 node.status = "pending" if node.status == "running" else node.status
             run.status, run.leased, run.lost = "pending", False, False
-            run.token, run.claims = run.token + 1, run.claims - 1
+            run.claims -= 1
 
-        self.both(release, lambda: nothing(self.worker.release(run_id, token=token)))
+        before = run.token
+        refusal = self.both(release, lambda: nothing(self.worker.release(run_id, token=token)))
+        self.read_tokens()
+        assert (run.token > before) == (refusal is None)
 
     @rule(run_id=runs)
     def lose_the_lease(self, run_id: int) -> None:
@@ -461,10 +510,17 @@ class Lifecycle(RuleBasedStateMachine):
                 if run.claims >= MAX_CLAIMS:
                     run.end("failed")
                 else:
-                    run.status, run.leased, run.lost, run.token = "pending", False, False, run.token + 1
+                    run.status, run.leased, run.lost = "pending", False, False
             return [(run_id, run.status) for run_id, run in lost]
 
+        before = {run_id: run.token for run_id, run in self.model.items() if run.lost}
         self.both(recover, lambda: [(run.id, run.status) for run in self.worker.recover(100, MAX_CLAIMS)])
+        self.read_tokens()
+        assert all(
+            self.model[run_id].token > token
+            for run_id, token in before.items()
+            if self.model[run_id].status == "pending"
+        )
 
     @rule(run_id=runs)
     def be_late(self, run_id: int) -> None:
@@ -502,7 +558,9 @@ class Lifecycle(RuleBasedStateMachine):
             for run_id, run in self.model.items()
             for name, node in run.nodes.items()
         )
-        counters = self.raw.execute("SELECT id, run_count, success_count, error_count FROM circle.pipelines").fetchall()
+        counters = self.raw.execute(
+            "SELECT c.id, c.run_count, c.success_count, c.error_count FROM circle.pipelines p, circle.counted(p) c"
+        ).fetchall()
         assert sorted(counters) == [
             (
                 pipeline,

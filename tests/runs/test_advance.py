@@ -9,9 +9,9 @@ import psycopg
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
-    NodeRunRead,
     RunRepository,
     RunStatus,
+    Step,
 )
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import (
@@ -26,21 +26,23 @@ def test_advance_diamond_starts_ready_nodes_and_ends_the_run(
 ) -> None:
     pipeline = store(session)
     run_id = runs.create(pipeline).id
-    (a,) = runs.advance(run_id)
-    assert (a.node_id, a.status, runs.get(run_id).status) == ("a", "running", "running")
-    assert runs.advance(run_id) == []  # a runs: there is nothing to do
-    b, c = runs.advance(run_id, [done("a", output={"x": 1}, duration_ms=7, retry_count=2)])
+    (a,) = runs.advance(run_id).started
+    assert (a.node_id, a.node_type, a.attempt, a.inputs) == ("a", "action", 1, None)
+    assert statuses(runs, run_id)["a"] == "running"
+    step = runs.advance(run_id)  # a runs: there is nothing to do
+    assert (step.status, step.started, step.next_due) == ("running", (), None)
+    assert [node.node_id for node in step.running] == ["a"]
+    b, c = runs.advance(run_id, [done("a", output={"x": 1}, duration_ms=7, retry_count=2)]).started
     assert (b.node_id, c.node_id) == ("b", "c")
     assert runs.get(run_id).current_node == "c"
     node = runs.nodes(run_id)[0]
     assert (node.status, node.output_data, node.duration_ms, node.retry_count) == ("completed", {"x": 1}, 7, 2)
-    assert runs.advance(run_id, [{"node_id": "c", "status": "completed"}]) == []
+    assert runs.advance(run_id, [{"node_id": "c", "status": "completed"}]).started == ()
     with refuses(IllegalTransitionError):
         runs.advance(run_id, [done("b"), done("c")])
-    (d,) = runs.advance(run_id, [done("b")])
+    (d,) = runs.advance(run_id, [done("b")]).started
     assert d.node_id == "d"
-    assert d.predecessors == [1, 2]
-    assert runs.advance(run_id, [done("d")]) == []
+    assert runs.advance(run_id, [done("d")]) == Step(status=RunStatus.COMPLETED)
     run = runs.get(run_id)
     assert (run.status, counters(raw, pipeline)) == ("completed", (1, 1, 0))
 
@@ -49,9 +51,9 @@ def test_advance_after_failed_node_ends_the_run_once_nothing_runs(runs: RunRepos
     run_id = runs.create(store(session)).id
     runs.advance(run_id)
     runs.advance(run_id, [done("a")])
-    assert runs.advance(run_id, [done("b", "failed", error="no luck")]) == []
+    assert runs.advance(run_id, [done("b", "failed", error="no luck")]).started == ()
     assert runs.get(run_id).status == RunStatus.RUNNING  # c still runs
-    assert runs.advance(run_id, [done("c")]) == []
+    assert runs.advance(run_id, [done("c")]).started == ()
     run = runs.get(run_id)
     assert (run.status, run.error_message, statuses(runs, run_id)["d"]) == ("failed", "no luck", "cancelled")
 
@@ -63,11 +65,11 @@ def test_advance_with_retries_starts_the_due_ones_only(
     runs.advance(run_id)
     runs.fail_node(run_id, "a", "x")
     runs.fail_node(run_id, "b", "x")
-    assert runs.advance(run_id) == []
+    assert runs.advance(run_id).started == ()
     raw.execute("UPDATE circle.pipeline_node_runs SET available_at = clock_timestamp() WHERE node_id = 'b'")
-    (node,) = runs.advance(run_id)
-    assert (node.node_id, node.retry_count) == ("b", 1)
-    assert runs.advance(run_id, [done("b")]) == []
+    (node,) = runs.advance(run_id).started
+    assert (node.node_id, node.attempt) == ("b", 2)
+    assert runs.advance(run_id, [done("b")]).started == ()
     assert runs.get(run_id).status == RunStatus.RUNNING
 
 
@@ -77,9 +79,8 @@ def test_advance_rolled_back_changes_nothing(database: Database, raw: psycopg.Co
     before = contents(raw)
     with database.session() as session:
         runs = RunRepository(session)
-        assert [node.node_id for node in runs.advance(run_id)] == ["a"]
-        nodes: list[NodeRunRead] = runs.advance(run_id, [done("a")])
-        assert len(nodes) == 2
+        assert [node.node_id for node in runs.advance(run_id).started] == ["a"]
+        assert len(runs.advance(run_id, [done("a")]).started) == 2
         assert contents(raw) == before  # not visible to others yet
         session.rollback()
     assert contents(raw) == before

@@ -70,8 +70,8 @@ def test_skip_node_skips_nodes_behind_it_only_when_all_predecessors_are_skipped(
     }
     assert [node.node_id for node in runs.ready_nodes(run_id)] == ["r"]
     runs.advance(run_id)
-    assert [node.node_id for node in runs.advance(run_id, [done("r")])] == ["join"]
-    assert runs.advance(run_id, [done("join")]) == []
+    assert [node.node_id for node in runs.advance(run_id, [done("r")]).started] == ["join"]
+    assert runs.advance(run_id, [done("join")]).started == ()
     assert runs.get(run_id).status == RunStatus.COMPLETED
 
 
@@ -90,10 +90,10 @@ def test_start_node_after_permanent_failure_raises_not_ready(
     assert (caught.value.waiting_for, "'b' failed" in str(caught.value)) == ((), True)
     # what is under way goes on: c runs, e waits for its retry
     assert [node.node_id for node in runs.ready_nodes(run_id)] == ["e"]
-    assert [node.node_id for node in runs.advance(run_id, [done("c")])] == ["e"]
+    assert [node.node_id for node in runs.advance(run_id, [done("c")]).started] == ["e"]
     with refuses(IllegalTransitionError):
         runs.finish(run_id)
-    assert runs.advance(run_id, [done("e")]) == []
+    assert runs.advance(run_id, [done("e")]).started == ()
     run = runs.get(run_id)
     assert (run.status, run.error_message, run.failed_node) == ("failed", "the first", "b")
     assert statuses(runs, run_id) == {

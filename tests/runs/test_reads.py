@@ -14,7 +14,7 @@ from gathering_pipeline import (
     RunRepository,
     RunStatus,
 )
-from tests.support.runs import store
+from tests.support.runs import done, store
 
 
 def test_search_pages_through_history_newest_first(runs: RunRepository, session: Session) -> None:
@@ -62,7 +62,7 @@ def test_statistics_of_known_durations_match(runs: RunRepository, session: Sessi
     for status, count in (("completed", 100), ("failed", 20), ("timeout", 5), ("cancelled", 30)):
         for at in range(1, count + 1):
             run_id = runs.start(runs.create(pipeline).id).id
-            raw.execute("DELETE FROM circle.pipeline_node_runs WHERE run_id = %s", [run_id])
+            runs.record(run_id, [done("a")])
             raw.execute(
                 "UPDATE circle.pipeline_runs SET status = %s, started_at = '2024-01-01T00:00:00Z',"
                 " completed_at = timestamptz '2024-01-01T00:00:00Z' + make_interval(secs => %s) WHERE id = %s",

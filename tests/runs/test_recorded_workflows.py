@@ -68,14 +68,14 @@ def test_advance_workflow_in_random_batches_matches_the_recording(
     recorded = {result["node_id"]: result for result in flow["results"]}
     chance = random.Random(name)
     run_id = runs.create(store(session, nodes=flow["nodes"], edges=flow["edges"])).id
-    running = [node.node_id for node in runs.advance(run_id)]
+    running = [node.node_id for node in runs.advance(run_id).started]
     assert running == [name for name in statuses(runs, run_id) if not before[name]]
     over: set[str] = set()
     while running:
         chance.shuffle(running)
         batch = [running.pop() for _ in range(chance.randint(1, min(4, len(running))))]
         over |= set(batch)
-        follows = runs.advance(run_id, [recorded[node] for node in batch])
+        follows = runs.advance(run_id, [recorded[node] for node in batch]).started
         assert all(before[node.node_id] <= over for node in follows)
         running += [node.node_id for node in follows]
     assert over == set(before)

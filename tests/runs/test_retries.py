@@ -32,7 +32,7 @@ def test_fail_node_retryable_waits_for_backoff(
         node = runs.fail_node(run_id, "a", f"error {attempt}")
         assert node.error_message == f"error {attempt}"
         if attempt < 3:
-            assert (node.status, node.retry_count, node.completed_at) == ("pending", attempt + 1, None)
+            assert (node.status, node.attempt) == ("pending", attempt + 2)
             delay = retry_delay(attempt, base, longest)
             assert delay == timedelta(seconds=min(base * 2**attempt, longest))
             assert node.available_at is not None
@@ -43,11 +43,12 @@ def test_fail_node_retryable_waits_for_backoff(
                 assert caught.value.waiting_for == ()
                 assert "retry is due at" in str(caught.value)
                 assert runs.ready_nodes(run_id) == []
-                assert runs.advance(run_id) == []
+                step = runs.advance(run_id)
+                assert (step.started, step.running, step.next_due) == ((), (), node.available_at)
                 assert runs.get(run_id).status == RunStatus.RUNNING
             raw.execute("UPDATE circle.pipeline_node_runs SET available_at = clock_timestamp() WHERE node_id = 'a'")
-    (node, _) = runs.nodes(run_id)
-    assert (node.status, node.retry_count, node.available_at) == ("failed", 3, None)
+    (stored, _) = runs.nodes(run_id)
+    assert (stored.status, stored.retry_count, stored.available_at) == ("failed", 3, None)
     assert runs.finish(run_id).error_message == "error 3"
     assert counters(raw, pipeline) == (1, 0, 1)
 
@@ -64,7 +65,7 @@ def test_fail_node_with_huge_retry_count_waits_at_most_the_maximum(
         node = runs.fail_node(run_id, "a", "x")
         assert node.available_at is not None
         assert since + timedelta(days=365) <= node.available_at <= clock(raw) + timedelta(days=365)
-        assert node.retry_count == count + 1
+        assert node.attempt == count + 2
 
 
 def test_fail_node_permanent_or_not_running_is_not_retried(runs: RunRepository, session: Session) -> None:

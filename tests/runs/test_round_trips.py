@@ -62,9 +62,9 @@ def test_run_of_a_chain_takes_few_round_trips(wire: tuple[Session, Callable[[], 
 
         since = count()
         run_id = runs.create(pipeline).id
-        nodes = runs.advance(run_id)
+        nodes = runs.advance(run_id).started
         while nodes:
-            nodes = runs.advance(run_id, [done(node.node_id, output={}) for node in nodes])
+            nodes = runs.advance(run_id, [done(node.node_id, output={}) for node in nodes]).started
         by_advance.append(count() - since)
         assert runs.get(run_id).status == RunStatus.COMPLETED
     assert step_by_step[-1] <= 2 * length + 3

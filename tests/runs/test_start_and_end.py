@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -11,12 +11,14 @@ import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    NodeStatus,
     RunRead,
     RunRepository,
     RunStatus,
 )
 from gathering_pipeline.errors import (
     IllegalTransitionError,
+    RunOverError,
 )
 from tests.support.runs import clock, counters, done, started, statuses, store
 
@@ -29,11 +31,15 @@ def test_run_step_by_step_stores_times_and_data(runs: RunRepository, session: Se
     assert run.status == RunStatus.RUNNING
     assert run.started_at is not None
     assert since <= run.started_at <= clock(raw)
-    node = runs.start_node(run.id, "a", {"in": [1]})
+    state = runs.start_node(run.id, "a", {"in": [1]})
+    assert (state.run_id, state.node_id, state.node_type, state.status) == (run.id, "a", "action", "running")
+    assert (state.attempt, state.available_at, state.error_message) == (1, None, None)
+    node = runs.nodes(run.id)[0]
     assert (node.status, node.input_data, node.output_data, node.node_id) == ("running", {"in": [1]}, {}, "a")
     assert node.started_at is not None
     assert runs.get(run.id).current_node == "a"
-    node = runs.complete_node(run.id, "a", {"out": 2})
+    assert runs.complete_node(run.id, "a", {"out": 2}).status == NodeStatus.COMPLETED
+    node = runs.nodes(run.id)[0]
     assert (node.status, node.input_data, node.output_data) == ("completed", {"in": [1]}, {"out": 2})
     assert node.completed_at is not None
     assert node.started_at is not None
@@ -83,10 +89,12 @@ def test_end_of_run_counts_once_and_refuses_further_calls(
         (lambda: runs.advance(run_id), "running"),
         (lambda: runs.record(run_id, []), "running"),
     ):
-        with refuses(IllegalTransitionError) as caught:
+        with refuses(RunOverError) as caught:
             call()
         error = caught.value
         assert (error.entity, error.id, error.current, error.requested) == ("run", run_id, ended, requested)
+        assert (error.status, error.error) == (ended, run.error_message)
+        assert datetime.fromisoformat(error.completed_at) == run.completed_at
     moves: dict[str, Callable[[], object]] = {
         "running": lambda: runs.start_node(run_id, "a"),
         "completed": lambda: runs.complete_node(run_id, "a"),
@@ -94,11 +102,10 @@ def test_end_of_run_counts_once_and_refuses_further_calls(
         "failed": lambda: runs.fail_node(run_id, "a", "late"),
     }
     for requested, move in moves.items():
-        with refuses(IllegalTransitionError) as caught:
+        with refuses(RunOverError) as caught:
             move()
         error = caught.value
-        assert (error.entity, error.id) == ("node run", f"{run_id}/a")
-        assert (error.current, error.requested) == ("completed", requested)
+        assert (error.entity, error.id, error.status, error.requested) == ("run", run_id, ended, requested)
 
 
 def test_fail_or_cancel_run_cancels_live_nodes(runs: RunRepository, session: Session) -> None:
@@ -170,5 +177,5 @@ def test_finish_with_running_ready_or_retried_node_raises_illegal_transition(
 def test_finish_cancels_nodes_behind_a_cancelled_node(runs: RunRepository, session: Session) -> None:
     run_id = started(runs, session, "a>b b>c x")
     runs.record(run_id, [done("a", "cancelled"), done("x")])
-    assert runs.finish(run_id).status == RunStatus.COMPLETED
+    assert runs.finish(run_id).status == RunStatus.CANCELLED
     assert statuses(runs, run_id) == {"a": "cancelled", "b": "cancelled", "c": "cancelled", "x": "completed"}

@@ -30,7 +30,7 @@ def test_recover_lost_lease_counts_a_failed_attempt(
             runs.advance(run_id, token=run.claim_token)
             runs.advance(run_id, [done("a")], token=run.claim_token)
         else:
-            assert [node.node_id for node in runs.advance(run_id, token=run.claim_token)] == ["b", "c"]
+            assert [node.node_id for node in runs.advance(run_id, token=run.claim_token).started] == ["b", "c"]
         assert runs.recover() == []  # the lease holds
         lose_lease(raw, run_id)
         (recovered,) = runs.recover()

@@ -32,8 +32,8 @@ def scalar(raw: psycopg.Connection, statement: str, parameters: Sequence[object]
 def contents(raw: psycopg.Connection) -> list[tuple[Any, ...]]:
     """All rows of all tables."""
     tables = (
-        *("pipelines", "pipeline_runs", "pipeline_node_runs", "pipeline_versions", "pipeline_version_nodes"),
-        "pipeline_events",
+        *("pipelines", "pipeline_runs", "pipeline_node_runs", "pipeline_versions"),
+        *("pipeline_events", "pipeline_counters"),
     )
     return [
         row for table in tables for row in raw.execute(f"SELECT t::text FROM circle.{table} t ORDER BY 1").fetchall()
@@ -56,7 +56,7 @@ def unguarded(raw: psycopg.Connection, table: str) -> Iterator[None]:
 def delete_rows(raw: psycopg.Connection) -> None:
     """Delete every row, and let ids begin at 1 again; of few rows quicker than TRUNCATE or a new database."""
     raw.execute(
-        """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_version_nodes; DELETE FROM circle.pipeline_events;
+        """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_counters; DELETE FROM circle.pipeline_events;
         SELECT setval(format('circle.%s_id_seq', name), 1, false)
         FROM unnest(ARRAY['pipelines', 'pipeline_runs', 'pipeline_node_runs', 'pipeline_events']) name"""
     )

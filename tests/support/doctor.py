@@ -40,12 +40,12 @@ def age(raw: psycopg.Connection) -> None:
     """Make the runs old enough to be counted by the doctor."""
     with raw.transaction():
         raw.execute("SET LOCAL session_replication_role = replica")
-        raw.execute(f"ALTER TABLE {RUNS} DISABLE TRIGGER pipeline_runs_terminal")
+        raw.execute(f"ALTER TABLE {RUNS} DISABLE TRIGGER pipeline_runs_before")
         raw.execute(
             f"""UPDATE {RUNS} SET created_at = created_at - interval '1 hour',
                 started_at = started_at - interval '1 hour', completed_at = completed_at - interval '1 hour'"""
         )
-        raw.execute(f"ALTER TABLE {RUNS} ENABLE ALWAYS TRIGGER pipeline_runs_terminal")
+        raw.execute(f"ALTER TABLE {RUNS} ENABLE ALWAYS TRIGGER pipeline_runs_before")
 
 
 def catalog(url: str) -> list[str]:

@@ -32,7 +32,8 @@ def store(session: Session, spec: str = DIAMOND, **fields: Any) -> int:
 def counters(raw: psycopg.Connection, pipeline_id: int) -> tuple[int, int, int]:
     """run_count, success_count, error_count."""
     row = raw.execute(
-        "SELECT run_count, success_count, error_count FROM circle.pipelines WHERE id = %s", [pipeline_id]
+        "SELECT c.run_count, c.success_count, c.error_count FROM circle.pipelines p, circle.counted(p) c WHERE p.id = %s",
+        [pipeline_id],
     ).fetchone()
     assert row is not None
     return row

@@ -23,7 +23,7 @@ CREATED_BY_006 = "created by gathering_pipeline revision 006_pipelines"
 CATALOG = """
 SELECT 'schema', nspname, '' FROM pg_namespace WHERE nspname = 'circle'
 UNION ALL
-SELECT 'relation', c.relname, format('%s, %s', c.relkind, c.relpersistence) FROM pg_class c
+SELECT 'relation', c.relname, format('%s, %s, %s', c.relkind, c.relpersistence, c.reloptions) FROM pg_class c
 WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind <> 'i'
 UNION ALL
 SELECT 'column', format('%s.%s', c.relname, a.attname),
@@ -34,7 +34,7 @@ SELECT 'column', format('%s.%s', c.relname, a.attname),
                  'STORAGE ' || a.attstorage::text)
 FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
 JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
-WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind IN ('r', 'v', 'p')
+WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind IN ('r', 'v', 'p', 'c')
 UNION ALL
 SELECT 'constraint', format('%s.%s', conrelid::regclass, conname),
        pg_get_constraintdef(oid) || CASE WHEN convalidated THEN '' ELSE ' (not validated)' END

@@ -13,8 +13,8 @@ from gathering_pipeline import migrations, migrator
 HEADER = """\
 -- The schema at head, for reading; nothing runs this file. Written by: python -m tests.generated
 --
--- First the tables, each with its constraints, indexes and triggers; then views and functions by subject, each below the
--- file that defined it last. A trigger marked ALWAYS fires under session_replication_role = replica, too."""
+-- First the types and the tables, each with its constraints, indexes and triggers; then views and functions by subject, each
+-- below the file that defined it last. A trigger marked ALWAYS fires under session_replication_role = replica, too."""
 
 # Parts of a table in the order in which they are shown.
 _COLUMNS = """
@@ -45,13 +45,22 @@ FROM pg_trigger WHERE tgrelid = %(table)s AND NOT tgisinternal ORDER BY tgname""
 _TABLES = """
 SELECT oid, format('circle.%I', relname), array_to_string(reloptions, ', ') FROM pg_class
 WHERE relnamespace = to_regnamespace('circle') AND relkind IN ('r', 'p') AND relname <> 'alembic_version'
-ORDER BY array_position('{pipelines,pipeline_versions,pipeline_version_nodes,pipeline_runs,pipeline_node_runs}',
+ORDER BY array_position('{pipelines,pipeline_versions,pipeline_runs,pipeline_node_runs,pipeline_counters}',
                         relname::text), relname"""
+_TYPES = """
+SELECT format(E'CREATE TYPE circle.%I AS (\\n    %s\\n);', c.relname,
+              string_agg(format('%I %s', a.attname, format_type(a.atttypid, a.atttypmod)), E',\\n    ' ORDER BY a.attnum))
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind = 'c' GROUP BY c.relname ORDER BY c.relname"""
 _FUNCTIONS = """
-SELECT format('circle.%I', proname), rtrim(pg_get_functiondef(oid), E'\\n') || ';' FROM pg_proc
+SELECT format('circle.%I', proname), rtrim(pg_get_functiondef(oid), E'\\n') || ';'
+    || CASE WHEN EXISTS (SELECT FROM aclexplode(coalesce(proacl, acldefault('f', proowner))) a WHERE a.grantee = 0) THEN ''
+            ELSE format(E'\\nREVOKE ALL ON FUNCTION %s FROM PUBLIC;', oid::regprocedure) END
+FROM pg_proc
 WHERE pronamespace = to_regnamespace('circle') ORDER BY oid::regprocedure::text"""
 _VIEWS = """
-SELECT format('circle.%I', relname), format('CREATE OR REPLACE VIEW circle.%I AS', relname) || E'\\n' || pg_get_viewdef(oid)
+SELECT format('circle.%I', relname), format('CREATE OR REPLACE VIEW circle.%I%s AS', relname,
+           ' WITH (' || array_to_string(reloptions, ', ') || ')') || E'\\n' || pg_get_viewdef(oid)
 FROM pg_class WHERE relnamespace = to_regnamespace('circle') AND relkind = 'v' ORDER BY relname"""
 
 _DEFINITION = re.compile(r"((?:^--(?! ==) .*\n)*)^CREATE OR REPLACE (?:FUNCTION|VIEW) (circle\.\w+)", re.MULTILINE)
@@ -89,7 +98,7 @@ def schema_text(raw: psycopg.Connection) -> str:
     """Every table, view and function of schema circle."""
     with raw.transaction():
         raw.execute("SET LOCAL search_path = pg_catalog")  # names are shown with their schema
-        parts = [HEADER]
+        parts = [HEADER, "-- ---- types", *(text for (text,) in raw.execute(_TYPES.encode()).fetchall())]
         for table, name, options in raw.execute(_TABLES.encode()).fetchall():
             parts += [f"-- ---- table {name}", *_table(raw, table, name, options)]
         objects: dict[str, list[str]] = {}

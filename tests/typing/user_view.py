@@ -25,6 +25,7 @@ from gathering_pipeline import (
     IssueCode,
     NodeExecutionResult,
     NodeRunRead,
+    NodeState,
     NodeStatus,
     Page,
     Pipeline,
@@ -42,6 +43,8 @@ from gathering_pipeline import (
     RunRepository,
     RunStatistics,
     RunStatus,
+    StartedNode,
+    Step,
     find_issues,
     get_execution_order,
     metadata,
@@ -106,11 +109,13 @@ def runs(session: Session) -> None:
     assert_type(repository.finish(1), RunRead)
     assert_type(repository.cancel(1, "enough"), RunRead)
     node = repository.start_node(1, "a", {"in": 1}, token=3)
-    assert_type(node, NodeRunRead)
+    assert_type(node, NodeState)
+    assert_type(node.attempt, int)
     assert_type(node.status, NodeStatus)
-    assert_type(repository.complete_node(1, "a", output=[1]), NodeRunRead)
-    assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeRunRead)
-    assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), list[NodeRunRead])
+    assert_type(repository.complete_node(1, "a", output=[1]), NodeState)
+    assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeState)
+    assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), Step)
+    assert_type(repository.advance(1).started, tuple[StartedNode, ...])
     assert_type(repository.claim("w", timedelta(minutes=1), limit=3), list[RunRead])
     assert_type(repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(repository.nodes(1), list[NodeRunRead])
@@ -136,8 +141,8 @@ def keyword_only(session: Session) -> None:
     repository.complete_node(1, "a", None, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     repository.skip_node(1, "a", 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     repository.fail_node(1, "a", "boom", True, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    repository.advance(1, [], 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    repository.record(1, [], 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    repository.advance(1, [], 2)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
+    repository.record(1, [], 2)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
     repository.heartbeat(1, timedelta(minutes=1), 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     repository.release(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
@@ -177,8 +182,8 @@ async def async_pipelines(session: AsyncSession) -> None:
 async def async_runs(session: AsyncSession) -> None:
     repository = AsyncRunRepository(session)
     assert_type(await repository.create(1, idempotency_key="k"), RunRead)
-    assert_type(await repository.start_node(1, "a", token=3), NodeRunRead)
-    assert_type(await repository.advance(1), list[NodeRunRead])
+    assert_type(await repository.start_node(1, "a", token=3), NodeState)
+    assert_type(await repository.advance(1), Step)
     assert_type(await repository.claim("w", timedelta(minutes=1)), list[RunRead])
     assert_type(await repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(await repository.search(status=RunStatus.FAILED), Page[RunRead])
@@ -186,7 +191,7 @@ async def async_runs(session: AsyncSession) -> None:
     assert_type(await repository.purge(timedelta(days=1), limit=5), int)
     await repository.create(1, {}, "key")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await repository.start_node(1, "a", None, 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    await repository.advance(1, [], 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await repository.advance(1, [], 3)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
     await repository.heartbeat(1, timedelta(minutes=1), 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await repository.release(1, 2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 

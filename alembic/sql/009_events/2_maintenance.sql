@@ -1,0 +1,37 @@
+-- == create functions that guard, announce and renumber events
+CREATE OR REPLACE FUNCTION circle.pipeline_events_frozen() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'events are immutable' USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+CREATE OR REPLACE FUNCTION circle.pipeline_events_notify() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    NOTIFY circle_events;
+    RETURN NULL;
+END $$;
+-- Switches whether commits wake listeners, which poll otherwise. Off by default, because commits that notify are serialized.
+CREATE OR REPLACE FUNCTION circle.notify_events(p_on boolean) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DROP TRIGGER IF EXISTS pipeline_events_notify ON circle.pipeline_events;
+    IF p_on THEN
+        CREATE TRIGGER pipeline_events_notify AFTER INSERT ON circle.pipeline_events
+            FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
+    END IF;
+END $$;
+-- Moves restored events before all others, in their order, after a restore into a cluster whose transactions have lower numbers.
+-- Has to be called before events are read. Returns the number of changed events. Later events have higher ids.
+CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    changed bigint;
+BEGIN
+    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
+        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
+    GET DIAGNOSTICS changed = ROW_COUNT;
+    RETURN changed;
+END $$;
+
+-- == pipeline_events: forbid UPDATE
+CREATE OR REPLACE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events FOR EACH ROW
+    WHEN (NEW.xid <> '0' OR (NEW.id, NEW.run_id, NEW.node_id, NEW.type, NEW.data, NEW.created_at)
+          IS DISTINCT FROM (OLD.id, OLD.run_id, OLD.node_id, OLD.type, OLD.data, OLD.created_at))
+    EXECUTE FUNCTION circle.pipeline_events_frozen();
+ALTER TABLE circle.pipeline_events ENABLE ALWAYS TRIGGER pipeline_events_frozen;

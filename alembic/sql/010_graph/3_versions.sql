@@ -1,0 +1,39 @@
+-- Revision 010: the versions of a pipeline's graph.
+
+-- == pipelines: add version
+ALTER TABLE circle.pipelines ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1;
+
+-- == pipeline_runs: add the version
+ALTER TABLE circle.pipeline_runs ADD COLUMN IF NOT EXISTS pipeline_version INTEGER;
+
+-- == pipeline_node_runs: add the compiled graph
+ALTER TABLE circle.pipeline_node_runs
+    ADD COLUMN IF NOT EXISTS position INTEGER,
+    ADD COLUMN IF NOT EXISTS predecessors INTEGER[],
+    ADD COLUMN IF NOT EXISTS successors INTEGER[];
+
+-- == create pipeline_versions
+-- A node of a compiled graph: its predecessors and successors are positions in execution order, its own is its place in the array.
+DO $type$
+BEGIN
+    IF to_regtype('circle.compiled_node') IS NULL THEN
+        CREATE TYPE circle.compiled_node AS (
+            node_id VARCHAR(100), node_type VARCHAR(50), predecessors INTEGER[], successors INTEGER[]);
+    END IF;
+END $type$;
+-- The graph is compiled once, when it is written: creating a run parses no JSON. The nodes stand in the row of their version, so
+-- that neither can be stored, changed or deleted without the other.
+CREATE TABLE IF NOT EXISTS circle.pipeline_versions (
+    pipeline_id INTEGER NOT NULL REFERENCES circle.pipelines (id) ON DELETE CASCADE,
+    version INTEGER NOT NULL,
+    nodes JSONB NOT NULL,
+    edges JSONB NOT NULL,
+    node_count INTEGER NOT NULL,
+    compiled circle.compiled_node[] NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (pipeline_id, version)
+);
+CREATE OR REPLACE VIEW circle.pipeline_version_nodes WITH (security_invoker = true) AS
+SELECT v.pipeline_id, v.version, (c.place - 1)::integer AS position, c.node_id, c.node_type, c.predecessors, c.successors
+FROM circle.pipeline_versions v
+CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place);

@@ -1,0 +1,296 @@
+-- Revision 011: functions on one run.
+--
+-- A function that reads other rows than the one it changes first locks the run (FOR NO KEY UPDATE), then acts; so each of its
+-- statements sees what the transactions before it committed. Lock order: run, node runs; counters are in slots, for which nobody
+-- waits. A raw UPDATE of a node run locks the node run before its run, so it can deadlock with these functions: PostgreSQL then
+-- cancels one of the two with 40P01.
+--
+-- Functions keep generic plans: planning a statement takes longer than running it, and every statement uses an index. The
+-- form (status = 'running') IS TRUE keeps plans off the partial indexes, whose dead entries grow with every transition.
+
+-- == create functions that check the caller, lock and end a run
+-- Whether the caller holds the run: its token is the run's, or it gives none and the run has no lease. Inlined.
+CREATE OR REPLACE FUNCTION circle.holds_run(p_claim_token bigint, p_lease_expires_at timestamptz, p_token bigint)
+RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(p_claim_token = p_token, p_lease_expires_at IS NULL)
+$$;
+-- Raises why a call on a run is refused.
+CREATE OR REPLACE FUNCTION circle.refuse_run(p_run_id bigint, p_token bigint, p_requested text, p_reason text DEFAULT '')
+RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token) THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    IF r.completed_at IS NOT NULL THEN
+        PERFORM circle.refuse_run_over(p_run_id, r.status, r.completed_at, r.error_message, p_requested);
+    END IF;
+    PERFORM circle.refuse_transition(p_run_id, NULL, r.status, p_requested, p_reason);
+END $$;
+-- The run, if a call repeats the one that ended it, with the token that held it then; else raises why the call is refused.
+CREATE OR REPLACE FUNCTION circle.repeat_or_refuse_run(p_run_id bigint, p_statuses text[], p_token bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND claim_token = p_token AND status = ANY (p_statuses);
+    IF r.completed_at IS NULL OR NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, p_statuses[1]);
+    END IF;
+    PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+    RETURN r;
+END $$;
+-- Locks the run for a caller that holds it, and starts a pending one.
+CREATE OR REPLACE FUNCTION circle.lock_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
+    IF NOT FOUND OR NOT circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
+       OR r.status NOT IN ('pending', 'running') THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+    ELSIF r.status = 'pending' THEN
+        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+        WHERE id = p_run_id RETURNING * INTO r;
+    END IF;
+    RETURN r;
+END $$;
+-- Ends a locked run. The trigger pipeline_runs_after_update cancels its live nodes.
+CREATE OR REPLACE FUNCTION circle.end_run(p_run_id bigint, p_status text, p_error text) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    UPDATE circle.pipeline_runs SET status = p_status, error_message = coalesce(p_error, error_message),
+        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL,
+        duration_seconds = least(coalesce(extract(epoch FROM greatest(clock_timestamp(), started_at) - started_at), 0), 2147483647)
+    WHERE id = p_run_id RETURNING * INTO r;
+    IF p_status <> 'cancelled' THEN
+        INSERT INTO circle.pipeline_counters (pipeline_id, success_count, error_count)
+        VALUES (r.pipeline_id, (p_status = 'completed')::integer, (p_status <> 'completed')::integer);
+    END IF;
+    RETURN r;
+END $$;
+-- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
+CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r record;
+BEGIN
+    SELECT t.failed_node,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id
+                   AND (status = 'running' OR status = 'pending' AND retry_count > 0)) AS busy,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending') AS pending,
+           EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'cancelled') AS cancelled
+    INTO r FROM circle.pipeline_runs t WHERE t.id = p_run_id;
+    IF r.busy THEN
+        RETURN NULL;
+    ELSIF r.failed_node IS NOT NULL THEN
+        RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
+                                                   WHERE run_id = p_run_id AND node_id = r.failed_node));
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
+        RETURN NULL;
+    END IF;
+    -- pending nodes that can't start wait for a cancelled one
+    RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);
+END $$;
+
+-- == create functions on runs
+-- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
+-- begun; record_run begins one at once.
+CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, OUT r circle.pipeline_runs,
+                                             OUT is_new boolean)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    is_new := false;
+    -- shared among creators; delete_pipeline waits for this lock before it takes any other
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    -- the first run with this key is returned even if the pipeline has been paused since
+    FOR attempt IN 1 .. 2 LOOP
+        IF p_key IS NOT NULL THEN
+            SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
+            EXIT WHEN FOUND;
+        END IF;
+        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
+        SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
+        WHERE p.id = p_pipeline_id AND (p.status = 'active') IS TRUE
+        ON CONFLICT (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+        RETURNING * INTO r;
+        is_new := FOUND;
+        EXIT WHEN is_new;
+    END LOOP;
+    IF is_new THEN
+        INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
+    END IF;
+END $$;
+-- Raises why a run of a pipeline can't be created.
+CREATE OR REPLACE FUNCTION circle.refuse_create(p_pipeline_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    p circle.pipelines;
+BEGIN
+    SELECT * INTO p FROM circle.pipelines WHERE id = p_pipeline_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
+    ELSIF p.status = 'active' THEN
+        PERFORM circle.sort_graph(p.nodes, p.edges);
+        IF p.nodes = '[]' THEN
+            PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
+        END IF;
+        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
+    END IF;
+    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
+        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
+END $$;
+CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text)
+RETURNS circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    created record;
+BEGIN
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key);
+    IF created.is_new THEN
+        INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
+        SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
+        FROM circle.pipeline_versions v
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        WHERE v.pipeline_id = (created.r).pipeline_id AND v.version = (created.r).pipeline_version
+        ORDER BY c.place;
+        IF NOT FOUND THEN
+            PERFORM circle.refuse_create(p_pipeline_id);
+        END IF;
+    ELSIF (created.r).id IS NULL THEN
+        PERFORM circle.refuse_create(p_pipeline_id);
+    END IF;
+    RETURN created.r;
+END $$;
+CREATE OR REPLACE FUNCTION circle.start_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+    WHERE id = p_run_id AND (status = 'pending') IS TRUE
+      AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    RETURNING * INTO r;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+    END IF;
+    RETURN r;
+END $$;
+-- Ends a run with the caller's status: completed, failed or cancelled. A cancel needs no token.
+CREATE OR REPLACE FUNCTION circle.conclude_run(p_run_id bigint, p_status text, p_error text, p_token bigint)
+RETURNS circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (p_status = 'cancelled' OR circle.holds_run(claim_token, lease_expires_at, p_token))
+      AND circle.run_may_become(status, p_status)
+    FOR NO KEY UPDATE;
+    IF NOT FOUND AND p_status <> 'cancelled' THEN
+        RETURN circle.repeat_or_refuse_run(p_run_id, ARRAY[p_status], p_token);
+    ELSIF NOT FOUND THEN   -- of several that cancel one wins
+        PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
+    END IF;
+    RETURN circle.end_run(p_run_id, p_status, p_error);
+END $$;
+-- Ends a run with the status that follows from its nodes.
+CREATE OR REPLACE FUNCTION circle.finish_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    r circle.pipeline_runs;
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed}', p_token);
+    END IF;
+    r := circle.end_run_if_done(p_run_id);
+    IF r.id IS NULL THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'completed', 'some of its nodes are running, ready or waiting for a retry');
+    END IF;
+    RETURN r;
+END $$;
+CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb, p_token bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
+    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
+    END IF;
+END $$;
+-- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
+-- would drop it from the order and might scan the primary key through the runs of other pipelines. Without sorts only the
+-- right index remains.
+CREATE OR REPLACE FUNCTION circle.page_of_runs(p_pipeline_id bigint, p_status text, p_after bigint, p_limit integer)
+RETURNS SETOF circle.pipeline_runs
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off SET enable_incremental_sort = off
+SET enable_seqscan = off AS $$
+BEGIN
+    IF p_pipeline_id IS NOT NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r
+        WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, p_after)
+          AND (p_status IS NULL OR r.status = p_status)
+        ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit;
+    ELSIF p_status IS NOT NULL THEN
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r
+        WHERE r.status >= p_status AND (r.status, r.id) < (p_status, p_after)
+        ORDER BY r.status DESC, r.id DESC LIMIT p_limit;
+    ELSE
+        RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
+    END IF;
+END $$;
+-- The number of runs of a pipeline by status, and the median and the 95th percentile of the seconds that completed ones took: of the
+-- last p_limit runs, as far as they were created after p_since. Without sorts only the right index remains, as in page_of_runs.
+CREATE OR REPLACE FUNCTION circle.run_statistics(p_pipeline_id bigint, p_since timestamptz, p_limit integer) RETURNS json
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off
+SET enable_incremental_sort = off SET enable_seqscan = off AS $$
+DECLARE
+    counts json;
+    seconds double precision[];
+BEGIN
+    WITH recent AS MATERIALIZED (
+        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN extract(epoch FROM r.completed_at - r.started_at)::float8 END AS seconds
+        FROM circle.pipeline_runs r
+        WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
+        ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit
+    ), wanted AS MATERIALIZED (
+        SELECT * FROM recent WHERE created_at >= p_since
+    )
+    SELECT (SELECT json_object_agg(s.status, s.number) FROM (SELECT status, count(*) AS number FROM wanted GROUP BY status) s),
+           (SELECT percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY w.seconds) FROM wanted w)
+    INTO counts, seconds;
+    RETURN json_build_object('runs', coalesce(counts, '{}'), 'p50', seconds[1], 'p95', seconds[2]);
+END $$;
+-- Locks the runs before their pipeline. The advisory lock keeps create_run out.
+CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    live bigint;
+BEGIN
+    PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));
+    IF p_force THEN
+        PERFORM FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running')
+        ORDER BY id FOR UPDATE;
+    END IF;
+    PERFORM FROM circle.pipelines WHERE id = p_pipeline_id FOR UPDATE;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_unknown_pipeline(p_pipeline_id);
+    END IF;
+    SELECT count(*) INTO live FROM circle.pipeline_runs
+    WHERE pipeline_id = p_pipeline_id AND status IN ('pending', 'running');
+    IF live > 0 AND NOT p_force THEN
+        RAISE EXCEPTION 'pipeline % has % live runs', p_pipeline_id, live USING ERRCODE = 'PL010',
+            DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'live_runs', live);
+    END IF;
+    DELETE FROM circle.pipelines WHERE id = p_pipeline_id;
+END $$;

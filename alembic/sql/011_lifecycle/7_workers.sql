@@ -1,0 +1,144 @@
+-- Revision 011: leases and sweeps.
+
+-- == create functions of workers and sweeps
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer)
+RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    RETURN QUERY WITH picked AS MATERIALIZED (
+        SELECT id FROM circle.pipeline_runs WHERE status = 'pending' ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()), lease_expires_at = clock_timestamp() + p_lease
+    WHERE r.id = ANY (ARRAY(SELECT picked.id FROM picked)) RETURNING r.*;
+END $$;
+CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval) RETURNS timestamptz
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    expires timestamptz;
+BEGIN
+    UPDATE circle.pipeline_runs SET lease_expires_at = clock_timestamp() + p_lease
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
+    RETURNING lease_expires_at INTO expires;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    RETURN expires;
+END $$;
+-- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
+CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer) RETURNS circle.pipeline_runs
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
+        claim_token = circle.next_token(claim_token), claim_count = claim_count - p_counts
+    WHERE id = p_run_id RETURNING *
+$$;
+CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    PERFORM FROM circle.pipeline_runs
+    WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    -- the release is deliberate: neither the attempts of its nodes nor the claim count
+    UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
+    RETURN circle.requeue_run(p_run_id, 1);
+END $$;
+-- Adds the counters of runs to the columns of their pipelines. A pipeline that somebody changes is left for the next sweep.
+CREATE OR REPLACE FUNCTION circle.fold_counters() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    PERFORM circle.add_up_counters();
+    WITH free AS MATERIALIZED (
+        SELECT p.id FROM circle.pipelines p
+        WHERE p.id IN (SELECT pipeline_id FROM circle.pipeline_counters WHERE run_count + success_count + error_count > 0)
+        ORDER BY p.id FOR NO KEY UPDATE SKIP LOCKED
+    ), rows AS MATERIALIZED (
+        SELECT c.ctid FROM circle.pipeline_counters c
+        WHERE c.pipeline_id IN (SELECT free.id FROM free) AND c.run_count + c.success_count + c.error_count > 0 FOR UPDATE SKIP LOCKED
+    ), gone AS (
+        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT rows.ctid FROM rows)) RETURNING *
+    ), sums AS MATERIALIZED (
+        SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
+               sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
+               sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+        FROM gone GROUP BY pipeline_id
+    ), kept AS (
+        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout)
+        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout FROM sums
+    )
+    UPDATE circle.pipelines p SET run_count = least(p.run_count + s.run_count, 2147483647),
+        success_count = least(p.success_count + s.success_count, 2147483647),
+        error_count = least(p.error_count + s.error_count, 2147483647), last_run = greatest(p.last_run, s.last_run)
+    FROM sums s WHERE p.id = s.pipeline_id;
+END $$;
+-- A pipeline's row with what its counters add to it.
+CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines) RETURNS circle.pipelines
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    c record;
+BEGIN
+    SELECT sum(run_count) AS run_count, sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+    INTO c FROM circle.pipeline_counters WHERE pipeline_id = p.id;
+    p.run_count := least(p.run_count + coalesce(c.run_count, 0), 2147483647);
+    p.success_count := least(p.success_count + coalesce(c.success_count, 0), 2147483647);
+    p.error_count := least(p.error_count + coalesce(c.error_count, 0), 2147483647);
+    p.last_run := greatest(p.last_run, c.last_run);
+    RETURN p;
+END $$;
+CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    r record;
+    result circle.pipeline_runs;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
+             WHERE status = 'running' AND lease_expires_at < clock_timestamp()
+             ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
+        PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
+        result := circle.end_run_if_done(r.id);
+        IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
+            result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+        ELSIF result.id IS NULL THEN
+            result := circle.requeue_run(r.id, 0);
+        END IF;
+        RETURN NEXT result;
+    END LOOP;
+    PERFORM circle.fold_counters();
+END $$;
+CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer) RETURNS SETOF circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    r record;
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
+             WHERE t.status = 'running' AND p.timeout_seconds > 0
+               AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
+             ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+        RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+    END LOOP;
+    PERFORM circle.fold_counters();
+END $$;
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer) RETURNS integer
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off AS $$
+DECLARE
+    before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
+    deleted integer;
+BEGIN
+    WITH old AS MATERIALIZED (
+        SELECT id FROM circle.pipeline_runs WHERE completed_at < before
+        ORDER BY completed_at LIMIT p_limit FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM circle.pipeline_runs WHERE id = ANY (ARRAY(SELECT old.id FROM old));
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $$;

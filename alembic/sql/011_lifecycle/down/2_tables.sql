@@ -1,0 +1,34 @@
+-- == drop views and counters
+DROP VIEW IF EXISTS circle.startable_node_runs, circle.pending_node_runs;
+DROP TABLE IF EXISTS circle.pipeline_counters;
+
+-- == pipeline_node_runs: drop the due time of retries, and the index
+DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_position;
+ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at;
+
+-- == pipeline_runs: add the check of revision 008, NOT VALID
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_runs'::regclass AND conname = 'ck_pipeline_runs') THEN
+        ALTER TABLE circle.pipeline_runs ADD CONSTRAINT ck_pipeline_runs CHECK (
+            circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at)) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipeline_runs: validate the check
+ALTER TABLE circle.pipeline_runs VALIDATE CONSTRAINT ck_pipeline_runs;
+
+-- == pipeline_runs: drop the check of leases, indexes and columns
+ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS ck_pipeline_runs_leased;
+DROP INDEX IF EXISTS circle.idx_pipeline_runs_pending, circle.idx_pipeline_runs_running, circle.idx_pipeline_runs_history,
+    circle.idx_pipeline_runs_status_history, circle.idx_pipeline_runs_completed_at;
+-- The functions that return a run depend on the table alone, not on its columns.
+ALTER TABLE circle.pipeline_runs
+    DROP COLUMN IF EXISTS failed_node, DROP COLUMN IF EXISTS worker_id, DROP COLUMN IF EXISTS claim_token,
+    DROP COLUMN IF EXISTS claim_count, DROP COLUMN IF EXISTS lease_expires_at, DROP COLUMN IF EXISTS idempotency_key;
+
+-- == pipeline_node_runs: reset fillfactor
+ALTER TABLE circle.pipeline_node_runs RESET (fillfactor);
+
+-- == pipeline_runs: reset fillfactor
+ALTER TABLE circle.pipeline_runs RESET (fillfactor);

@@ -1,0 +1,361 @@
+"""What no writer may do to runs, node runs and versions, by raw SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Event, Thread
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from gathering_pipeline import Database, RunRepository, RunStatus
+from gathering_pipeline.errors import IsolationLevelError
+from tests.support.databases import Connect, contents, scalar
+from tests.support.events import read_all
+from tests.support.graphs import chain
+from tests.support.runs import LEASE, done, store
+
+INTEGRITY = psycopg.errors.IntegrityConstraintViolation
+
+
+@pytest.fixture
+def refused(raw: psycopg.Connection) -> Callable[..., str]:
+    """Run a statement that has to be refused with a SQLSTATE; nothing may change. Returns the message."""
+
+    def check(sqlstate: str, statement: str, parameters: Any = None) -> str:
+        before = contents(raw)
+        with pytest.raises(psycopg.Error) as caught:
+            raw.execute(statement, parameters)
+        assert caught.value.sqlstate == sqlstate, caught.value
+        assert contents(raw) == before
+        return caught.value.diag.message_primary or ""
+
+    return check
+
+
+@pytest.fixture
+def running(session: Session) -> int:
+    """A running run whose first node runs."""
+    runs = RunRepository(session)
+    run_id = runs.create(store(session, "a>c b>c")).id
+    runs.start(run_id)
+    runs.start_node(run_id, "a")
+    session.commit()
+    return run_id
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("id = id + 1000", "run_id = 2", "node_id = 'x'", "node_type = 'delay'", "position = 7", "position = NULL"),
+        *(
+            "predecessors = '{1}'",
+            "predecessors = NULL",
+            "successors = '{1}'",
+            "status = 'completed', successors = '{1}'",
+        ),
+    ],
+)
+def test_node_run_keeps_what_identifies_it(
+    raw: psycopg.Connection, session: Session, running: int, refused: Callable[..., str], change: str, role: str
+) -> None:
+    other = RunRepository(session).create(1).id
+    session.commit()
+    assert other == 2
+    raw.execute(f"SET session_replication_role = {role}")
+    message = refused("23000", f"UPDATE circle.pipeline_node_runs SET {change} WHERE run_id = 1 AND node_id = 'a'")
+    assert message.endswith("of node a of run 1 can't be changed")
+
+
+@pytest.mark.parametrize("role", ["origin", "replica"])
+@pytest.mark.parametrize(
+    "change",
+    ["id = 99", "pipeline_id = 2", "pipeline_version = 2", "pipeline_version = NULL", "status = 'failed', id = 99"],
+)
+def test_run_keeps_its_pipeline_and_version(
+    raw: psycopg.Connection, session: Session, running: int, refused: Callable[..., str], change: str, role: str
+) -> None:
+    store(session, "a")
+    session.commit()
+    raw.execute(f"SET session_replication_role = {role}")
+    refused("23000", f"UPDATE circle.pipeline_runs SET {change} WHERE id = 1")
+
+
+def test_position_of_a_legacy_node_run_can_be_set_once(raw: psycopg.Connection, running: int) -> None:
+    raw.execute("INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type) VALUES (1, 'late', 'agent')")
+    events = scalar(raw, "SELECT count(*) FROM circle.pipeline_events")
+    raw.execute(
+        "UPDATE circle.pipeline_node_runs SET position = 9, predecessors = '{}', successors = '{}' WHERE node_id = 'late'"
+    )
+    assert scalar(raw, "SELECT count(*) FROM circle.pipeline_events") == events
+    with pytest.raises(INTEGRITY):
+        raw.execute("UPDATE circle.pipeline_node_runs SET position = 8 WHERE node_id = 'late'")
+
+
+def test_node_runs_of_a_live_run_are_not_deleted(
+    raw: psycopg.Connection, session: Session, running: int, refused: Callable[..., str]
+) -> None:
+    pending = RunRepository(session).create(1).id
+    session.commit()
+    for where in (f"run_id = {running}", f"run_id = {pending}", "node_id = 'c'", "true"):
+        refused("23000", f"DELETE FROM circle.pipeline_node_runs WHERE {where}")
+    # with its run, also in one statement, and once it is over
+    raw.execute(
+        "WITH gone AS (DELETE FROM circle.pipeline_node_runs WHERE run_id = %(id)s)"
+        " DELETE FROM circle.pipeline_runs WHERE id = %(id)s",
+        {"id": pending},
+    )
+    raw.execute("UPDATE circle.pipeline_runs SET status = 'cancelled' WHERE id = %s", [running])
+    raw.execute("DELETE FROM circle.pipeline_node_runs WHERE run_id = %s AND node_id = 'c'", [running])
+    raw.execute("DELETE FROM circle.pipelines")
+    assert scalar(raw, "SELECT count(*) FROM circle.pipeline_node_runs") == 0
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled", "timeout"])
+@pytest.mark.parametrize("status", ["pending", "running", "completed", "failed", "skipped", "cancelled"])
+def test_no_node_run_is_inserted_into_a_terminal_run(
+    raw: psycopg.Connection, session: Session, refused: Callable[..., str], end: str, status: str
+) -> None:
+    run_id = RunRepository(session).create(store(session, "a")).id
+    RunRepository(session).record(run_id, [done("a")])
+    session.commit()
+    raw.execute("UPDATE circle.pipeline_runs SET status = %s", [end])
+    message = refused(
+        "PL001",
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status) VALUES (%s, 'late', 'agent', %s)",
+        [run_id, status],
+    )
+    assert message.endswith(f"its run is {end}")
+
+
+def test_statement_that_ends_nodes_and_run_together_is_legal(raw: psycopg.Connection, running: int) -> None:
+    raw.execute(
+        "WITH nodes AS (UPDATE circle.pipeline_node_runs SET status = 'completed' WHERE status IN ('pending', 'running'))"
+        " UPDATE circle.pipeline_runs SET status = 'completed'"
+    )
+    assert raw.execute("SELECT DISTINCT status FROM circle.pipeline_node_runs").fetchall() == [("completed",)]
+    # of another command of the same transaction it is not
+    with pytest.raises(psycopg.Error) as caught, raw.transaction():
+        raw.execute("UPDATE circle.pipeline_node_runs SET output_data = '{}'")
+        raw.execute("UPDATE circle.pipeline_node_runs SET status = 'failed'")
+    assert caught.value.sqlstate == "PL001"
+
+
+def test_statement_that_starts_run_and_node_together_is_legal(raw: psycopg.Connection, session: Session) -> None:
+    RunRepository(session).create(store(session, "a"))
+    session.commit()
+    raw.execute(
+        "WITH run AS (UPDATE circle.pipeline_runs SET status = 'running')"
+        " UPDATE circle.pipeline_node_runs SET status = 'running'"
+    )
+    assert raw.execute("SELECT status FROM circle.pipeline_node_runs").fetchall() == [("running",)]
+
+
+@pytest.mark.parametrize("token", [2**63 - 1, 2**53, 2**62, -1])
+def test_poisoned_token_is_refused_and_stops_no_claim(raw: psycopg.Connection, session: Session, token: int) -> None:
+    runs = RunRepository(session)
+    pipeline = store(session, "a")
+    run_id = runs.create(pipeline).id
+    session.commit()
+    for statement in (
+        "UPDATE circle.pipeline_runs SET claim_token = %s",
+        "INSERT INTO circle.pipeline_runs (pipeline_id, claim_token) VALUES (1, %s)",
+    ):
+        with pytest.raises(psycopg.Error) as caught:
+            raw.execute(statement, [token])
+        assert caught.value.sqlstate in ("PL001", "23514")
+    assert [run.id for run in runs.claim("worker", LEASE, 5)] == [run_id]
+
+
+def test_numbers_at_the_edge_stop_no_call(raw: psycopg.Connection, session: Session) -> None:
+    runs = RunRepository(session)
+    pipeline = store(session, "a")
+    session.commit()
+    raw.execute("UPDATE circle.pipelines SET max_retries_per_node = 2147483647")
+    raw.execute("UPDATE circle.pipelines SET version = 2147483647")
+    raw.execute("INSERT INTO circle.pipelines (name, version) VALUES ('p', 2147483647)")
+    assert raw.execute("SELECT DISTINCT version FROM circle.pipelines").fetchall() == [(1,)]
+    raw.execute("UPDATE circle.pipelines SET run_count = 2147483647, success_count = 2147483647")
+    run_id = runs.create(pipeline).id
+    session.commit()
+    raw.execute("UPDATE circle.pipeline_runs SET claim_count = 2147483647")
+    (run,) = runs.claim("worker", LEASE)
+    session.commit()
+    raw.execute("UPDATE circle.pipeline_node_runs SET retry_count = 2147483646")
+    token = run.claim_token
+    runs.start_node(run_id, "a", token=token)
+    runs.fail_node(run_id, "a", "x", token=token)
+    raw_due = "UPDATE circle.pipeline_node_runs SET available_at = NULL"
+    session.commit()
+    raw.execute(raw_due)
+    runs.start_node(run_id, "a", token=token)
+    assert runs.complete_node(run_id, "a", token=token).attempt == 2**31
+    runs.finish(run_id, token=token)
+    session.commit()
+    raw.execute("SELECT circle.fold_counters()")
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+def test_other_isolation_level_is_refused(
+    raw: psycopg.Connection, session: Session, running: int, database_url: str, level: str
+) -> None:
+    for statement in (
+        "UPDATE circle.pipeline_runs SET status = 'failed'",
+        "UPDATE circle.pipeline_node_runs SET status = 'completed' WHERE node_id = 'a'",
+        "SELECT circle.create_run(1, '{}', NULL)",
+        "SELECT circle.complete_node(1, 'a', NULL, NULL, NULL)",
+        "SELECT circle.claim_runs('w', '1 min', 1)",
+        "SELECT circle.recover_runs(1, 1)",
+        "SELECT circle.expire_runs(1)",
+        "SELECT circle.advance_runs('{1}', '{NULL}', '[]')",
+    ):
+        with pytest.raises(psycopg.Error) as caught, raw.transaction():
+            raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+            raw.execute(statement)
+        assert caught.value.sqlstate == "PL011", statement
+    engine = create_engine(database_url, isolation_level=level.upper())
+    calls: list[Callable[[RunRepository], object]] = [
+        lambda runs: runs.create(1),
+        lambda runs: runs.start_node(1, "b"),
+        lambda runs: runs.complete_node(1, "a"),
+        lambda runs: runs.skip_node(1, "b"),
+        lambda runs: runs.fail_node(1, "a", "x"),
+        lambda runs: runs.advance(1, [done("a")]),
+        lambda runs: runs.advance(1),
+        lambda runs: runs.record(1, [done("a")]),
+        lambda runs: runs.record_run(1, []),
+        lambda runs: runs.finish(1),
+        lambda runs: runs.cancel(1),
+        lambda runs: runs.claim("w", LEASE),
+        lambda runs: runs.recover(),
+        lambda runs: runs.expire(),
+    ]
+    for call in calls:
+        with Session(engine) as other, pytest.raises(IsolationLevelError) as refusal:
+            call(RunRepository(other))
+        assert refusal.value.level == level
+        assert "READ COMMITTED" in str(refusal.value)
+    with Session(engine) as other:  # reading works at every level
+        assert RunRepository(other).get(1).status == "running"
+        assert len(RunRepository(other).nodes(1)) == 3
+        assert RunRepository(other).counts()[RunStatus.RUNNING] == 1
+    engine.dispose()
+    # a subscriber has the database's level
+    with raw.transaction():
+        raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        raw.execute("SET LOCAL session_replication_role = replica")
+        raw.execute("UPDATE circle.pipeline_node_runs SET status = 'completed' WHERE node_id = 'a'")
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_database_pins_the_level(
+    raw: psycopg.Connection, session: Session, running: int, database_url: str, autocommit: bool
+) -> None:
+    name = scalar(raw, "SELECT current_database()")
+    raw.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")
+    try:
+        with Database(database_url) as database, database.session(autocommit=autocommit) as opened:
+            assert RunRepository(opened).complete_node(1, "a").status == "completed"
+    finally:
+        raw.execute(f'ALTER DATABASE "{name}" RESET default_transaction_isolation')
+
+
+def test_many_rows_in_one_statement_have_their_events(raw: psycopg.Connection, session: Session) -> None:
+    """After a statement that changed one row: its plan is kept for the session, and as a join would take minutes."""
+    runs = RunRepository(session)
+    one, many = runs.create(store(session, "a")).id, runs.create(store(session, "a")).id
+    for run_id in (one, many):
+        runs.start(run_id)
+    session.commit()
+    raw.execute(
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type)"
+        " SELECT %s, 'x' || at, 'agent' FROM generate_series(1, 20000) at",
+        [many],
+    )
+    for status in ("running", "pending", "running", "failed"):
+        for run_id in (one, many):
+            raw.execute("UPDATE circle.pipeline_node_runs SET status = %s WHERE run_id = %s", [status, run_id])
+    found = scalar(raw, "SELECT count(*) FROM circle.pipeline_events WHERE run_id = %s AND node_id <> 'a'", [many])
+    assert found == 80_000
+
+
+def test_events_of_a_call_have_one_label_and_execution_order(
+    raw: psycopg.Connection, session: Session, database_url: str, connect: Connect
+) -> None:
+    """Other transactions end all the time meanwhile."""
+    runs = RunRepository(session)
+    pipeline = store(session, chain(20))
+    run_id = runs.create(pipeline).id
+    session.commit()
+    other = connect(database_url)
+    raw.execute(
+        """CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS
+           $$ BEGIN PERFORM pg_sleep(0.005); RETURN NULL; END $$;
+           CREATE TRIGGER slow AFTER UPDATE ON circle.pipeline_node_runs FOR EACH ROW EXECUTE FUNCTION public.slow()"""
+    )
+    stop = Event()
+
+    def commit_all_the_time() -> None:
+        while not stop.is_set():
+            other.execute("SELECT pg_current_xact_id()")
+
+    thread = Thread(target=commit_all_the_time)
+    thread.start()
+    try:
+        runs.record(run_id, [done(f"n{at}") for at in range(20)])
+        session.commit()
+    finally:
+        stop.set()
+        thread.join()
+    labels = raw.execute(
+        "SELECT count(DISTINCT xid::text) FROM circle.pipeline_events WHERE run_id = %s AND node_id IS NOT NULL",
+        [run_id],
+    ).fetchall()
+    assert labels == [(1,)]
+    ordered = raw.execute(
+        "SELECT node_id FROM circle.pipeline_events WHERE run_id = %s ORDER BY xid, id", [run_id]
+    ).fetchall()
+    assert ordered == [(None,), *((f"n{at}",) for at in range(20))]
+
+
+def test_truncate_leaves_no_orphans(raw: psycopg.Connection, session: Session, running: int) -> None:
+    for tables in ("circle.pipeline_node_runs", "circle.pipeline_versions"):
+        with pytest.raises(INTEGRITY, match="TRUNCATE circle.pipeline"):
+            raw.execute(f"TRUNCATE {tables}")
+    raw.execute("TRUNCATE circle.pipeline_runs RESTART IDENTITY CASCADE")
+    assert scalar(raw, "SELECT count(*) FROM circle.pipeline_events") == 0
+    runs = RunRepository(session)
+    assert set(runs.counts().values()) == {0}
+    assert runs.create(1).id == 1
+    session.commit()
+    raw.execute("TRUNCATE circle.pipelines RESTART IDENTITY CASCADE")
+    assert contents(raw) == []
+    assert runs.create(store(session, "a")).pipeline_id == 1
+    assert [event.run_id for event in read_all(session)] == []
+
+
+def test_only_the_compiler_writes_versions(
+    raw: psycopg.Connection, session: Session, running: int, refused: Callable[..., str]
+) -> None:
+    loop = '[{"id": "l", "from": "a", "to": "a"}]'
+    node = '[{"id": "a", "type": "action", "name": "A"}]'
+    insert = "INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges, node_count, compiled) VALUES "
+    for version, edges in ((2, "[]"), (2, loop), (1, loop)):
+        refused("23000", insert + f"(1, {version}, %s, %s, 1, '{{}}')", [node, edges])
+    refused("23000", "DELETE FROM circle.pipeline_versions")
+    raw.execute("UPDATE circle.pipelines SET edges = '[]'")
+    assert scalar(raw, "SELECT max(version) FROM circle.pipeline_versions") == 2
+    refused("23000", "DELETE FROM circle.pipeline_versions WHERE version = 1")  # the run has it
+    raw.execute("UPDATE circle.pipelines SET nodes = %s", [node])
+    raw.execute("DELETE FROM circle.pipeline_versions WHERE version = 2")  # nobody names it any more
+    raw.execute("SET session_replication_role = replica")
+    with pytest.raises(psycopg.Error) as caught:
+        raw.execute(insert + "(1, 9, %s, %s, 1, '{}')", [node, loop])
+    assert caught.value.sqlstate == "PL008"
+    raw.execute(insert + "(1, 9, %s, '[]', 7, '{}')", [node])
+    row = raw.execute("SELECT node_count, compiled::text FROM circle.pipeline_versions WHERE version = 9").fetchone()
+    assert row == (1, '{"(a,action,{},{})"}')

@@ -1,0 +1,110 @@
+"""The rights that docs/operations.md gives to the role of a service, and what it can't do with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from gathering_pipeline import (
+    Database,
+    EventRepository,
+    PipelineCreate,
+    PipelineRepository,
+    PipelineStatus,
+    PipelineUpdate,
+    RunReport,
+    RunRepository,
+    RunStatus,
+)
+from tests.support.graphs import graph
+from tests.support.runs import LEASE, done
+
+GRANTS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+@pytest.fixture
+def app(raw: psycopg.Connection, database_url: str) -> Iterator[str]:
+    """The URL of a database for a role that has the documented rights only."""
+    found = re.search(r"```sql\n(CREATE ROLE app.*?)```", GRANTS.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    role = f"app_{raw.info.backend_pid}"
+    raw.execute(re.sub(r"\bapp\b", role, found[1]).encode())
+    yield make_url(database_url).set(username=role, password="x").render_as_string(hide_password=False)
+    raw.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_service_works_with_its_rights(app: str) -> None:
+    nodes, edges = graph("a>b a>c")
+    with Database(app) as database, database.session(autocommit=True) as session:
+        pipelines, runs = PipelineRepository(session), RunRepository(session)
+        data = PipelineCreate(name="p", status=PipelineStatus.ACTIVE, nodes=nodes, edges=edges)
+        pipeline = pipelines.create(data).id
+        pipelines.update(pipeline, PipelineUpdate(edges=edges[:1]))
+        run_id = runs.create(pipeline, {"x": 1}).id
+        step = runs.advance(run_id)
+        runs.fail_node(run_id, "a", "no")
+        runs.append_log(run_id, {"m": 1})
+        runs.cancel(run_id)
+        assert [node.node_id for node in step.started] == ["a", "c"]
+        runs.record_run(pipeline, [done(name) for name in "abc"])
+        runs.create(pipeline)
+        (claimed,) = runs.claim("worker", LEASE)
+        runs.heartbeat(claimed.id, LEASE, token=claimed.claim_token)
+        assert runs.advance_many([RunReport(claimed.id, [done(name) for name in "abc"], claimed.claim_token)])[0]
+        runs.recover()
+        runs.expire()
+        assert pipelines.get(pipeline).run_count == 3
+        assert sum(runs.counts().values()) == 3
+        assert runs.statistics(pipeline).runs[RunStatus.COMPLETED] == 2
+        assert len(runs.definition(run_id).edges) == 1
+        assert EventRepository(session).read(run_id=run_id) is not None
+        assert runs.purge(timedelta(0)) == 3
+        EventRepository(session).purge(timedelta(0))
+        pipelines.delete(pipeline)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO circle.pipeline_events (xid, run_id, type) VALUES ('9223372036854775807', 1, 'pipeline_run.started')",
+        "UPDATE circle.pipeline_events SET xid = '0'",
+        (
+            "INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges, node_count, compiled)"
+            " VALUES (1, 1, '[]', '[]', 0, '{}')"
+        ),
+        "DELETE FROM circle.pipeline_versions",
+        "UPDATE circle.pipeline_counters SET pending = 0",
+        "TRUNCATE circle.pipeline_runs CASCADE",
+        "ALTER TABLE circle.pipeline_runs DISABLE TRIGGER ALL",
+        "SELECT circle.count_runs(1, NULL, 'pending')",
+        (
+            "CREATE TEMP TABLE mine (status text); CREATE TRIGGER t AFTER INSERT ON mine"
+            " EXECUTE FUNCTION circle.pipeline_runs_after_insert()"
+        ),
+        "CREATE FUNCTION circle.f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    ],
+)
+def test_service_can_write_nothing_that_only_triggers_write(app: str, raw: psycopg.Connection, statement: str) -> None:
+    raw.execute(f"SET ROLE {make_url(app).username}")
+    try:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            raw.execute(statement.encode())
+    finally:
+        raw.execute("RESET ROLE")
+
+
+def test_trigger_function_serves_no_other_table(raw: psycopg.Connection) -> None:
+    raw.execute("CREATE TABLE public.mine (LIKE circle.pipeline_runs INCLUDING DEFAULTS)")
+    raw.execute(
+        "CREATE TRIGGER t AFTER INSERT ON public.mine REFERENCING NEW TABLE AS new_rows"
+        " FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_insert()"
+    )
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="can't be a trigger of public.mine|of mine"):
+        raw.execute("INSERT INTO public.mine (pipeline_id, status) VALUES (1, 'running')")
+    raw.execute("DROP TABLE public.mine")
