@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal, Self
 
 MAX_MESSAGE = 1_000
 """Longest message in characters; a longer one is cut in its middle."""
@@ -154,7 +154,23 @@ class Issue:
 
 
 class PipelineError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package. An error can be pickled, as process pools and task queues do."""
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
+        error = super().__new__(cls, *args, **kwargs)
+        error._given = args, kwargs
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make it anew from its arguments: ``Exception`` would call it with its message."""
+        args, kwargs = self._given
+        return _make, (type(self), args, kwargs)
+
+
+def _make(kind: type[PipelineError], args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineError:
+    return kind(*args, **kwargs)
 
 
 class InvalidPipelineError(PipelineError, ValueError):

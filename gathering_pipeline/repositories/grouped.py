@@ -244,21 +244,26 @@ class GroupCommit(RunRepository):
         """
         report = encode_report(run_id, results, token)
         options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
-        lone = self._lone
-        if lone is None:
+        if self._lone is None:
             raise DatabaseUnavailableError(_CLOSED)
-        step = None if retry or inputs else self._gathered(lone, report)
+        step = None if retry or inputs else self._gathered(report)
         if step is not None:
             return step
         with self._open_session() as session:
             return finish(_calls(session)._advance(report, **options))  # noqa: SLF001 - the two are one piece
 
-    def _gathered(self, lone: AsyncRunRepository, report: EncodedReport) -> Step | None:
+    def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or wait until another thread has sent it; ``None``: it has to be sent by itself."""
+        answer: Future[Step | None] = Future()
         with self._changed:
+            lone = self._lone
+            if lone is None:  # closed since
+                raise DatabaseUnavailableError(_CLOSED)
             alone = not self._is_lone and not self._is_led
             if alone:
                 self._is_lone = True
+            else:
+                self._queue.add(report, answer)
         if alone:
             try:
                 return finish(lone._advance(report))  # noqa: SLF001
@@ -266,9 +271,7 @@ class GroupCommit(RunRepository):
                 with self._changed:
                     self._is_lone = False
                     self._changed.notify_all()
-        answer: Future[Step | None] = Future()
         with self._changed:
-            self._queue.add(report, answer)
             try:
                 self._changed.wait_for(lambda: answer.done() or not self._is_led)
             finally:

@@ -186,9 +186,9 @@ async def test_broken_connection_is_told_to_those_who_were_sent(
     database: Database, pipeline: int, raw: psycopg.Connection
 ) -> None:
     """Every caller whose call was under way gets an error; with the token of a claim it repeats the report."""
-    create(database, pipeline, 32)
+    create(database, pipeline, 200)
     with database.session(autocommit=True) as session:
-        claimed = RunRepository(session).claim("worker", LEASE, 32)
+        claimed = RunRepository(session).claim("worker", LEASE, 200)
     outcomes: Counter[str] = Counter()
 
     async def execute(runs: AsyncRunRepository, run_id: int, token: int) -> None:
@@ -208,8 +208,8 @@ async def test_broken_connection_is_told_to_those_who_were_sent(
 
     async with database.group_commit() as runs, asyncio.timeout(60):
         tasks = [asyncio.create_task(execute(runs, run.id, run.claim_token)) for run in claimed]
-        for _ in range(5):
-            await asyncio.sleep(0.02)
+        while outcomes["CommitIndeterminateError"] < 3 and not all(task.done() for task in tasks):
+            await asyncio.sleep(0.005)
             await asyncio.to_thread(kill, raw)
         try:
             await asyncio.gather(*tasks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import re
 
 import pytest
@@ -42,6 +44,43 @@ def test_every_error_is_a_pipeline_error_and_drawn(error: type[BaseException]) -
     assert issubclass(error, PipelineError)
     assert errors.__doc__ is not None
     assert re.search(rf"\b{error.__name__}\b", errors.__doc__)
+
+
+ARGUMENTS: dict[str, object] = {
+    "issues": [Issue("error", IssueCode.NO_NODES, "Pipeline must have at least one node", loc=("nodes",))],
+    "pipeline_id": 5,
+    "run_id": 6,
+    "node_id": "a",
+    "status": "failed",
+    "live_runs": 2,
+    "expected": 1,
+    "current": 2,
+    "entity": "run",
+    "id": 7,
+    "requested": "running",
+    "reason": "why",
+    "completed_at": "2026-01-01T00:00:00Z",
+    "error": "no luck",
+    "waiting_for": ("a", "b"),
+    "constraint": "c",
+    "message": "m",
+    "level": "serializable",
+    "found": "a",
+    "missing": "",
+    "differences": ["x: y"],
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_pickled_error_has_its_message_and_attributes(kind: type[PipelineError]) -> None:
+    names = [name for name in inspect.signature(kind).parameters if name in ARGUMENTS]
+    error = kind(**{name: ARGUMENTS[name] for name in names}) if names else kind()
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):  # noqa: S301 - our own
+        assert type(again) is kind
+        assert (str(again), again.args) == (str(error), error.args)
+        assert vars(again) == vars(error)
+    positional = kind(*(ARGUMENTS[name] for name in names))
+    assert vars(pickle.loads(pickle.dumps(positional))) == vars(positional)  # noqa: S301
 
 
 @pytest.mark.parametrize(
