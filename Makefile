@@ -11,8 +11,8 @@ ONCE := benchmarks cli documentation examples reliability unit
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench format \
-	generated build clean
+.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench bench-peers \
+	format generated build clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ fuzz: setup ## 20,000 random graphs on every write path, and an hour of odd defi
 
 bench: setup ## Times, as ratios to a hand-written script in the same run
 	$(BIN)/python -m benchmarks
+
+bench-peers: setup ## A run in other stores, next to ours; installs each into an environment of its own
+	$(BIN)/python -m benchmarks.peers --environments $(VENV)/peers
 
 format: setup ## Put the sources into their form
 	$(BIN)/ruff check --fix
