@@ -107,8 +107,11 @@ class Database:
         """Runs for many concurrent callers, whose ``advance`` calls share statements and commits.
 
         ``async with database.group_commit() as runs`` gives an ``AsyncRunRepository`` for many tasks,
-        ``with database.group_commit() as runs`` a ``RunRepository`` for many threads. Each call is a transaction of its
-        own; its answer comes after the commit that holds it.
+        ``with database.group_commit() as runs`` a ``RunRepository`` for many threads: call inside the block.
+
+        The answer of a call comes after the commit that holds it; a refused call concerns its caller alone. It takes
+        two connections of the pool for ``advance``. Every other method, ``advance`` with ``retry`` or ``inputs``, and
+        calls on a run that somebody else has locked, are sent by themselves on a third.
         """
         return GroupCommits(self)
 

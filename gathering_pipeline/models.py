@@ -11,7 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from .errors import InvalidPipelineError, Issue, IssueCode, shorten
 from .json_values import json_path, quote, text_reason
@@ -75,6 +84,7 @@ Strict = Annotated[str, Field(strict=True)]
 Object = Annotated[dict[Strict, Any], Field(strict=True)]
 Name = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_storable_text)]
 Int32 = Annotated[int, Field(ge=0, le=MAX_INT32)]
+StrictInt32 = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32)]
 Retries = Annotated[int, Field(ge=0, le=1_000_000)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
@@ -227,8 +237,8 @@ class NodeExecutionResult(_Model):
     status: Literal["completed", "failed", "skipped", "cancelled"]
     output: dict[str, Any] | None = None
     error: str | None = None
-    duration_ms: Int32 = 0
-    retry_count: Int32 = 0
+    duration_ms: StrictInt32 = 0
+    retry_count: StrictInt32 = 0
 
 
 class NodeResult(NodeExecutionResult):
@@ -240,8 +250,8 @@ class NodeResult(NodeExecutionResult):
         retryable: Whether a failed attempt is retried while retries are left; ``None``: as ``retry`` of the call says.
     """
 
-    attempt: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
-    retryable: bool | None = None
+    attempt: Annotated[int, Field(strict=True, ge=1, le=MAX_INT32)] | None = None
+    retryable: StrictBool | None = None
 
 
 class RunReport(NamedTuple):

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import check_flag
-from gathering_pipeline.errors import CommitIndeterminateError, DatabaseUnavailableError
+from gathering_pipeline.errors import CommitIndeterminateError, DatabaseUnavailableError, PipelineError
 from gathering_pipeline.models import NodeExecutionResult, Step
 from gathering_pipeline.repositories._call import Apart, ApartBlocking, finish
 from gathering_pipeline.repositories.runs import AsyncRunRepository, EncodedReport, RunRepository, encode_report
@@ -74,7 +74,7 @@ class _Queue(Generic[F]):
         while self._waiting:
             _, answer = self._waiting.popleft()
             if not answer.done():
-                answer.set_exception(DatabaseUnavailableError(message))
+                answer.set_exception(PipelineError(message))
 
 
 def _answer(batch: Sequence[tuple[EncodedReport, F]], steps: Sequence[Step | None]) -> None:
@@ -149,7 +149,7 @@ class AsyncGroupCommit(AsyncRunRepository):
         report = encode_report(run_id, results, token)
         options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
         if self._lone is None:
-            raise DatabaseUnavailableError(_CLOSED)
+            raise PipelineError(_CLOSED)
         self._calls += 1
         try:
             step = None if retry or inputs else await self._gathered(self._lone, report)
@@ -245,7 +245,7 @@ class GroupCommit(RunRepository):
         report = encode_report(run_id, results, token)
         options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
         if self._lone is None:
-            raise DatabaseUnavailableError(_CLOSED)
+            raise PipelineError(_CLOSED)
         step = None if retry or inputs else self._gathered(report)
         if step is not None:
             return step
@@ -258,7 +258,7 @@ class GroupCommit(RunRepository):
         with self._changed:
             lone = self._lone
             if lone is None:  # closed since
-                raise DatabaseUnavailableError(_CLOSED)
+                raise PipelineError(_CLOSED)
             alone = not self._is_lone and not self._is_led
             if alone:
                 self._is_lone = True

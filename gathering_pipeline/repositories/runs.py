@@ -20,6 +20,7 @@ from gathering_pipeline.arguments import (
     check_status,
     check_text,
     check_token,
+    check_type,
     encode_json,
 )
 from gathering_pipeline.connections import Statement
@@ -191,7 +192,10 @@ class AsyncRunRepository(AsyncRepository):
         return await self._run(CONCLUDE, run_id, token, status="completed", error=None)
 
     async def finish(self, run_id: int, *, token: int | None = None) -> RunRead:
-        """End a running run: ``failed`` with the error of the first node that failed, ``completed`` if none failed.
+        """End a running run by its nodes.
+
+        It is ``failed`` with the error of the first node that failed, else ``cancelled`` if one was cancelled, else
+        ``completed``.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -363,10 +367,9 @@ class AsyncRunRepository(AsyncRepository):
     async def advance_many(self, reports: Iterable[RunReport]) -> list[Step | None]:
         """Do as ``advance`` for many runs, in one call and one commit.
 
-        What every call would have to wait for, or what needs an answer of its own, is left out: a call changes nothing
-        and has ``None`` for its step if somebody else has locked its run, if it reports anything but completed nodes of
-        a run without failures, or if ``advance`` would refuse it. Call ``advance`` for those. ``Database.group_commit``
-        does so for concurrent callers.
+        A report is carried out if it completes nodes or begins the run, no node of the run failed, and nobody else has
+        locked the run. Else it changes nothing and its step is ``None``: call ``advance`` for it, which also tells why
+        it is refused. ``Database.group_commit`` does so for concurrent callers.
 
         Args:
             reports: At most one for each run.
@@ -379,7 +382,14 @@ class AsyncRunRepository(AsyncRepository):
             psycopg.Error: A raw writer held a node for long, or changed one meanwhile; nothing was changed, and
                 ``is_transient`` is true.
         """
-        encoded = [encode_report(report.run_id, report.results, report.token) for report in reports]
+        encoded = []
+        check_type(reports, Iterable, "reports", "[RunReport(run_id, results, token)] is a list of one")
+        for place, report in enumerate(reports):
+            check_type(report, RunReport, f"reports[{place}]", "RunReport(run_id, results, token) makes one")
+            try:
+                encoded.append(encode_report(report.run_id, report.results, report.token))
+            except InvalidDataError as error:
+                raise InvalidDataError(f"reports[{place}].{error}") from None
         if len({report.run_id for report in encoded}) < len(encoded):
             raise InvalidDataError("reports must be about different runs")
         return await self._advance_many(encoded)
@@ -436,7 +446,8 @@ class AsyncRunRepository(AsyncRepository):
             pipeline_id: The pipeline.
             results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
             trigger_data: JSON input of the run; ``None`` stores ``{}``.
-            idempotency_key: At most 255 characters. A second call with the same key returns the run of the first.
+            idempotency_key: At most 255 characters. A second call with this pipeline and key returns the run of the
+                first, whatever its results are.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.

@@ -28,7 +28,7 @@ def refused(raw: psycopg.Connection) -> Callable[..., str]:
     def check(sqlstate: str, statement: str, parameters: Any = None) -> str:
         before = contents(raw)
         with pytest.raises(psycopg.Error) as caught:
-            raw.execute(statement, parameters)
+            raw.execute(statement.encode(), parameters)
         assert caught.value.sqlstate == sqlstate, caught.value
         assert contents(raw) == before
         return caught.value.diag.message_primary or ""
@@ -66,7 +66,7 @@ def test_node_run_keeps_what_identifies_it(
     other = RunRepository(session).create(1).id
     session.commit()
     assert other == 2
-    raw.execute(f"SET session_replication_role = {role}")
+    raw.execute(f"SET session_replication_role = {role}".encode())
     message = refused("23000", f"UPDATE circle.pipeline_node_runs SET {change} WHERE run_id = 1 AND node_id = 'a'")
     assert message.endswith("of node a of run 1 can't be changed")
 
@@ -81,7 +81,7 @@ def test_run_keeps_its_pipeline_and_version(
 ) -> None:
     store(session, "a")
     session.commit()
-    raw.execute(f"SET session_replication_role = {role}")
+    raw.execute(f"SET session_replication_role = {role}".encode())
     refused("23000", f"UPDATE circle.pipeline_runs SET {change} WHERE id = 1")
 
 
@@ -214,7 +214,7 @@ def test_other_isolation_level_is_refused(
         "SELECT circle.advance_runs('{1}', '{NULL}', '[]')",
     ):
         with pytest.raises(psycopg.Error) as caught, raw.transaction():
-            raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+            raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
             raw.execute(statement)
         assert caught.value.sqlstate == "PL011", statement
     engine = create_engine(database_url, isolation_level=level.upper())
@@ -246,7 +246,7 @@ def test_other_isolation_level_is_refused(
     engine.dispose()
     # a subscriber has the database's level
     with raw.transaction():
-        raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        raw.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
         raw.execute("SET LOCAL session_replication_role = replica")
         raw.execute("UPDATE circle.pipeline_node_runs SET status = 'completed' WHERE node_id = 'a'")
 
@@ -256,12 +256,12 @@ def test_database_pins_the_level(
     raw: psycopg.Connection, session: Session, running: int, database_url: str, autocommit: bool
 ) -> None:
     name = scalar(raw, "SELECT current_database()")
-    raw.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'")
+    raw.execute(f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = 'repeatable read'".encode())
     try:
         with Database(database_url) as database, database.session(autocommit=autocommit) as opened:
             assert RunRepository(opened).complete_node(1, "a").status == "completed"
     finally:
-        raw.execute(f'ALTER DATABASE "{name}" RESET default_transaction_isolation')
+        raw.execute(f'ALTER DATABASE "{name}" RESET default_transaction_isolation'.encode())
 
 
 def test_many_rows_in_one_statement_have_their_events(raw: psycopg.Connection, session: Session) -> None:

@@ -36,7 +36,7 @@ def app(raw: psycopg.Connection, database_url: str) -> Iterator[str]:
     role = f"app_{raw.info.backend_pid}"
     raw.execute(re.sub(r"\bapp\b", role, found[1]).encode())
     yield make_url(database_url).set(username=role, password="x").render_as_string(hide_password=False)
-    raw.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    raw.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
 
 
 def test_service_works_with_its_rights(app: str) -> None:
@@ -91,7 +91,7 @@ def test_service_works_with_its_rights(app: str) -> None:
     ],
 )
 def test_service_can_write_nothing_that_only_triggers_write(app: str, raw: psycopg.Connection, statement: str) -> None:
-    raw.execute(f"SET ROLE {make_url(app).username}")
+    raw.execute(f"SET ROLE {make_url(app).username}".encode())
     try:
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             raw.execute(statement.encode())

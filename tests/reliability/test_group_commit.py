@@ -15,7 +15,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from gathering_pipeline import AsyncRunRepository, Database, NodeExecutionResult, RunRepository
+from gathering_pipeline import (
+    AsyncRunRepository,
+    Database,
+    NodeExecutionResult,
+    PipelineError,
+    RunRepository,
+    is_transient,
+)
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     DatabaseUnavailableError,
@@ -229,8 +236,9 @@ async def test_calls_are_answered_when_the_block_ends(database: Database, pipeli
         await asyncio.sleep(0)
     steps = await asyncio.gather(*tasks)
     assert [len(step.started) for step in steps] == [1] * 16
-    with pytest.raises(DatabaseUnavailableError, match="closed"):
+    with pytest.raises(PipelineError, match="closed") as closed:
         await runs.advance(ids[0], [done("n0")])
+    assert not is_transient(closed.value)
     block = database.group_commit()
     with pytest.raises(ZeroDivisionError):
         async with block as runs:
@@ -249,7 +257,7 @@ def test_threads_are_answered_when_the_block_ends(database: Database, pipeline: 
                 pass
         outcomes = [call.exception() or len(call.result().started) for call in calls]
     # each was sent, or told that it was too late
-    assert all(outcome == 1 or isinstance(outcome, DatabaseUnavailableError) for outcome in outcomes)
+    assert all(outcome == 1 or isinstance(outcome, PipelineError) for outcome in outcomes)
     assert 1 in outcomes
 
 

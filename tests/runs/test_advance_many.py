@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_advance_many_of_one_run_twice_raises_invalid_data(
     with refuses(InvalidDataError):
         runs.advance_many([RunReport(run_id, [{"node_id": "a", "status": "running"}])])
     assert runs.advance_many([]) == []
+    nobody: Any = None
+    cases: list[tuple[Any, str]] = [
+        ("x", r"reports\[0\] must be of type RunReport"),
+        (7, "reports must be of type Iterable"),
+        ([{"run_id": 1}], r"reports\[0\] must be of type RunReport, not dict"),
+        ([RunReport(run_id), RunReport(7, [{"node_id": "a"}])], r"reports\[1\].results\[0\].status"),
+        ([RunReport(nobody)], r"reports\[0\].run_id"),
+        ([RunReport(run_id, [{"node_id": "a", "status": "completed", "attempt": "1"}])], r"results\[0\].attempt"),
+        ([RunReport(run_id, [{"node_id": "a", "status": "completed", "duration_ms": True}])], "duration_ms"),
+    ]
+    for bad, path in cases:
+        with refuses(InvalidDataError) as caught:
+            runs.advance_many(bad)
+        assert re.search(path, str(caught.value))
 
 
 def test_advance_many_with_node_that_is_locked_raises_transient_and_changes_nothing(

@@ -99,3 +99,27 @@ def test_record_with_unknown_key_raises_invalid_data(session: Session, call: Any
     results = [{"node_id": "a", "status": "completed", "outputs": {"text": "lost"}}]
     with pytest.raises(InvalidDataError, match=r"^results\[0\]\.outputs: Extra inputs are not permitted"):
         call(RunRepository(session), 1, results)
+
+
+def test_result_without_duration_of_node_that_never_started_takes_no_time(
+    runs: RunRepository, session: Session
+) -> None:
+    results = [done("a"), done("b", "skipped"), done("c", "failed", error="no"), done("d", "cancelled")]
+    for at in range(3):
+        run_id = started(runs, session, "a b c d e")
+        (runs.record, runs.advance, runs.record)[at](run_id, results)
+        assert [node.duration_ms for node in runs.nodes(run_id)] == [0] * 5
+    plain = started(runs, session, "a b")
+    runs.advance(plain, [done("a")])
+    runs.complete_node(plain, "b")
+    assert [node.duration_ms for node in runs.nodes(plain)] == [0, 0]
+
+
+def test_results_with_and_without_retries_alternate_on_one_connection(runs: RunRepository, session: Session) -> None:
+    """The statements of the functions are prepared once, with the types of their first call."""
+    for retry in (False, True, False, True):
+        for call in (runs.record, runs.advance):
+            run_id = runs.create(store(session, "a", max_retries_per_node=1, retry_backoff_base=60)).id
+            runs.advance(run_id)
+            call(run_id, [done("a", "failed", error="no")], retry=retry)
+            assert statuses(runs, run_id) == {"a": "pending" if retry else "failed"}

@@ -88,7 +88,7 @@ def test_record_run_refused_stores_nothing(
     assert "more than one result" in str(caught.value)
     with refuses(IllegalTransitionError) as caught:
         runs.record_run(active, [done("a"), done("b")])
-    assert "have no result, and could start" in str(caught.value)
+    assert "nodes c could have started, and have no result" in str(caught.value)
     with refuses(PipelineInactiveError):
         runs.record_run(paused, [done("a")])
     with refuses(PipelineNotFoundError):

@@ -99,7 +99,8 @@ BEGIN
     END IF;
     PERFORM circle.refuse_transition(p_run_id, p_node_id, n.status, p_requested, CASE
         WHEN r.status <> 'running' THEN 'its run is ' || r.status
-        WHEN p_attempt <> n.retry_count + 1::bigint THEN format('attempt %s has ended', p_attempt)
+        WHEN p_attempt < n.retry_count + 1::bigint THEN format('attempt %s has ended, the current one is %s', p_attempt, n.retry_count + 1::bigint)
+        WHEN p_attempt > n.retry_count + 1::bigint THEN format('attempt %s has not begun, the current one is %s', p_attempt, n.retry_count + 1::bigint)
         WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN 'it completed with another output' END);
 END $$;
 -- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
@@ -186,7 +187,10 @@ BEGIN
 END $$;
 -- The milliseconds since a node was started, unless they are given. Inlined.
 CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamptz) RETURNS integer LANGUAGE sql VOLATILE AS $$
-    SELECT coalesce(p_given, least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer, 0)
+    SELECT CASE
+        WHEN p_given IS NOT NULL THEN p_given
+        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
+        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
 $$;
 -- Whether an attempt that isn't named was reported before: its node waits for the retry. Inlined.
 CREATE OR REPLACE FUNCTION circle.was_reported(n circle.pipeline_node_runs, p_attempt integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
@@ -278,7 +282,8 @@ BEGIN
         SELECT t.max_retries_per_node AS retries, t.retry_backoff_base AS base, t.retry_backoff_max AS most INTO p
         FROM circle.pipelines t WHERE t.id = (SELECT pipeline_id FROM circle.pipeline_runs WHERE id = p_run_id);
     ELSE
-        SELECT 0 AS retries, 0.0 AS base, 0.0 AS most INTO p;
+        -- the types of the columns above: the statements below are prepared with them
+        SELECT 0 AS retries, 0.0::double precision AS base, 0.0::double precision AS most INTO p;
     END IF;
     WITH updated AS (
         UPDATE circle.pipeline_node_runs n SET
@@ -505,7 +510,10 @@ BEGIN
     END IF;
     r := circle.end_run_if_done(r.id);
     IF r.id IS NULL THEN
-        PERFORM circle.refuse_run((created.r).id, NULL, 'completed', 'some of its nodes have no result, and could start');
+        PERFORM circle.refuse_run((created.r).id, NULL, 'completed', (
+            SELECT format('nodes %s could have started, and have no result', string_agg(n.node_id, ', ' ORDER BY n.position))
+            FROM (SELECT s.node_id, s.position FROM circle.startable_node_runs s WHERE s.run_id = (created.r).id
+                  ORDER BY s.position LIMIT 10) n));
     END IF;
     RETURN r;
 END $$;
