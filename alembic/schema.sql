@@ -124,7 +124,7 @@ CREATE TRIGGER pipeline_runs_after_truncate AFTER TRUNCATE ON circle.pipeline_ru
     FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_truncate();
 CREATE TRIGGER pipeline_runs_after_update AFTER UPDATE OF status ON circle.pipeline_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_after_update();
-CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, trigger_data, logs ON circle.pipeline_runs
+CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, failed_node, trigger_data, logs ON circle.pipeline_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_before();  -- ALWAYS
 CREATE TRIGGER pipeline_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_runs
     FOR EACH ROW WHEN (new.status = old.status) EXECUTE FUNCTION circle.refuse_same_status();  -- ALWAYS
@@ -177,6 +177,7 @@ CREATE TRIGGER pipeline_node_runs_same_status BEFORE UPDATE OF status ON circle.
 
 CREATE TABLE circle.pipeline_counters (
     pipeline_id integer NOT NULL,
+    id bigint NOT NULL GENERATED ALWAYS AS IDENTITY (INCREMENT BY 1),
     pending bigint NOT NULL DEFAULT 0,
     running bigint NOT NULL DEFAULT 0,
     completed bigint NOT NULL DEFAULT 0,
@@ -186,10 +187,9 @@ CREATE TABLE circle.pipeline_counters (
     run_count bigint NOT NULL DEFAULT 0,
     success_count bigint NOT NULL DEFAULT 0,
     error_count bigint NOT NULL DEFAULT 0,
-    last_run timestamp with time zone
+    last_run timestamp with time zone,
+    CONSTRAINT pipeline_counters_pkey PRIMARY KEY (pipeline_id, id)
 );
-
-CREATE INDEX idx_pipeline_counters_pipeline_id ON circle.pipeline_counters USING btree (pipeline_id);
 
 -- ---- table circle.pipeline_events
 
@@ -468,7 +468,7 @@ CREATE OR REPLACE VIEW circle.pipeline_version_nodes WITH (security_invoker=true
 
 -- ---- alembic/sql/010_graph/4_compile.sql
 
--- The types of nodes; pipeline_node_runs has a CHECK with the same list.
+-- The types of nodes; circle.is_valid_node_run has the same list.
 CREATE OR REPLACE FUNCTION circle.node_types()
  RETURNS text[]
  LANGUAGE sql
@@ -1198,7 +1198,7 @@ AS $function$
         ELSE false END
 $function$;
 
--- Adds up the rows of counters that no other transaction holds, a row for each pipeline.
+-- Adds up the rows of pipelines that have several, as far as no other transaction holds them; at most 5,000 in one call.
 CREATE OR REPLACE FUNCTION circle.add_up_counters()
  RETURNS void
  LANGUAGE plpgsql
@@ -1207,11 +1207,14 @@ CREATE OR REPLACE FUNCTION circle.add_up_counters()
 AS $function$
 BEGIN
     WITH free AS MATERIALIZED (
-        SELECT ctid FROM circle.pipeline_counters FOR UPDATE SKIP LOCKED
+        SELECT c.pipeline_id, c.id FROM circle.pipeline_counters c
+        WHERE c.pipeline_id IN (SELECT pipeline_id FROM circle.pipeline_counters GROUP BY 1 HAVING count(*) > 1)
+        ORDER BY c.pipeline_id, c.id LIMIT 5000 FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT free.ctid FROM free)) RETURNING *
+        DELETE FROM circle.pipeline_counters c USING free f WHERE c.pipeline_id = f.pipeline_id AND c.id = f.id RETURNING c.*
     )
-    INSERT INTO circle.pipeline_counters
+    INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, run_count,
+                                          success_count, error_count, last_run)
     SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
            sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
     FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
@@ -1249,6 +1252,8 @@ AS $function$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         IF NOT circle.is_replica() THEN
+            -- shared among creators: a version is deleted, and a pipeline, when no run of it is being created
+            PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(NEW.pipeline_id));
             SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
             JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
             WHERE p.id = NEW.pipeline_id;
@@ -1264,7 +1269,7 @@ BEGIN
                WHEN 'completed' THEN OLD.status = 'running' AND NEW.completed_at IS NOT NULL AND NEW.lease_expires_at IS NULL
                    AND NEW.duration_seconds IS NOT NULL END)
            AND NEW.pipeline_id = OLD.pipeline_id AND NEW.id = OLD.id AND NEW.claim_token = OLD.claim_token
-           AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL
+           AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL AND NEW.failed_node IS NULL
            AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
             RETURN NEW;
         END IF;
@@ -1276,7 +1281,12 @@ BEGIN
         ELSIF OLD.completed_at IS NOT NULL AND (NEW.completed_at IS DISTINCT FROM OLD.completed_at
                                                 OR NEW.error_message IS DISTINCT FROM OLD.error_message) THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, 'the end and the error of a terminal run are final');
-        ELSIF NEW.claim_token < OLD.claim_token
+        ELSIF NEW.failed_node IS DISTINCT FROM OLD.failed_node AND NOT circle.is_replica() AND (
+                OLD.failed_node IS NOT NULL OR NOT EXISTS (
+                    SELECT FROM circle.pipeline_node_runs
+                    WHERE run_id = OLD.id AND node_id = NEW.failed_node AND status = 'failed')) THEN
+            PERFORM circle.refuse_change('run ' || OLD.id, 'failed_node, the first node that failed,');
+        ELSIF NEW.claim_token < OLD.claim_token OR OLD.completed_at IS NOT NULL AND NEW.claim_token <> OLD.claim_token
               OR NEW.claim_token > OLD.claim_token AND NEW.claim_token > circle.next_token(OLD.claim_token) AND NOT circle.is_replica() THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status,
                                              'claim tokens only grow, by one or to the microseconds of the clock');
@@ -1422,6 +1432,7 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_runs_after_truncate', TG_RELID);
     END IF;
+    PERFORM circle.fold_counters();
     TRUNCATE circle.pipeline_events, circle.pipeline_counters;
     RETURN NULL;
 END $function$;
@@ -1507,7 +1518,7 @@ BEGIN
 END $function$;
 
 -- Raises why a node can't have a new status when the statement has ended, or returns whether it has an event. A statement that ends a
--- node and its run together is legal: both rows have its command number.
+-- node and its run together is legal: both rows have its command number. A run that was over before had no live node left to end.
 CREATE OR REPLACE FUNCTION circle.judge_node(p_run_id bigint, p_node_id text, p_current text, p_requested text)
  RETURNS boolean
  LANGUAGE plpgsql
@@ -1523,7 +1534,7 @@ BEGIN
     IF NOT (run_status = 'running'
             OR p_requested = 'cancelled' AND p_current <> 'new' AND run_status IN ('failed', 'cancelled', 'timeout')
             OR p_current = 'new' AND run_status = 'pending' AND p_requested <> 'running'
-            OR p_requested NOT IN ('running', 'pending') AND run_status <> 'pending' AND EXISTS (
+            OR p_current <> 'new' AND p_requested NOT IN ('running', 'pending') AND run_status <> 'pending' AND EXISTS (
                 SELECT FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
                 WHERE n.run_id = p_run_id AND n.node_id = p_node_id AND n.xmin = r.xmin AND n.cmin = r.cmin)) THEN
         PERFORM circle.refuse_transition(p_run_id, p_node_id, p_current, p_requested, 'its run is ' || run_status);
@@ -1602,6 +1613,9 @@ BEGIN
                  ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
              AND circle.is_read_committed()
         THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
+        -- with its run, or raised: looking for the old status takes O(rows)
+        WHEN m.status = 'cancelled' AND circle.is_read_committed()
+             AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id;   -- ids are given in execution order
     RETURN NULL;
@@ -1736,6 +1750,32 @@ BEGIN
     RETURN r;
 END $function$;
 
+-- Gives a locked run the nodes of its version that it lacks, as one that was inserted raw does; returns how many.
+CREATE OR REPLACE FUNCTION circle.fill_run(p_run_id bigint)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    filled bigint := 0;
+BEGIN
+    IF (SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position IS NOT NULL)
+       < (SELECT v.node_count FROM circle.pipeline_runs r
+          JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version WHERE r.id = p_run_id) THEN
+        INSERT INTO circle.pipeline_node_runs AS n (run_id, node_id, node_type, position, predecessors, successors)
+        SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
+        FROM circle.pipeline_runs r
+        JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        WHERE r.id = p_run_id ORDER BY c.place
+        ON CONFLICT (run_id, node_id) DO UPDATE SET
+            position = excluded.position, predecessors = excluded.predecessors, successors = excluded.successors
+        WHERE n.position IS NULL;
+        GET DIAGNOSTICS filled = ROW_COUNT;
+    END IF;
+    RETURN filled;
+END $function$;
+
 -- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
 CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint)
  RETURNS circle.pipeline_runs
@@ -1756,7 +1796,7 @@ BEGIN
     ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
                                                    WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) OR circle.fill_run(p_run_id) > 0 THEN
         RETURN NULL;
     END IF;
     -- pending nodes that can't start wait for a cancelled one
@@ -1775,13 +1815,16 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     is_new := false;
-    -- shared among creators; delete_pipeline waits for this lock before it takes any other
+    -- as the insert does: delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
     -- the first run with this key is returned even if the pipeline has been paused since
     FOR attempt IN 1 .. 2 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
-            EXIT WHEN FOUND;
+            IF FOUND THEN
+                PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                RETURN;
+            END IF;
         END IF;
         INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
         SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
@@ -1859,7 +1902,12 @@ BEGIN
       AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING * INTO r;
     IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+        -- with its token a second start changes nothing
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND claim_token = p_token AND status = 'running';
+        IF NOT FOUND OR NOT circle.is_read_committed() THEN
+            PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+        END IF;
+        PERFORM pg_current_xact_id();   -- as in insert_run
     END IF;
     RETURN r;
 END $function$;
@@ -1880,6 +1928,8 @@ BEGIN
         RETURN circle.repeat_or_refuse_run(p_run_id, ARRAY[p_status], p_token);
     ELSIF NOT FOUND THEN   -- of several that cancel one wins
         PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
+    ELSIF p_status = 'completed' THEN
+        PERFORM circle.fill_run(p_run_id);   -- a run never succeeds without its nodes
     END IF;
     RETURN circle.end_run(p_run_id, p_status, p_error);
 END $function$;
@@ -1898,7 +1948,7 @@ BEGIN
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed}', p_token);
+        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed,cancelled}', p_token);
     END IF;
     r := circle.end_run_if_done(p_run_id);
     IF r.id IS NULL THEN
@@ -2344,7 +2394,7 @@ BEGIN
         UPDATE circle.pipeline_node_runs n SET
             status = CASE WHEN x.retried THEN 'pending' ELSE x.status END, error_message = x.error,
             output_data = coalesce(x.output, n.output_data), duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at),
-            retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, x.retry_count) END,
+            retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END) END,
             available_at = CASE WHEN x.retried THEN circle.retry_due(p.base, p.most, n.retry_count) END,
             -- of a node that is reported after it ran
             started_at = CASE WHEN n.started_at IS NULL AND x.status IN ('completed', 'failed') THEN
@@ -2378,7 +2428,7 @@ BEGIN
 END $function$;
 
 -- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of their completed predecessors.
-CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_positions integer[], p_inputs boolean)
+CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_ids bigint[], p_inputs boolean)
  RETURNS json
  LANGUAGE plpgsql
  STABLE
@@ -2391,12 +2441,12 @@ BEGIN
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
                         FROM circle.pipeline_node_runs p
                         WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'))
-                    ORDER BY n.position)
-                FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+                    ORDER BY n.position, n.id)
+                FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
     RETURN (SELECT json_agg(json_build_object('node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint)
-                            ORDER BY n.position)
-            FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+                            ORDER BY n.position, n.id)
+            FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
 END $function$;
 
 -- The answer of advance_run if it started nothing: what is running, and when a retry is due.
@@ -2415,14 +2465,14 @@ BEGIN
         FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.status IN ('pending', 'running'));
 END $function$;
 
--- Starts the ready nodes at these positions, or all that are ready if they are NULL, and returns their positions.
+-- Starts the ready nodes at these positions, or all that are ready if they are NULL, and returns their ids.
 CREATE OR REPLACE FUNCTION circle.start_ready_nodes(r circle.pipeline_runs, p_positions integer[])
- RETURNS integer[]
+ RETURNS bigint[]
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
-    started integer[];
+    started bigint[];
 BEGIN
     IF p_positions IS NULL THEN
         WITH s AS (
@@ -2430,18 +2480,51 @@ BEGIN
             WHERE n.run_id = r.id AND (n.status = 'pending') IS TRUE
               AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
-            RETURNING n.position
-        ) SELECT array_agg(s.position) INTO started FROM s;
+            RETURNING n.id
+        ) SELECT array_agg(s.id) INTO started FROM s;
     ELSE
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND n.position = ANY (p_positions) AND (n.status = 'pending') IS TRUE
               AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
-            RETURNING n.position
-        ) SELECT array_agg(s.position) INTO started FROM s;
+            RETURNING n.id
+        ) SELECT array_agg(s.id) INTO started FROM s;
     END IF;
     RETURN started;
+END $function$;
+
+-- The answer of advance_run if it started nodes.
+CREATE OR REPLACE FUNCTION circle.started_step(p_run_id bigint, p_ids bigint[], p_inputs boolean)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    UPDATE circle.pipeline_runs SET current_node = (
+        SELECT node_id FROM circle.pipeline_node_runs WHERE id = ANY (p_ids) ORDER BY position DESC NULLS LAST, id DESC LIMIT 1)
+    WHERE id = p_run_id;
+    RETURN json_build_object('status', 'running', 'started', circle.started_nodes(p_run_id, p_ids, p_inputs));
+END $function$;
+
+-- Ends a run in which nothing was started, if nothing is left. If nothing runs, either, starts what became ready by other calls.
+CREATE OR REPLACE FUNCTION circle.settle_run(p_run_id bigint, p_inputs boolean)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    r circle.pipeline_runs := circle.end_run_if_done(p_run_id);
+    started bigint[];
+BEGIN
+    IF r.id IS NULL AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running') THEN
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+        started := circle.start_ready_nodes(r, NULL);
+        IF started IS NOT NULL THEN
+            RETURN circle.started_step(p_run_id, started, p_inputs);
+        END IF;
+    END IF;
+    RETURN circle.waiting_step(p_run_id);
 END $function$;
 
 -- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes of a run in
@@ -2457,7 +2540,7 @@ DECLARE
     d record;
     fresh boolean := false;
     following integer[];   -- positions that may have become ready; NULL: any
-    started integer[];
+    started bigint[];
     repeated boolean := false;
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
@@ -2466,7 +2549,7 @@ BEGIN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
-                duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+                duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END),
                 started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
                 completed_at = greatest(clock_timestamp(), n.started_at)
             FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) x
@@ -2481,13 +2564,13 @@ BEGIN
               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                               WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
                                 AND p.status NOT IN ('completed', 'skipped')
-                                AND NOT p.position = ANY (ARRAY(SELECT done.position FROM done)))
-            RETURNING n.node_id, n.node_type, n.position, n.retry_count
+                                AND p.position NOT IN (SELECT done.position FROM done WHERE done.position IS NOT NULL))
+            RETURNING n.id, n.node_id, n.node_type, n.position, n.retry_count
         ), current AS (
             UPDATE circle.pipeline_runs SET current_node = c.node_id
             FROM (SELECT node_id FROM started ORDER BY position DESC LIMIT 1) c WHERE id = p_run_id
         )
-        SELECT (SELECT array_agg(node_id) FROM done) AS applied, array_agg(s.position) AS started,
+        SELECT (SELECT array_agg(node_id) FROM done) AS applied, array_agg(s.id) AS started,
                json_agg(json_build_object('node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint)
                         ORDER BY s.position) AS nodes
         INTO d FROM started s;
@@ -2522,17 +2605,10 @@ BEGIN
         started := circle.start_ready_nodes(r, following);
     END IF;
     IF repeated THEN   -- the answer to the first report may be lost: also what it started
-        started := circle.start_ready_nodes(r, NULL) || started;
-        SELECT started || array_agg(position) INTO started FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running';
+        PERFORM circle.start_ready_nodes(r, NULL);
+        SELECT array_agg(id) INTO started FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running';
     END IF;
-    IF started IS NULL THEN
-        PERFORM circle.end_run_if_done(p_run_id);
-        RETURN circle.waiting_step(p_run_id);
-    END IF;
-    UPDATE circle.pipeline_runs SET current_node = (
-        SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position = ANY (started) ORDER BY position DESC LIMIT 1)
-    WHERE id = p_run_id;
-    RETURN json_build_object('status', 'running', 'started', circle.started_nodes(p_run_id, started, p_inputs));
+    RETURN CASE WHEN started IS NULL THEN circle.settle_run(p_run_id, p_inputs) ELSE circle.started_step(p_run_id, started, p_inputs) END;
 END $function$;
 
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean)
@@ -2542,8 +2618,13 @@ CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results json
  SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 BEGIN
-    PERFORM circle.lock_run(p_run_id, p_token);
-    PERFORM circle.apply_results(p_run_id, p_results, p_token, p_retry);
+    IF p_results <> '[]' AND EXISTS (
+            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND completed_at IS NOT NULL AND claim_token = p_token) THEN
+        PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
+    ELSE
+        PERFORM circle.lock_run(p_run_id, p_token);
+        PERFORM circle.apply_results(p_run_id, p_results, p_token, p_retry);
+    END IF;
 END $function$;
 
 -- Creates a run with the results of its nodes and ends it.
@@ -2563,15 +2644,16 @@ BEGIN
     IF NOT created.is_new THEN
         IF r.id IS NULL THEN
             PERFORM circle.refuse_create(p_pipeline_id);
+        ELSIF r.completed_at IS NULL THEN
+            PERFORM circle.refuse_transition(r.id, NULL, r.status, 'recorded', 'it has this key, and was created to be executed');
         END IF;
-        PERFORM pg_current_xact_id();   -- as in repeat_or_refuse
         RETURN r;
     END IF;
     WITH inserted AS (
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, output_data,
                                                error_message, retry_count, duration_ms, started_at, completed_at)
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
-               coalesce(x.output, '{}'), x.error, coalesce(x.retry_count, x.attempt - 1, 0), coalesce(x.duration_ms, 0),
+               coalesce(x.output, '{}'), x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
                CASE WHEN x.status IN ('completed', 'failed') THEN
                    clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
                CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
@@ -2626,9 +2708,9 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     SELECT array_agg(l.id) FILTER (WHERE l.status = 'running' AND l.reported) AS reported,
-           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported) AS fresh
+           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL) AS fresh
     INTO calls FROM (
-        SELECT r.id, r.status, x.run_id IS NOT NULL AS reported
+        SELECT r.id, r.status, r.started_at, x.run_id IS NOT NULL AS reported
         FROM unnest(p_run_ids, p_tokens) c (run_id, token)
         JOIN circle.pipeline_runs r ON r.id = c.run_id
         LEFT JOIN (SELECT DISTINCT run_id FROM jsonb_to_recordset(p_results) AS y (run_id bigint)) x ON x.run_id = c.run_id
@@ -2651,7 +2733,7 @@ BEGIN
     ), done AS (
         UPDATE circle.pipeline_node_runs n SET
             status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
-            duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+            duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END),
             started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
             completed_at = greatest(clock_timestamp(), n.started_at)
         FROM results x
@@ -2668,7 +2750,8 @@ BEGIN
           AND coalesce(n.available_at <= clock_timestamp(), true)
           AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                           WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
-                            AND NOT (p.run_id, p.position) IN (SELECT d.run_id, d.position FROM done d))
+                            AND NOT (p.run_id, p.position) IN (
+                                SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
         RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
     ), current AS (
         UPDATE circle.pipeline_runs r SET current_node = c.node_id
@@ -2701,8 +2784,7 @@ BEGIN
         SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
         RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
         FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
-            PERFORM circle.end_run_if_done(one);
-            RETURN QUERY SELECT one, circle.waiting_step(one);
+            RETURN QUERY SELECT one, circle.settle_run(one, false);
         END LOOP;
     END IF;
     RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)
@@ -2754,7 +2836,7 @@ CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer)
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
     UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
-        claim_token = circle.next_token(claim_token), claim_count = claim_count - p_counts
+        claim_token = circle.next_token(claim_token), claim_count = greatest(claim_count - p_counts, 0)
     WHERE id = p_run_id RETURNING *
 $function$;
 
@@ -2791,10 +2873,10 @@ BEGIN
         WHERE p.id IN (SELECT pipeline_id FROM circle.pipeline_counters WHERE run_count + success_count + error_count > 0)
         ORDER BY p.id FOR NO KEY UPDATE SKIP LOCKED
     ), rows AS MATERIALIZED (
-        SELECT c.ctid FROM circle.pipeline_counters c
+        SELECT c.pipeline_id, c.id FROM circle.pipeline_counters c
         WHERE c.pipeline_id IN (SELECT free.id FROM free) AND c.run_count + c.success_count + c.error_count > 0 FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT rows.ctid FROM rows)) RETURNING *
+        DELETE FROM circle.pipeline_counters c USING rows r WHERE c.pipeline_id = r.pipeline_id AND c.id = r.id RETURNING c.*
     ), sums AS MATERIALIZED (
         SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
                sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
@@ -2814,7 +2896,6 @@ END $function$;
 CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines)
  RETURNS circle.pipelines
  LANGUAGE plpgsql
- STABLE
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
@@ -2845,13 +2926,18 @@ BEGIN
     FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
-        PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
-        result := circle.end_run_if_done(r.id);
-        IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
-            result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
-        ELSIF result.id IS NULL THEN
-            result := circle.requeue_run(r.id, 0);
-        END IF;
+        BEGIN
+            PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
+            result := circle.end_run_if_done(r.id);
+            IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
+                result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+            ELSIF result.id IS NULL THEN
+                result := circle.requeue_run(r.id, 0);
+            END IF;
+        EXCEPTION WHEN OTHERS THEN   -- one run that can't be recovered stops no other
+            RAISE WARNING 'run % can''t be recovered: %', r.id, SQLERRM;
+            CONTINUE;
+        END;
         RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
@@ -2865,6 +2951,7 @@ CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer)
 AS $function$
 DECLARE
     r record;
+    result circle.pipeline_runs;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
@@ -2873,7 +2960,13 @@ BEGIN
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
              ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
-        RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+        BEGIN
+            result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+        EXCEPTION WHEN OTHERS THEN   -- as in recover_runs
+            RAISE WARNING 'run % can''t be timed out: %', r.id, SQLERRM;
+            CONTINUE;
+        END;
+        RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
 END $function$;

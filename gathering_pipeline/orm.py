@@ -275,10 +275,10 @@ class PipelineCounterRow(Base):
     """A change of a pipeline's counters; written by the database. The sum of its rows counts."""
 
     __tablename__ = "pipeline_counters"
-    __table_args__ = (Index("idx_pipeline_counters_pipeline_id", "pipeline_id"),)
-    __mapper_args__ = {"primary_key": ["pipeline_id"]}  # noqa: RUF012 (SQLAlchemy's) - the table has no key
+    __table_args__ = (PrimaryKeyConstraint("pipeline_id", "id"),)
 
     pipeline_id: Mapped[int] = mapped_column(Integer)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True))
     pending: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     running: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     completed: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))

@@ -1,4 +1,4 @@
-"""Versions, leases, and the lifecycle as functions.
+"""Leases, counters, and the lifecycle as functions and guards.
 
 The SQL is in ``sql/011_lifecycle/``.
 """

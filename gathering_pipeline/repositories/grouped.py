@@ -255,37 +255,36 @@ class GroupCommit(RunRepository):
     def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or wait until another thread has sent it; ``None``: it has to be sent by itself."""
         answer: Future[Step | None] = Future()
-        with self._changed:
-            lone = self._lone
-            if lone is None:  # closed since
-                raise PipelineError(_CLOSED)
-            alone = not self._is_lone and not self._is_led
+        batch: list[tuple[EncodedReport, Future[Step | None]]] = []
+        alone = leads = False
+        try:  # an interrupt can come between any two lines
+            with self._changed:
+                lone = self._lone
+                if lone is None:  # closed since
+                    raise PipelineError(_CLOSED)
+                alone = not self._is_lone and not self._is_led
+                if alone:
+                    self._is_lone = True
+                else:
+                    self._queue.add(report, answer)
             if alone:
-                self._is_lone = True
-            else:
-                self._queue.add(report, answer)
-        if alone:
-            try:
                 return finish(lone._advance(report))  # noqa: SLF001
-            finally:
-                with self._changed:
-                    self._is_lone = False
-                    self._changed.notify_all()
-        with self._changed:
-            try:
+            with self._changed:
                 self._changed.wait_for(lambda: answer.done() or not self._is_led)
-            finally:
-                answered = answer.done()
-                answer.cancel()  # takes the call out of the queue: this thread leads, or was interrupted
-            if answered:
-                return answer.result()
-            batch = self._queue.take_batch(apart_from=report.run_id)
-            self._is_led = True
-        try:
+                if answer.done():
+                    return answer.result()
+                answer.cancel()  # takes the call out of the queue
+                leads = self._is_led = True
+                batch = self._queue.take_batch(apart_from=report.run_id)
             return self._lead(report, batch)
         finally:
             with self._changed:
-                self._is_led = False
+                answer.cancel()
+                if alone:
+                    self._is_lone = False
+                if leads:
+                    self._is_led = False
+                _fail(batch, CommitIndeterminateError("the thread that sent the call was interrupted"))
                 self._changed.notify_all()
 
     def _lead(self, report: EncodedReport, others: list[tuple[EncodedReport, Future[Step | None]]]) -> Step | None:

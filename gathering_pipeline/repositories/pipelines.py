@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Executable, Row, cast, func, insert, literal, select, update
+from sqlalchemy import BigInteger, ColumnElement, Executable, Row, func, insert, literal, literal_column, update
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import (
@@ -22,7 +22,7 @@ from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
-from gathering_pipeline.orm import Pipeline, PipelineCounterRow
+from gathering_pipeline.orm import Pipeline
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected
 
 # --- statements; alembic/schema.sql has the function -----------------------------------------------------------------
@@ -41,22 +41,8 @@ ORDER BY p.id DESC LIMIT %(limit)s""",
 )
 DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)")
 
-_COUNTERS = PipelineCounterRow.__table__.c
-
-
-def _returned(name: str) -> ColumnElement[Any]:
-    """A column of a changed row; to a counter what ``pipeline_counters`` adds, as ``circle.counted`` does."""
-    column: ColumnElement[Any] = getattr(Pipeline, name)
-    if name not in ("run_count", "success_count", "error_count", "last_run"):
-        return column
-    added = select((func.max if name == "last_run" else func.sum)(_COUNTERS[name]))
-    subquery = added.where(_COUNTERS.pipeline_id == Pipeline.id).correlate(Pipeline).scalar_subquery()
-    if name == "last_run":
-        return func.greatest(column, subquery).label(name)
-    return cast(column + func.coalesce(subquery, 0), BigInteger).label(name)
-
-
-_RETURNED = [_returned(name) for name in PipelineRead.model_fields]
+_RETURNED: ColumnElement[str] = literal_column("pg_catalog.to_json(circle.counted(pipelines))::text")
+"""A changed row, as ``GET`` reads it."""
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
@@ -81,10 +67,10 @@ class AsyncPipelineRepository(AsyncRepository):
         """
         check_type(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
-        statement = insert(Pipeline).values(values).returning(*_RETURNED)
+        statement = insert(Pipeline).values(values).returning(_RETURNED)
         row = await self._row(statement, {"allow_incomplete": allow_incomplete})
         assert row is not None, "an INSERT returns its row"
-        return PipelineRead.model_validate(row._asdict())
+        return PipelineRead.model_validate_json(row[0])
 
     async def get(self, pipeline_id: int) -> PipelineRead:
         """Read a pipeline.
@@ -146,12 +132,12 @@ class AsyncPipelineRepository(AsyncRepository):
         if expected_version is not None:
             version = literal(check_id(expected_version, "expected_version"), BigInteger)
             statement = statement.where(Pipeline.version == version)
-        statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(*_RETURNED)
+        statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(_RETURNED)
         options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
         row = await self._row(statement, options)
         if row is None:
             raise StaleVersionError(pipeline_id, expected_version or 0, (await self.get(pipeline_id)).version)
-        return PipelineRead.model_validate(row._asdict())
+        return PipelineRead.model_validate_json(row[0])
 
     async def activate(self, pipeline_id: int) -> PipelineRead:
         """Activate a pipeline: runs of it can be created.

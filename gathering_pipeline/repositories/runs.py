@@ -127,7 +127,7 @@ COUNTS = Statement(
 SELECT pg_catalog.json_build_object('pending', coalesce(sum(pending), 0), 'running', coalesce(sum(running), 0),
                          'completed', coalesce(sum(completed), 0), 'failed', coalesce(sum(failed), 0),
                          'cancelled', coalesce(sum(cancelled), 0), 'timeout', coalesce(sum(timeout), 0))::text
-FROM circle.pipeline_counters""",
+FROM circle.pipeline_counters c WHERE EXISTS (SELECT FROM circle.pipelines p WHERE p.id = c.pipeline_id)""",
     read_only=True,
 )
 STATISTICS = Statement(
@@ -447,7 +447,7 @@ class AsyncRunRepository(AsyncRepository):
             results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
             trigger_data: JSON input of the run; ``None`` stores ``{}``.
             idempotency_key: At most 255 characters. A second call with this pipeline and key returns the run of the
-                first, whatever its results are.
+                first, whatever its results are; a run that ``create`` made with it is refused.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.

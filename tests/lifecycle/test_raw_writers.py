@@ -17,7 +17,7 @@ from psycopg.rows import dict_row
 
 from gathering_pipeline import PipelineRepository, PipelineUpdate, RunRepository, RunStatus, migrations
 from gathering_pipeline.database import Database
-from gathering_pipeline.errors import InvalidPipelineError, PipelineInactiveError, is_transient
+from gathering_pipeline.errors import IllegalTransitionError, InvalidPipelineError, PipelineInactiveError, is_transient
 from tests.support.databases import unguarded
 from tests.support.graphs import chain, graph
 from tests.support.runs import done, store
@@ -219,8 +219,23 @@ def test_repositories_read_and_end_raw_runs(raw: psycopg.Connection, database: D
         assert runs.recover() == []  # they have no lease
         assert runs.nodes(first) == []
         assert list(runs.definition(first).node_map) == ["a", "b"]
-        assert runs.complete(first).status == RunStatus.COMPLETED
-        assert runs.finish(second).status == RunStatus.COMPLETED
+        # a run never succeeds without its nodes: it gets those of its version
+        for end in (runs.complete, runs.finish):
+            with pytest.raises(IllegalTransitionError):
+                end(first)
+        assert [node.node_id for node in runs.advance(first).started] == ["a"]
+        assert [node.node_id for node in runs.advance(first, [done("a")]).started] == ["b"]
+        assert runs.advance(first, [done("b")]).status == RunStatus.COMPLETED
+        raw.execute(
+            "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type) VALUES (%s, 'b', 'agent')", [second]
+        )
+        assert [node.node_id for node in runs.advance(second).started] == [
+            "b"
+        ]  # a writer's own row has no predecessors
+        raw.execute("UPDATE circle.pipeline_node_runs SET status = 'completed' WHERE run_id = %s", [second])
+        assert [node.node_id for node in runs.advance(second).started] == ["a"]
+        assert runs.advance(second, [done("a")]).status == RunStatus.COMPLETED
+        assert [node.position for node in runs.nodes(second)] == [0, 1]
         raw.execute("UPDATE circle.pipelines SET timeout_seconds = 1")
         raw.execute("UPDATE circle.pipeline_runs SET started_at = NOW() - interval '5 s' WHERE id = %s", [third])
         assert [run.id for run in runs.expire()] == [third]

@@ -243,6 +243,8 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def start() -> None:
+            if token == run.token and run.status == "running":
+                return
             run.need(token, "pending")
             run.status = "running"
 
@@ -270,7 +272,7 @@ class Lifecycle(RuleBasedStateMachine):
         token = self.token(run, kind)
 
         def finish() -> str:
-            if run.status in ("completed", "failed") and token == run.token:
+            if run.status in ("completed", "failed", "cancelled") and token == run.token:
                 return run.status
             run.need(token, "running")
             if not run.end_if_over():
@@ -386,6 +388,9 @@ class Lifecycle(RuleBasedStateMachine):
         named = [(self.name(run, place), status) for place, status in results]
 
         def record() -> None:
+            if run.status in RUN_OVER and token == run.token and named:
+                run.record(named, token)
+                return
             run.need(token, "pending", "running")
             run.record(named, token)
             run.status = "running"
@@ -421,8 +426,14 @@ class Lifecycle(RuleBasedStateMachine):
                 run.nodes[name].status = "running"
             if repeated:  # the answer to the first report may be lost
                 started = {name for name, node in run.nodes.items() if node.status == "running"}
-            if not started:
-                run.end_if_over()
+            if (
+                not started
+                and not run.end_if_over()
+                and not any(node.status == "running" for node in run.nodes.values())
+            ):
+                started = {name for name in run.nodes if run.may_start(name)}
+                for name in started:
+                    run.nodes[name].status = "running"
             return sorted(started)
 
         self.both(

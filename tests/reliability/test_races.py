@@ -277,9 +277,10 @@ def test_retry_concurrent_with_end_of_run_leaves_no_live_node(
             on(lambda runs, run_id: runs.fail_node(run_id, "a", "x"), run_id),
             on(lambda runs, run_id: names(runs.advance(run_id, [done("b")]).started), run_id),
         )
-        assert (failed.status, started) == (NodeStatus.PENDING, [])
+        assert failed.status == NodeStatus.PENDING
         assert runs.get(run_id).status == RunStatus.RUNNING
-        assert names(runs.advance(run_id).started) == ["a"]
+        # the one that came last saw that nothing runs, and started the retry
+        assert (started or names(runs.advance(run_id).started)) == ["a"]
         runs.advance(run_id, [done("a")])
     assert runs.counts()[RunStatus.COMPLETED] == ROUNDS
     check_counters(raw)

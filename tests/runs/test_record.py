@@ -110,8 +110,8 @@ def test_result_without_duration_of_node_that_never_started_takes_no_time(
         (runs.record, runs.advance, runs.record)[at](run_id, results)
         assert [node.duration_ms for node in runs.nodes(run_id)] == [0] * 5
     plain = started(runs, session, "a b")
-    runs.advance(plain, [done("a")])
     runs.complete_node(plain, "b")
+    runs.advance(plain, [done("a")])
     assert [node.duration_ms for node in runs.nodes(plain)] == [0, 0]
 
 

@@ -112,5 +112,6 @@ def test_record_run_with_used_key_returns_the_first_run(
     first = runs.record_run(pipeline, [done("a")], idempotency_key="k")
     assert runs.record_run(pipeline, [done("a", "failed")], idempotency_key="k") == first
     assert counters(raw, pipeline) == (1, 1, 0)
-    created = runs.create(pipeline, idempotency_key="l")
-    assert runs.record_run(pipeline, [done("a")], idempotency_key="l") == created
+    runs.create(pipeline, idempotency_key="l")
+    with pytest.raises(IllegalTransitionError, match="created to be executed"):
+        runs.record_run(pipeline, [done("a")], idempotency_key="l")

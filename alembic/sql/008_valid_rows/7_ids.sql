@@ -6,8 +6,8 @@ DECLARE
     c record;
 BEGIN
     FOR c IN SELECT t.tab, t.col, t.seq, pg_relation_size(t.tab) > 8388608 AS large
-             FROM (VALUES ('circle.pipeline_runs'::regclass, 'id', 'circle.pipeline_runs_id_seq'),
-                          ('circle.pipeline_node_runs', 'id', 'circle.pipeline_node_runs_id_seq'),
+             FROM (VALUES ('circle.pipeline_runs'::regclass, 'id', pg_get_serial_sequence('circle.pipeline_runs', 'id')),
+                          ('circle.pipeline_node_runs', 'id', pg_get_serial_sequence('circle.pipeline_node_runs', 'id')),
                           ('circle.pipeline_node_runs', 'run_id', NULL)) t (tab, col, seq)
              JOIN pg_attribute a ON a.attrelid = t.tab AND a.attname = t.col AND a.atttypid <> 'bigint'::regtype LOOP
         IF c.large THEN

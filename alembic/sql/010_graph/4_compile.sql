@@ -1,7 +1,7 @@
 -- Revision 010: the compiler of graphs.
 
 -- == create the graph compiler
--- The types of nodes; pipeline_node_runs has a CHECK with the same list.
+-- The types of nodes; circle.is_valid_node_run has the same list.
 CREATE OR REPLACE FUNCTION circle.node_types() RETURNS text[] LANGUAGE sql IMMUTABLE AS $$
     SELECT '{trigger,agent,condition,action,parallel,delay}'::text[]
 $$;

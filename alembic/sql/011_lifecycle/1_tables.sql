@@ -53,6 +53,7 @@ ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS ck_pipeline_runs;
 -- then one of them adds up the rows that are there. No foreign key, because its check would cost more than the row.
 CREATE TABLE IF NOT EXISTS circle.pipeline_counters (
     pipeline_id INTEGER NOT NULL,
+    id BIGINT NOT NULL GENERATED ALWAYS AS IDENTITY,
     pending BIGINT NOT NULL DEFAULT 0,
     running BIGINT NOT NULL DEFAULT 0,
     completed BIGINT NOT NULL DEFAULT 0,
@@ -62,6 +63,6 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_counters (
     run_count BIGINT NOT NULL DEFAULT 0,
     success_count BIGINT NOT NULL DEFAULT 0,
     error_count BIGINT NOT NULL DEFAULT 0,
-    last_run TIMESTAMPTZ
+    last_run TIMESTAMPTZ,
+    PRIMARY KEY (pipeline_id, id)
 );
-CREATE INDEX IF NOT EXISTS idx_pipeline_counters_pipeline_id ON circle.pipeline_counters (pipeline_id);

@@ -1,7 +1,8 @@
 -- Revision 011: the legal transitions, and the guards that refuse any other from every writer.
 --
--- Each table has one BEFORE ROW function, which judges and completes a row, and one function for each kind of statement, which
--- judges what needs other rows, writes the events and counts. A BEFORE ROW trigger is ALWAYS: it holds for logical subscribers and
+-- Each table has one BEFORE ROW function, which judges and completes a row, and one AFTER function for each kind of change, which
+-- judges what needs other rows, writes the events and counts: by statement, but for the status of runs, because a trigger with a column
+-- list has no transition tables, and without the list heartbeats would fire it. A BEFORE ROW trigger is ALWAYS: it holds for logical subscribers and
 -- under replica role. The others aren't, because their effects arrive by replication. With triggers disabled the CHECKs hold.
 --
 -- These are hot paths. PL/pgSQL prepares an expression in every transaction, and PostgreSQL a WHEN or CHECK in every statement:
@@ -23,16 +24,19 @@ CREATE OR REPLACE FUNCTION circle.node_may_become(p_current text, p_requested te
 $$;
 
 -- == create the functions that count runs
--- Adds up the rows of counters that no other transaction holds, a row for each pipeline.
+-- Adds up the rows of pipelines that have several, as far as no other transaction holds them; at most 5,000 in one call.
 CREATE OR REPLACE FUNCTION circle.add_up_counters() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     WITH free AS MATERIALIZED (
-        SELECT ctid FROM circle.pipeline_counters FOR UPDATE SKIP LOCKED
+        SELECT c.pipeline_id, c.id FROM circle.pipeline_counters c
+        WHERE c.pipeline_id IN (SELECT pipeline_id FROM circle.pipeline_counters GROUP BY 1 HAVING count(*) > 1)
+        ORDER BY c.pipeline_id, c.id LIMIT 5000 FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT free.ctid FROM free)) RETURNING *
+        DELETE FROM circle.pipeline_counters c USING free f WHERE c.pipeline_id = f.pipeline_id AND c.id = f.id RETURNING c.*
     )
-    INSERT INTO circle.pipeline_counters
+    INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, run_count,
+                                          success_count, error_count, last_run)
     SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
            sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
     FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
@@ -62,6 +66,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         IF NOT circle.is_replica() THEN
+            -- shared among creators: a version is deleted, and a pipeline, when no run of it is being created
+            PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(NEW.pipeline_id));
             SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
             JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
             WHERE p.id = NEW.pipeline_id;
@@ -77,7 +83,7 @@ BEGIN
                WHEN 'completed' THEN OLD.status = 'running' AND NEW.completed_at IS NOT NULL AND NEW.lease_expires_at IS NULL
                    AND NEW.duration_seconds IS NOT NULL END)
            AND NEW.pipeline_id = OLD.pipeline_id AND NEW.id = OLD.id AND NEW.claim_token = OLD.claim_token
-           AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL
+           AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL AND NEW.failed_node IS NULL
            AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
             RETURN NEW;
         END IF;
@@ -89,7 +95,12 @@ BEGIN
         ELSIF OLD.completed_at IS NOT NULL AND (NEW.completed_at IS DISTINCT FROM OLD.completed_at
                                                 OR NEW.error_message IS DISTINCT FROM OLD.error_message) THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, 'the end and the error of a terminal run are final');
-        ELSIF NEW.claim_token < OLD.claim_token
+        ELSIF NEW.failed_node IS DISTINCT FROM OLD.failed_node AND NOT circle.is_replica() AND (
+                OLD.failed_node IS NOT NULL OR NOT EXISTS (
+                    SELECT FROM circle.pipeline_node_runs
+                    WHERE run_id = OLD.id AND node_id = NEW.failed_node AND status = 'failed')) THEN
+            PERFORM circle.refuse_change('run ' || OLD.id, 'failed_node, the first node that failed,');
+        ELSIF NEW.claim_token < OLD.claim_token OR OLD.completed_at IS NOT NULL AND NEW.claim_token <> OLD.claim_token
               OR NEW.claim_token > OLD.claim_token AND NEW.claim_token > circle.next_token(OLD.claim_token) AND NOT circle.is_replica() THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status,
                                              'claim tokens only grow, by one or to the microseconds of the clock');
@@ -200,6 +211,7 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_runs_after_truncate', TG_RELID);
     END IF;
+    PERFORM circle.fold_counters();
     TRUNCATE circle.pipeline_events, circle.pipeline_counters;
     RETURN NULL;
 END $$;
@@ -279,7 +291,7 @@ BEGIN
     RETURN true;
 END $$;
 -- Raises why a node can't have a new status when the statement has ended, or returns whether it has an event. A statement that ends a
--- node and its run together is legal: both rows have its command number.
+-- node and its run together is legal: both rows have its command number. A run that was over before had no live node left to end.
 CREATE OR REPLACE FUNCTION circle.judge_node(p_run_id bigint, p_node_id text, p_current text, p_requested text) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -292,7 +304,7 @@ BEGIN
     IF NOT (run_status = 'running'
             OR p_requested = 'cancelled' AND p_current <> 'new' AND run_status IN ('failed', 'cancelled', 'timeout')
             OR p_current = 'new' AND run_status = 'pending' AND p_requested <> 'running'
-            OR p_requested NOT IN ('running', 'pending') AND run_status <> 'pending' AND EXISTS (
+            OR p_current <> 'new' AND p_requested NOT IN ('running', 'pending') AND run_status <> 'pending' AND EXISTS (
                 SELECT FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
                 WHERE n.run_id = p_run_id AND n.node_id = p_node_id AND n.xmin = r.xmin AND n.cmin = r.cmin)) THEN
         PERFORM circle.refuse_transition(p_run_id, p_node_id, p_current, p_requested, 'its run is ' || run_status);
@@ -355,6 +367,9 @@ BEGIN
                  ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
              AND circle.is_read_committed()
         THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
+        -- with its run, or raised: looking for the old status takes O(rows)
+        WHEN m.status = 'cancelled' AND circle.is_read_committed()
+             AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id;   -- ids are given in execution order
     RETURN NULL;

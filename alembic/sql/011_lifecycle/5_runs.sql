@@ -1,8 +1,7 @@
 -- Revision 011: functions on one run.
 --
 -- A function that reads other rows than the one it changes first locks the run (FOR NO KEY UPDATE), then acts; so each of its
--- statements sees what the transactions before it committed. Lock order: run, node runs; counters are in slots, for which nobody
--- waits. A raw UPDATE of a node run locks the node run before its run, so it can deadlock with these functions: PostgreSQL then
+-- statements sees what the transactions before it committed. Lock order: run, node runs; nobody waits for a counter. A raw UPDATE of a node run locks the node run before its run, so it can deadlock with these functions: PostgreSQL then
 -- cancels one of the two with 40P01.
 --
 -- Functions keep generic plans: planning a statement takes longer than running it, and every statement uses an index. The
@@ -77,6 +76,27 @@ BEGIN
     END IF;
     RETURN r;
 END $$;
+-- Gives a locked run the nodes of its version that it lacks, as one that was inserted raw does; returns how many.
+CREATE OR REPLACE FUNCTION circle.fill_run(p_run_id bigint) RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    filled bigint := 0;
+BEGIN
+    IF (SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position IS NOT NULL)
+       < (SELECT v.node_count FROM circle.pipeline_runs r
+          JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version WHERE r.id = p_run_id) THEN
+        INSERT INTO circle.pipeline_node_runs AS n (run_id, node_id, node_type, position, predecessors, successors)
+        SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
+        FROM circle.pipeline_runs r
+        JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        WHERE r.id = p_run_id ORDER BY c.place
+        ON CONFLICT (run_id, node_id) DO UPDATE SET
+            position = excluded.position, predecessors = excluded.predecessors, successors = excluded.successors
+        WHERE n.position IS NULL;
+        GET DIAGNOSTICS filled = ROW_COUNT;
+    END IF;
+    RETURN filled;
+END $$;
 -- Ends a locked run in which nothing is running, ready or waiting for a retry; else returns NULL.
 CREATE OR REPLACE FUNCTION circle.end_run_if_done(p_run_id bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -94,7 +114,7 @@ BEGIN
     ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
                                                    WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) OR circle.fill_run(p_run_id) > 0 THEN
         RETURN NULL;
     END IF;
     -- pending nodes that can't start wait for a cancelled one
@@ -112,13 +132,16 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     is_new := false;
-    -- shared among creators; delete_pipeline waits for this lock before it takes any other
+    -- as the insert does: delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
     -- the first run with this key is returned even if the pipeline has been paused since
     FOR attempt IN 1 .. 2 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
-            EXIT WHEN FOUND;
+            IF FOUND THEN
+                PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                RETURN;
+            END IF;
         END IF;
         INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
         SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
@@ -182,7 +205,12 @@ BEGIN
       AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING * INTO r;
     IF NOT FOUND THEN
-        PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+        -- with its token a second start changes nothing
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND claim_token = p_token AND status = 'running';
+        IF NOT FOUND OR NOT circle.is_read_committed() THEN
+            PERFORM circle.refuse_run(p_run_id, p_token, 'running');
+        END IF;
+        PERFORM pg_current_xact_id();   -- as in insert_run
     END IF;
     RETURN r;
 END $$;
@@ -198,6 +226,8 @@ BEGIN
         RETURN circle.repeat_or_refuse_run(p_run_id, ARRAY[p_status], p_token);
     ELSIF NOT FOUND THEN   -- of several that cancel one wins
         PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
+    ELSIF p_status = 'completed' THEN
+        PERFORM circle.fill_run(p_run_id);   -- a run never succeeds without its nodes
     END IF;
     RETURN circle.end_run(p_run_id, p_status, p_error);
 END $$;
@@ -211,7 +241,7 @@ BEGIN
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND circle.holds_run(claim_token, lease_expires_at, p_token)
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed}', p_token);
+        RETURN circle.repeat_or_refuse_run(p_run_id, '{completed,failed,cancelled}', p_token);
     END IF;
     r := circle.end_run_if_done(p_run_id);
     IF r.id IS NULL THEN

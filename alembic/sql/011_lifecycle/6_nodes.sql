@@ -289,7 +289,7 @@ BEGIN
         UPDATE circle.pipeline_node_runs n SET
             status = CASE WHEN x.retried THEN 'pending' ELSE x.status END, error_message = x.error,
             output_data = coalesce(x.output, n.output_data), duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at),
-            retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, x.retry_count) END,
+            retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END) END,
             available_at = CASE WHEN x.retried THEN circle.retry_due(p.base, p.most, n.retry_count) END,
             -- of a node that is reported after it ran
             started_at = CASE WHEN n.started_at IS NULL AND x.status IN ('completed', 'failed') THEN
@@ -322,7 +322,7 @@ BEGIN
     END IF;
 END $$;
 -- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of their completed predecessors.
-CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_positions integer[], p_inputs boolean) RETURNS json
+CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_ids bigint[], p_inputs boolean) RETURNS json
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF p_inputs THEN
@@ -331,12 +331,12 @@ BEGIN
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
                         FROM circle.pipeline_node_runs p
                         WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'))
-                    ORDER BY n.position)
-                FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+                    ORDER BY n.position, n.id)
+                FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
     RETURN (SELECT json_agg(json_build_object('node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint)
-                            ORDER BY n.position)
-            FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.position = ANY (p_positions));
+                            ORDER BY n.position, n.id)
+            FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
 END $$;
 -- The answer of advance_run if it started nothing: what is running, and when a retry is due.
 CREATE OR REPLACE FUNCTION circle.waiting_step(p_run_id bigint) RETURNS json LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -348,11 +348,11 @@ BEGIN
         'next_due', min(n.available_at) FILTER (WHERE n.status = 'pending'))
         FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id AND n.status IN ('pending', 'running'));
 END $$;
--- Starts the ready nodes at these positions, or all that are ready if they are NULL, and returns their positions.
-CREATE OR REPLACE FUNCTION circle.start_ready_nodes(r circle.pipeline_runs, p_positions integer[]) RETURNS integer[]
+-- Starts the ready nodes at these positions, or all that are ready if they are NULL, and returns their ids.
+CREATE OR REPLACE FUNCTION circle.start_ready_nodes(r circle.pipeline_runs, p_positions integer[]) RETURNS bigint[]
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    started integer[];
+    started bigint[];
 BEGIN
     IF p_positions IS NULL THEN
         WITH s AS (
@@ -360,18 +360,43 @@ BEGIN
             WHERE n.run_id = r.id AND (n.status = 'pending') IS TRUE
               AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
-            RETURNING n.position
-        ) SELECT array_agg(s.position) INTO started FROM s;
+            RETURNING n.id
+        ) SELECT array_agg(s.id) INTO started FROM s;
     ELSE
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND n.position = ANY (p_positions) AND (n.status = 'pending') IS TRUE
               AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
-            RETURNING n.position
-        ) SELECT array_agg(s.position) INTO started FROM s;
+            RETURNING n.id
+        ) SELECT array_agg(s.id) INTO started FROM s;
     END IF;
     RETURN started;
+END $$;
+-- The answer of advance_run if it started nodes.
+CREATE OR REPLACE FUNCTION circle.started_step(p_run_id bigint, p_ids bigint[], p_inputs boolean) RETURNS json
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    UPDATE circle.pipeline_runs SET current_node = (
+        SELECT node_id FROM circle.pipeline_node_runs WHERE id = ANY (p_ids) ORDER BY position DESC NULLS LAST, id DESC LIMIT 1)
+    WHERE id = p_run_id;
+    RETURN json_build_object('status', 'running', 'started', circle.started_nodes(p_run_id, p_ids, p_inputs));
+END $$;
+-- Ends a run in which nothing was started, if nothing is left. If nothing runs, either, starts what became ready by other calls.
+CREATE OR REPLACE FUNCTION circle.settle_run(p_run_id bigint, p_inputs boolean) RETURNS json
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    r circle.pipeline_runs := circle.end_run_if_done(p_run_id);
+    started bigint[];
+BEGIN
+    IF r.id IS NULL AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running') THEN
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+        started := circle.start_ready_nodes(r, NULL);
+        IF started IS NOT NULL THEN
+            RETURN circle.started_step(p_run_id, started, p_inputs);
+        END IF;
+    END IF;
+    RETURN circle.waiting_step(p_run_id);
 END $$;
 -- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes of a run in
 -- which none failed: for them it is one statement, in which the guard fires once.
@@ -382,7 +407,7 @@ DECLARE
     d record;
     fresh boolean := false;
     following integer[];   -- positions that may have become ready; NULL: any
-    started integer[];
+    started bigint[];
     repeated boolean := false;
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
@@ -391,7 +416,7 @@ BEGIN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
-                duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+                duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END),
                 started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
                 completed_at = greatest(clock_timestamp(), n.started_at)
             FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) x
@@ -406,13 +431,13 @@ BEGIN
               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                               WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
                                 AND p.status NOT IN ('completed', 'skipped')
-                                AND NOT p.position = ANY (ARRAY(SELECT done.position FROM done)))
-            RETURNING n.node_id, n.node_type, n.position, n.retry_count
+                                AND p.position NOT IN (SELECT done.position FROM done WHERE done.position IS NOT NULL))
+            RETURNING n.id, n.node_id, n.node_type, n.position, n.retry_count
         ), current AS (
             UPDATE circle.pipeline_runs SET current_node = c.node_id
             FROM (SELECT node_id FROM started ORDER BY position DESC LIMIT 1) c WHERE id = p_run_id
         )
-        SELECT (SELECT array_agg(node_id) FROM done) AS applied, array_agg(s.position) AS started,
+        SELECT (SELECT array_agg(node_id) FROM done) AS applied, array_agg(s.id) AS started,
                json_agg(json_build_object('node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint)
                         ORDER BY s.position) AS nodes
         INTO d FROM started s;
@@ -447,23 +472,21 @@ BEGIN
         started := circle.start_ready_nodes(r, following);
     END IF;
     IF repeated THEN   -- the answer to the first report may be lost: also what it started
-        started := circle.start_ready_nodes(r, NULL) || started;
-        SELECT started || array_agg(position) INTO started FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running';
+        PERFORM circle.start_ready_nodes(r, NULL);
+        SELECT array_agg(id) INTO started FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'running';
     END IF;
-    IF started IS NULL THEN
-        PERFORM circle.end_run_if_done(p_run_id);
-        RETURN circle.waiting_step(p_run_id);
-    END IF;
-    UPDATE circle.pipeline_runs SET current_node = (
-        SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position = ANY (started) ORDER BY position DESC LIMIT 1)
-    WHERE id = p_run_id;
-    RETURN json_build_object('status', 'running', 'started', circle.started_nodes(p_run_id, started, p_inputs));
+    RETURN CASE WHEN started IS NULL THEN circle.settle_run(p_run_id, p_inputs) ELSE circle.started_step(p_run_id, started, p_inputs) END;
 END $$;
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
-    PERFORM circle.lock_run(p_run_id, p_token);
-    PERFORM circle.apply_results(p_run_id, p_results, p_token, p_retry);
+    IF p_results <> '[]' AND EXISTS (
+            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND completed_at IS NOT NULL AND claim_token = p_token) THEN
+        PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
+    ELSE
+        PERFORM circle.lock_run(p_run_id, p_token);
+        PERFORM circle.apply_results(p_run_id, p_results, p_token, p_retry);
+    END IF;
 END $$;
 -- Creates a run with the results of its nodes and ends it.
 CREATE OR REPLACE FUNCTION circle.record_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text, p_results jsonb) RETURNS circle.pipeline_runs
@@ -478,15 +501,16 @@ BEGIN
     IF NOT created.is_new THEN
         IF r.id IS NULL THEN
             PERFORM circle.refuse_create(p_pipeline_id);
+        ELSIF r.completed_at IS NULL THEN
+            PERFORM circle.refuse_transition(r.id, NULL, r.status, 'recorded', 'it has this key, and was created to be executed');
         END IF;
-        PERFORM pg_current_xact_id();   -- as in repeat_or_refuse
         RETURN r;
     END IF;
     WITH inserted AS (
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, output_data,
                                                error_message, retry_count, duration_ms, started_at, completed_at)
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
-               coalesce(x.output, '{}'), x.error, coalesce(x.retry_count, x.attempt - 1, 0), coalesce(x.duration_ms, 0),
+               coalesce(x.output, '{}'), x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
                CASE WHEN x.status IN ('completed', 'failed') THEN
                    clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
                CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
@@ -536,9 +560,9 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     SELECT array_agg(l.id) FILTER (WHERE l.status = 'running' AND l.reported) AS reported,
-           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported) AS fresh
+           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL) AS fresh
     INTO calls FROM (
-        SELECT r.id, r.status, x.run_id IS NOT NULL AS reported
+        SELECT r.id, r.status, r.started_at, x.run_id IS NOT NULL AS reported
         FROM unnest(p_run_ids, p_tokens) c (run_id, token)
         JOIN circle.pipeline_runs r ON r.id = c.run_id
         LEFT JOIN (SELECT DISTINCT run_id FROM jsonb_to_recordset(p_results) AS y (run_id bigint)) x ON x.run_id = c.run_id
@@ -561,7 +585,7 @@ BEGIN
     ), done AS (
         UPDATE circle.pipeline_node_runs n SET
             status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
-            duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, x.retry_count),
+            duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at), retry_count = greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END),
             started_at = coalesce(n.started_at, clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0)),
             completed_at = greatest(clock_timestamp(), n.started_at)
         FROM results x
@@ -578,7 +602,8 @@ BEGIN
           AND coalesce(n.available_at <= clock_timestamp(), true)
           AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                           WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
-                            AND NOT (p.run_id, p.position) IN (SELECT d.run_id, d.position FROM done d))
+                            AND NOT (p.run_id, p.position) IN (
+                                SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
         RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
     ), current AS (
         UPDATE circle.pipeline_runs r SET current_node = c.node_id
@@ -611,8 +636,7 @@ BEGIN
         SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
         RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
         FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
-            PERFORM circle.end_run_if_done(one);
-            RETURN QUERY SELECT one, circle.waiting_step(one);
+            RETURN QUERY SELECT one, circle.settle_run(one, false);
         END LOOP;
     END IF;
     RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)

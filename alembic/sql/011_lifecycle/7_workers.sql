@@ -31,7 +31,7 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer) RETURNS circle.pipeline_runs
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
-        claim_token = circle.next_token(claim_token), claim_count = claim_count - p_counts
+        claim_token = circle.next_token(claim_token), claim_count = greatest(claim_count - p_counts, 0)
     WHERE id = p_run_id RETURNING *
 $$;
 CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
@@ -57,10 +57,10 @@ BEGIN
         WHERE p.id IN (SELECT pipeline_id FROM circle.pipeline_counters WHERE run_count + success_count + error_count > 0)
         ORDER BY p.id FOR NO KEY UPDATE SKIP LOCKED
     ), rows AS MATERIALIZED (
-        SELECT c.ctid FROM circle.pipeline_counters c
+        SELECT c.pipeline_id, c.id FROM circle.pipeline_counters c
         WHERE c.pipeline_id IN (SELECT free.id FROM free) AND c.run_count + c.success_count + c.error_count > 0 FOR UPDATE SKIP LOCKED
     ), gone AS (
-        DELETE FROM circle.pipeline_counters WHERE ctid = ANY (ARRAY(SELECT rows.ctid FROM rows)) RETURNING *
+        DELETE FROM circle.pipeline_counters c USING rows r WHERE c.pipeline_id = r.pipeline_id AND c.id = r.id RETURNING c.*
     ), sums AS MATERIALIZED (
         SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
                sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
@@ -77,7 +77,7 @@ BEGIN
 END $$;
 -- A pipeline's row with what its counters add to it.
 CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines) RETURNS circle.pipelines
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     c record;
 BEGIN
@@ -101,13 +101,18 @@ BEGIN
     FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
-        PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
-        result := circle.end_run_if_done(r.id);
-        IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
-            result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
-        ELSIF result.id IS NULL THEN
-            result := circle.requeue_run(r.id, 0);
-        END IF;
+        BEGIN
+            PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
+            result := circle.end_run_if_done(r.id);
+            IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
+                result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+            ELSIF result.id IS NULL THEN
+                result := circle.requeue_run(r.id, 0);
+            END IF;
+        EXCEPTION WHEN OTHERS THEN   -- one run that can't be recovered stops no other
+            RAISE WARNING 'run % can''t be recovered: %', r.id, SQLERRM;
+            CONTINUE;
+        END;
         RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
@@ -116,6 +121,7 @@ CREATE OR REPLACE FUNCTION circle.expire_runs(p_limit integer) RETURNS SETOF cir
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     r record;
+    result circle.pipeline_runs;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
@@ -124,7 +130,13 @@ BEGIN
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
              ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
-        RETURN NEXT circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+        BEGIN
+            result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
+        EXCEPTION WHEN OTHERS THEN   -- as in recover_runs
+            RAISE WARNING 'run % can''t be timed out: %', r.id, SQLERRM;
+            CONTINUE;
+        END;
+        RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
 END $$;

@@ -11,8 +11,8 @@ BEGIN
     END IF;
     FOR c IN SELECT t.tab, t.col, t.seq
              FROM (VALUES ('circle.pipeline_node_runs'::regclass, 'run_id', NULL),
-                          ('circle.pipeline_node_runs', 'id', 'circle.pipeline_node_runs_id_seq'),
-                          ('circle.pipeline_runs', 'id', 'circle.pipeline_runs_id_seq')) t (tab, col, seq)
+                          ('circle.pipeline_node_runs', 'id', pg_get_serial_sequence('circle.pipeline_node_runs', 'id')),
+                          ('circle.pipeline_runs', 'id', pg_get_serial_sequence('circle.pipeline_runs', 'id'))) t (tab, col, seq)
              JOIN pg_attribute a ON a.attrelid = t.tab AND a.attname = t.col AND a.atttypid = 'bigint'::regtype
              WHERE pg_relation_size(t.tab) <= 8388608 LOOP
         BEGIN

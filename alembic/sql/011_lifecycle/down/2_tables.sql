@@ -1,6 +1,18 @@
 -- == drop views and counters
 DROP VIEW IF EXISTS circle.startable_node_runs, circle.pending_node_runs;
-DROP TABLE IF EXISTS circle.pipeline_counters;
+DO $fold$
+BEGIN
+    IF to_regclass('circle.pipeline_counters') IS NOT NULL THEN
+        UPDATE circle.pipelines p SET run_count = least(p.run_count + c.run_count, 2147483647),
+            success_count = least(p.success_count + c.success_count, 2147483647),
+            error_count = least(p.error_count + c.error_count, 2147483647), last_run = greatest(p.last_run, c.last_run)
+        FROM (SELECT pipeline_id, sum(run_count) AS run_count, sum(success_count) AS success_count,
+                     sum(error_count) AS error_count, max(last_run) AS last_run
+              FROM circle.pipeline_counters GROUP BY pipeline_id) c
+        WHERE p.id = c.pipeline_id;
+        DROP TABLE circle.pipeline_counters;
+    END IF;
+END $fold$;
 
 -- == pipeline_node_runs: drop the due time of retries, and the index
 DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_position;

@@ -1,4 +1,4 @@
--- Revision 011: the runs that were there before the counters.
+-- Revision 011: the runs that were there before.
 
 -- == pipeline_counters: count the existing runs
 -- The triggers count already. One statement sees runs and counters of the same moment, and adds what is missing.
@@ -15,3 +15,9 @@ FULL JOIN (SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running,
            FROM circle.pipeline_counters GROUP BY pipeline_id) c USING (pipeline_id)
 WHERE (r.pending, r.running, r.completed, r.failed, r.cancelled, r.timeout)
       IS DISTINCT FROM (c.pending, c.running, c.completed, c.failed, c.cancelled, c.timeout);
+
+-- == pipeline_runs: note the node that failed first in live runs
+UPDATE circle.pipeline_runs r SET failed_node = (
+    SELECT n.node_id FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND n.status = 'failed' ORDER BY n.position, n.id LIMIT 1)
+WHERE r.status IN ('pending', 'running') AND r.failed_node IS NULL
+  AND EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND n.status = 'failed');
