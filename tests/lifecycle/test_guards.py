@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import Database, RunRepository, RunStatus
 from gathering_pipeline.errors import IsolationLevelError
-from tests.support.databases import Connect, contents, scalar
+from tests.support.databases import Connect, contents, scalar, unguarded
 from tests.support.events import read_all
 from tests.support.graphs import chain
 from tests.support.runs import LEASE, done, store
@@ -359,3 +359,101 @@ def test_only_the_compiler_writes_versions(
     raw.execute(insert + "(1, 9, %s, '[]', 7, '{}')", [node])
     row = raw.execute("SELECT node_count, compiled::text FROM circle.pipeline_versions WHERE version = 9").fetchone()
     assert row == (1, '{"(a,action,{},{})"}')
+
+
+def test_statement_that_touches_a_terminal_run_inserts_no_node(
+    raw: psycopg.Connection, session: Session, refused: Callable[..., str]
+) -> None:
+    run_id = RunRepository(session).record_run(store(session, "a"), [done("a")]).id
+    session.commit()
+    rows = "(%(id)s, 'l1', 'agent', 'failed'), (%(id)s, 'l2', 'agent', 'cancelled'), (%(id)s, 'l3', 'agent', 'pending')"
+    refused(
+        "PL001",
+        "WITH touched AS (UPDATE circle.pipeline_runs SET current_node = 'x' WHERE id = %(id)s)"
+        f" INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status) VALUES {rows}",
+        {"id": run_id},
+    )
+
+
+def test_failed_node_is_the_first_that_failed(
+    raw: psycopg.Connection, session: Session, running: int, refused: Callable[..., str]
+) -> None:
+    for value in ("'zzz'", "'a'"):
+        refused("23000", f"UPDATE circle.pipeline_runs SET failed_node = {value}")
+    raw.execute("UPDATE circle.pipeline_node_runs SET status = 'failed' WHERE node_id = 'a'")
+    assert scalar(raw, "SELECT failed_node FROM circle.pipeline_runs") == "a"
+    for value in ("NULL", "'b'"):
+        refused("23000", f"UPDATE circle.pipeline_runs SET failed_node = {value}")
+
+
+def test_run_that_cannot_be_swept_stops_no_sweep(raw: psycopg.Connection, session: Session) -> None:
+    runs = RunRepository(session)
+    pipeline = store(session, "a", timeout_seconds=1, max_retries_per_node=0)
+    ids = [runs.create(pipeline).id for _ in range(3)]
+    runs.claim("worker", LEASE, 3)
+    session.commit()
+    raw.execute(
+        "UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s', started_at = now() - interval '1 h'"
+    )
+    with unguarded(raw, "pipeline_node_runs"):
+        raw.execute(
+            "UPDATE circle.pipeline_node_runs SET status = 'failed', completed_at = now() WHERE run_id = %s", [ids[1]]
+        )
+    assert [run.id for run in runs.recover()] == [ids[0], ids[2]]
+    session.commit()
+
+
+def test_end_of_a_big_run_takes_its_nodes_along(raw: psycopg.Connection, session: Session) -> None:
+    """Once per row: looking for each old row anew would take minutes."""
+    runs = RunRepository(session)
+    run_id = runs.create(store(session, " ".join(f"n{at}" for at in range(20_000)))).id
+    runs.cancel(run_id)
+    session.commit()
+    assert raw.execute("SELECT status, count(*) FROM circle.pipeline_node_runs GROUP BY 1").fetchall() == [
+        ("cancelled", 20_000)
+    ]
+
+
+def test_version_of_a_run_that_is_being_inserted_is_not_deleted(
+    raw: psycopg.Connection, session: Session, database_url: str, connect: Connect
+) -> None:
+    pipeline = store(session, "a>b")
+    session.commit()
+    other = connect(database_url)
+    other.autocommit = False
+    other.execute("INSERT INTO circle.pipeline_runs (pipeline_id, status) VALUES (%s, 'running')", [pipeline])
+    raw.execute("UPDATE circle.pipelines SET edges = '[]'")
+    raw.execute("SET lock_timeout = '200ms'")
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        raw.execute("DELETE FROM circle.pipeline_versions WHERE version = 1")
+    raw.execute("RESET lock_timeout")
+    other.commit()
+    with pytest.raises(INTEGRITY):
+        raw.execute("DELETE FROM circle.pipeline_versions WHERE version = 1")
+
+
+def test_token_of_a_terminal_run_is_final(
+    raw: psycopg.Connection, session: Session, refused: Callable[..., str]
+) -> None:
+    RunRepository(session).record_run(store(session, "a"), [done("a")])
+    session.commit()
+    refused("PL001", "UPDATE circle.pipeline_runs SET claim_token = claim_token + 1")
+
+
+def test_counters_under_a_publication(raw: psycopg.Connection, session: Session) -> None:
+    runs = RunRepository(session)
+    pipeline = store(session, "a")
+    session.commit()
+    raw.execute("CREATE PUBLICATION every FOR ALL TABLES")
+    try:
+        for _ in range(5):
+            runs.record_run(pipeline, [done("a")])
+            runs.create(pipeline)
+            session.commit()
+            raw.execute("SELECT circle.add_up_counters()")
+        assert runs.expire() == runs.recover() == []
+        session.commit()
+        assert scalar(raw, "SELECT run_count FROM circle.pipelines") == 10
+        assert (runs.counts()[RunStatus.COMPLETED], runs.counts()[RunStatus.PENDING]) == (5, 5)
+    finally:
+        raw.execute("DROP PUBLICATION every")

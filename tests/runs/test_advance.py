@@ -84,3 +84,33 @@ def test_advance_rolled_back_changes_nothing(database: Database, raw: psycopg.Co
         assert contents(raw) == before  # not visible to others yet
         session.rollback()
     assert contents(raw) == before
+
+
+def test_advance_starts_what_became_ready_by_other_calls(runs: RunRepository, session: Session) -> None:
+    run_id = runs.create(store(session, "a>b c")).id
+    runs.advance(run_id)
+    runs.complete_node(run_id, "a")
+    assert [node.node_id for node in runs.advance(run_id, [done("c")]).started] == ["b"]
+
+
+def test_node_without_a_position_is_in_the_answer(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    run_id = runs.create(store(session, "a")).id
+    runs.advance(run_id)
+    raw.execute(
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type) VALUES (%s, 'q', 'agent')", [run_id]
+    )
+    step = runs.advance(run_id)
+    assert [node.node_id for node in step.started] == ["q"]
+    assert [node.node_id for node in runs.advance(run_id).running] == ["a", "q"]
+    assert runs.advance(run_id, [done("a"), done("q")]).status == RunStatus.COMPLETED
+
+
+def test_wide_layers_are_started_once(runs: RunRepository, session: Session) -> None:
+    layer = range(150)
+    spec = " ".join(f"a{one}>b{other}" for one in layer for other in layer)
+    run_id = runs.create(store(session, spec)).id
+    assert len(runs.advance(run_id).started) == len(layer)
+    assert runs.advance(run_id, [done(f"a{at}") for at in layer[1:]]).started == ()
+    assert len(runs.advance(run_id, [done("a0")]).started) == len(layer)

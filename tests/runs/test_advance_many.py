@@ -136,3 +136,13 @@ def test_advance_many_with_node_that_is_locked_raises_transient_and_changes_noth
             runs.advance_many([RunReport(run_id, [done("a")]), RunReport(free, [done("a")])])
         assert is_transient(caught.value)
     assert contents(raw) == before
+
+
+def test_advance_many_leaves_out_a_run_that_was_released(runs: RunRepository, session: Session) -> None:
+    runs.create(store(session, "a>b c"))
+    (run,) = runs.claim("worker", LEASE)
+    runs.advance(run.id, token=run.claim_token)
+    runs.advance(run.id, [done("a"), done("c")], token=run.claim_token)
+    runs.release(run.id, token=run.claim_token)
+    assert runs.advance_many([RunReport(run.id)]) == [None]
+    assert [node.node_id for node in runs.advance(run.id).started] == ["b"]

@@ -7,9 +7,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import NodeResult, NodeStatus, RunRepository, RunStatus
+from gathering_pipeline import Database, NodeResult, NodeStatus, RunRepository, RunStatus
 from gathering_pipeline.errors import IllegalTransitionError, InvalidDataError, LeaseLostError, RunOverError
 from tests.support.databases import contents
 from tests.support.runs import claimed, done, lose_lease, started, statuses, store
@@ -197,3 +198,40 @@ def test_bad_attempt_raises_invalid_data(runs: RunRepository, session: Session, 
     for call in calls:
         with pytest.raises(InvalidDataError, match="attempt"):
             call()
+
+
+def test_calls_on_the_run_repeat_too(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    run = claimed(runs, session, "a b")
+    token = run.claim_token
+    assert runs.start(run.id, token=token) == runs.get(run.id)
+    results = [done("a"), done("b", "cancelled")]
+    runs.record(run.id, results, token=token)
+    ended = runs.finish(run.id, token=token)
+    assert ended.status == RunStatus.CANCELLED
+    before = contents(raw)
+    assert runs.finish(run.id, token=token) == ended
+    runs.record(run.id, results, token=token)
+    assert contents(raw) == before
+
+
+def test_repeat_waits_for_the_standby_like_a_write(database: Database) -> None:
+    """It takes a transaction number, so that its commit is one that is replicated."""
+    with database.session() as session:
+        runs = RunRepository(session)
+        pipeline = store(session, "a")
+        runs.create(pipeline, idempotency_key="k")
+        run = claimed(runs, session, "a")
+        runs.complete_node(run.id, "a", token=run.claim_token)
+        recorded = runs.record_run(pipeline, [done("a")], idempotency_key="r")
+    calls: list[Callable[[RunRepository], object]] = [
+        lambda runs: runs.create(pipeline, idempotency_key="k"),
+        lambda runs: runs.record_run(pipeline, [done("a")], idempotency_key="r"),
+        lambda runs: runs.complete_node(run.id, "a", token=run.claim_token),
+        lambda runs: runs.start(run.id, token=run.claim_token),
+    ]
+    assert recorded.status == RunStatus.COMPLETED
+    for call in calls:
+        with database.session() as session:
+            call(RunRepository(session))
+            taken = session.execute(text("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")).scalar_one()
+            assert taken

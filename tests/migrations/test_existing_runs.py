@@ -1,0 +1,57 @@
+"""Runs that were there before revision 011, and what a downgrade keeps of those after it."""
+
+from __future__ import annotations
+
+import psycopg
+
+from gathering_pipeline import Database, RunRepository, RunStatus, migrations
+from tests.support.databases import Connect, scalar
+from tests.support.runs import done, store
+
+RUN = """
+INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id": "a", "type": "trigger", "name": "A"}]');
+INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at) VALUES (1, 'running', now()), (1, 'completed', now());
+INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, error_message, completed_at)
+VALUES (1, 'a', 'trigger', 'failed', 'no luck', now())"""
+
+
+def test_upgrade_notes_what_failed_and_counts_what_is_there(empty_database_url: str, connect: Connect) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    raw = connect(empty_database_url)
+    raw.execute(RUN)
+    migrations.upgrade(empty_database_url)
+    with Database(empty_database_url) as database, database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        counted = runs.counts()
+        assert (counted[RunStatus.RUNNING], counted[RunStatus.COMPLETED]) == (1, 1)
+        run = runs.finish(1)
+        assert (run.status, run.failed_node, run.error_message) == ("failed", "a", "no luck")
+
+
+def test_downgrade_keeps_the_counts(database_url: str, connect: Connect) -> None:
+    raw = connect(database_url)
+    with Database(database_url) as database, database.session(autocommit=True) as session:
+        runs, pipeline = RunRepository(session), store(session, "a")
+        for _ in range(3):
+            runs.record_run(pipeline, [done("a")])
+        runs.recover()  # folds what is there
+        runs.record_run(pipeline, [done("a", "failed")])
+    migrations.downgrade(database_url, "010_graph")
+    kept = raw.execute(
+        "SELECT run_count, success_count, error_count, last_run IS NOT NULL FROM circle.pipelines"
+    ).fetchall()
+    assert kept == [(4, 3, 1, True)]
+    migrations.upgrade(database_url)
+    assert scalar(raw, "SELECT sum(completed) FROM circle.pipeline_counters") == 3
+
+
+def test_upgrade_of_a_sequence_with_another_name(empty_database_url: str, connect: Connect) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    raw: psycopg.Connection = connect(empty_database_url)
+    raw.execute("ALTER SEQUENCE circle.pipeline_runs_id_seq RENAME TO numbers")
+    raw.execute(RUN)
+    migrations.upgrade(empty_database_url)
+    assert (
+        scalar(raw, "SELECT seqtypid::regtype::text FROM pg_sequence WHERE seqrelid = 'circle.numbers'::regclass")
+        == "bigint"
+    )
