@@ -132,7 +132,10 @@ def fill(raw: psycopg.Connection, mix: dict[str, int]) -> None:
                WHERE r.id %% %s = 0 ORDER BY r.id, v.position""",
             [WITH_NODES],
         )
-    raw.execute(migrator.steps("011_lifecycle")[-1].sql)  # counts them, as the triggers would have
+    (step,) = (
+        step for step in migrator.steps("011_lifecycle") if step.title == "pipeline_counters: count the existing runs"
+    )
+    raw.execute(step.sql)  # as the triggers would have
 
 
 @pytest.fixture(scope="module")
