@@ -146,3 +146,12 @@ def test_advance_many_leaves_out_a_run_that_was_released(runs: RunRepository, se
     runs.release(run.id, token=run.claim_token)
     assert runs.advance_many([RunReport(run.id)]) == [None]
     assert [node.node_id for node in runs.advance(run.id).started] == ["b"]
+
+
+def test_advance_many_gives_a_raw_run_its_nodes(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a>b")
+    raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (%s)", [pipeline])
+    (run,) = runs.search().items
+    (step,) = runs.advance_many([RunReport(run.id)])
+    assert step is not None
+    assert (step.status, [node.node_id for node in step.started]) == ("running", ["a"])

@@ -627,7 +627,8 @@ BEGIN
                 status = 'completed', completed_at = greatest(clock_timestamp(), r.started_at), lease_expires_at = NULL,
                 duration_seconds = least(extract(epoch FROM greatest(clock_timestamp(), r.started_at) - r.started_at), 2147483647)
             WHERE r.id = ANY (idle) AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id
-                                                    AND n.status NOT IN ('completed', 'skipped'))
+                                                    AND (n.status NOT IN ('completed', 'skipped') OR n.position IS NULL))
+              AND EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id)   -- else settle_run gives it its nodes
             RETURNING r.id, r.pipeline_id
         ), counted AS (
             INSERT INTO circle.pipeline_counters (pipeline_id, success_count)
