@@ -967,7 +967,7 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipelines_after() FROM PUBLIC;
 
--- A version is what the compiler makes of the pipeline's graph, whoever inserts it; a replica may get its pipeline later.
+-- A version is what the compiler makes of the pipeline's graph, not of what is inserted; a replica may get its pipeline later.
 CREATE OR REPLACE FUNCTION circle.pipeline_versions_before()
  RETURNS trigger
  LANGUAGE plpgsql

@@ -32,7 +32,7 @@ def differences(connection: Connection) -> Iterator[Finding]:
 
 
 def _foreign_uses(wanted: Mapping[Object, str], found: Mapping[Object, str]) -> Iterator[Finding]:
-    """Report whoever may use, or uses, a function of this package that only the guards should."""
+    """Report roles that may execute, and tables that use, a function that only the guards should."""
     for item, definition in found.items():
         if item in wanted:
             continue

@@ -13,6 +13,7 @@ from gathering_pipeline import AdoptionError, Database, PipelineCreate, Pipeline
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.migrator import SMALL_TABLE
+from tests.support import servers
 from tests.support.adoption import revision
 from tests.support.databases import Connect, scalar
 from tests.support.doctor import EDGES, NODE_RUNS, NODES, RUNS
@@ -38,12 +39,12 @@ def test_ids_become_bigint_and_integer_again(url: str, used: psycopg.Connection)
     assert types(url) == ["integer"] * 5
     migrations.upgrade(url, WITH)
     assert types(url) == ["bigint"] * 5
-    with psycopg.connect(used.info.dsn) as fresh:
+    with servers.connect(url) as fresh:
         assert fresh.execute(rows).fetchall() == before
     migrations.downgrade(url, BELOW)
     assert types(url) == ["integer"] * 5
     assert catalog(url) == below
-    with psycopg.connect(used.info.dsn) as fresh:
+    with servers.connect(url) as fresh:
         assert fresh.execute(rows).fetchall() == before
 
 

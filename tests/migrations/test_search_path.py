@@ -1,4 +1,4 @@
-"""Names in the schema mean what they should, whoever may create objects in other schemas."""
+"""Names in the schema mean what they should, although others may create objects in other schemas."""
 
 # psycopg takes literal SQL; statements are put together here.
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -47,7 +47,7 @@ BEGIN
     INSERT INTO circle.pipeline_versions (pipeline_id, version, nodes, edges) VALUES (NEW.id, NEW.version, NEW.nodes, NEW.edges);
     RETURN NULL;
 END $$;
--- A version is what the compiler makes of the pipeline's graph, whoever inserts it; a replica may get its pipeline later.
+-- A version is what the compiler makes of the pipeline's graph, not of what is inserted; a replica may get its pipeline later.
 CREATE OR REPLACE FUNCTION circle.pipeline_versions_before() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
