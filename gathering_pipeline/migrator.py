@@ -48,7 +48,7 @@ LOW_IMPACT = {"statement_timeout": 0, "max_parallel_maintenance_workers": 0, "ma
 """Session parameters for work concurrently with live services: no time limit, one core."""
 SEARCH_PATH = "pg_catalog, pg_temp"
 """Of sessions that create or repair objects: a name without a schema is PostgreSQL's own, although others may
-create objects in ``public``. CHECKs and views keep for good what their names and operators meant when they were made."""
+create objects in ``public``. CHECKs and views keep for good what their names and operators meant when made."""
 RETRYABLE = ("55P03", "40P01")
 """SQLSTATEs after which a statement is retried: lock_not_available, deadlock_detected."""
 _QUERY_CANCELED = "57014"
