@@ -101,20 +101,26 @@ CREATE TABLE circle.pipeline_runs (
     claim_count integer NOT NULL DEFAULT 0,
     lease_expires_at timestamp with time zone,
     idempotency_key character varying(255),
+    lapsed_claims integer NOT NULL DEFAULT 0,
+    released_token bigint,
+    priority smallint NOT NULL DEFAULT 0,
+    run_at timestamp with time zone,
+    waits_until timestamp with time zone,
     CONSTRAINT pipeline_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_runs_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES circle.pipelines(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_runs_leased CHECK (circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count, worker_id, lease_expires_at)),
+    CONSTRAINT ck_pipeline_runs_leased CHECK (circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count, lapsed_claims, worker_id, lease_expires_at, run_at, waits_until)),
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
 
 CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at) WHERE (completed_at IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_history ON circle.pipeline_runs USING btree (pipeline_id, id);
 CREATE UNIQUE INDEX idx_pipeline_runs_idempotency_key ON circle.pipeline_runs USING btree (pipeline_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
-CREATE INDEX idx_pipeline_runs_pending ON circle.pipeline_runs USING btree (id) WHERE ((status) = 'pending');
 CREATE INDEX idx_pipeline_runs_pipeline_id ON circle.pipeline_runs USING btree (pipeline_id);
-CREATE INDEX idx_pipeline_runs_running ON circle.pipeline_runs USING btree (id) WHERE ((status) = 'running');
+CREATE INDEX idx_pipeline_runs_queue ON circle.pipeline_runs USING btree (pipeline_id, priority DESC, id) WHERE (((status) = 'pending') AND (waits_until IS NULL) AND (pipeline_version IS NOT NULL));
+CREATE INDEX idx_pipeline_runs_running ON circle.pipeline_runs USING btree (pipeline_id, id) WHERE ((status) = 'running');
 CREATE INDEX idx_pipeline_runs_status ON circle.pipeline_runs USING btree (status);
 CREATE INDEX idx_pipeline_runs_status_history ON circle.pipeline_runs USING btree (status, id);
+CREATE INDEX idx_pipeline_runs_waiting ON circle.pipeline_runs USING btree (waits_until) WHERE (((status) = 'pending') AND (waits_until IS NOT NULL));
 
 CREATE TRIGGER pipeline_runs_after_delete AFTER DELETE ON circle.pipeline_runs REFERENCING OLD TABLE AS old_rows
     FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_delete();
@@ -350,7 +356,7 @@ BEGIN
     END IF;
 END $function$;
 
--- Later events are younger, so only the first ones can be old enough.
+-- Later events are younger, so only the first ones can be old enough. The newest one stays: a reader that has it misses nothing.
 CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer)
  RETURNS integer
  LANGUAGE plpgsql
@@ -366,7 +372,9 @@ BEGIN
         SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
     )
     DELETE FROM circle.pipeline_events e USING oldest o
-    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than;
+    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than
+      AND (e.xid, e.id) < (SELECT n.xid, n.id FROM circle.pipeline_events n WHERE n.xid < pg_snapshot_xmin(pg_current_snapshot())
+                           ORDER BY n.xid DESC, n.id DESC LIMIT 1);
     GET DIAGNOSTICS deleted = ROW_COUNT;
     RETURN deleted;
 END $function$;
@@ -1039,7 +1047,7 @@ BEGIN
 END $function$;
 
 -- It is merged with that of revision 008, as each CHECK costs time in every statement.
-CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamp with time zone, p_started_at timestamp with time zone, p_completed_at timestamp with time zone, p_claim_token bigint, p_claim_count integer, p_worker_id text, p_lease_expires_at timestamp with time zone)
+CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamp with time zone, p_started_at timestamp with time zone, p_completed_at timestamp with time zone, p_claim_token bigint, p_claim_count integer, p_lapsed_claims integer, p_worker_id text, p_lease_expires_at timestamp with time zone, p_run_at timestamp with time zone, p_waits_until timestamp with time zone)
  RETURNS boolean
  LANGUAGE plpgsql
  IMMUTABLE PARALLEL SAFE
@@ -1047,7 +1055,7 @@ AS $function$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
         AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
-        AND p_claim_token >= 0 AND p_claim_count >= 0
+        AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0 AND isfinite(p_run_at) AND isfinite(p_waits_until)
         AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
 END $function$;
 
@@ -1377,7 +1385,8 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
-           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message) ELSE '{}' END
+           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
+                WHEN NEW.status = 'running' AND NEW.claim_count > 0 THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -1805,7 +1814,7 @@ END $function$;
 
 -- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
 -- begun; record_run begins one at once.
-CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, OUT r circle.pipeline_runs, OUT is_new boolean)
+CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer, p_run_at timestamp with time zone, OUT r circle.pipeline_runs, OUT is_new boolean)
  RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1826,8 +1835,9 @@ BEGIN
                 RETURN;
             END IF;
         END IF;
-        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
-        SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
+        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key, priority, run_at, waits_until)
+        SELECT p.id, p_status, p_trigger_data, p_key, p_priority, p_run_at, CASE WHEN p_run_at > clock_timestamp() THEN p_run_at END
+        FROM circle.pipelines p
         WHERE p.id = p_pipeline_id AND (p.status = 'active') IS TRUE
         ON CONFLICT (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
         RETURNING * INTO r;
@@ -1862,7 +1872,7 @@ BEGIN
         DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
 END $function$;
 
-CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text)
+CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}'::jsonb, p_key text DEFAULT NULL::text, p_priority integer DEFAULT 0, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone)
  RETURNS circle.pipeline_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1871,7 +1881,7 @@ AS $function$
 DECLARE
     created record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at);
     IF created.is_new THEN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
@@ -1908,6 +1918,11 @@ BEGIN
             PERFORM circle.refuse_run(p_run_id, p_token, 'running');
         END IF;
         PERFORM pg_current_xact_id();   -- as in insert_run
+    ELSIF r.pipeline_version IS NULL THEN
+        PERFORM circle.refuse_graph('no_version', format(
+            'run %s is bound to no version of its pipeline''s graph: cancel it and create it again', p_run_id));
+    ELSIF NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position = 0) THEN
+        PERFORM circle.fill_run(p_run_id);
     END IF;
     RETURN r;
 END $function$;
@@ -2639,7 +2654,7 @@ DECLARE
     r circle.pipeline_runs;
     done record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key, 0, NULL);
     r := created.r;
     IF NOT created.is_new THEN
         IF r.id IS NULL THEN
@@ -2794,22 +2809,61 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/7_workers.sql
 
-CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer)
+-- Claims the first runs of the queues of active pipelines, by priority, then by age. The first p_limit runs of all stand in the p_limit
+-- queues with the first heads. Others may be claiming these very runs, so some more are looked at, and many more if all are locked.
+-- Where a sort can be avoided only the right index remains, as in page_of_runs; without JIT, because others can't be.
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL::bigint[])
  RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET enable_sort TO 'off'
+ SET jit TO 'off'
 AS $function$
+DECLARE
+    now timestamptz := clock_timestamp();
+    ids bigint[];
+    picked bigint[];
+    more integer;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    RETURN QUERY WITH picked AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE status = 'pending' ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
-    )
-    UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
-        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()), lease_expires_at = clock_timestamp() + p_lease
-    WHERE r.id = ANY (ARRAY(SELECT picked.id FROM picked)) RETURNING r.*;
+    IF (SELECT waits_until FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until IS NOT NULL
+        ORDER BY waits_until LIMIT 1) <= now THEN
+        UPDATE circle.pipeline_runs SET waits_until = NULL WHERE id = ANY (ARRAY(
+            SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until <= now
+            ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
+    END IF;
+    FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
+        WITH heads AS MATERIALIZED (
+            SELECT p.id AS pipeline_id, q.id, row_number() OVER (ORDER BY q.priority DESC, q.id) AS place FROM circle.pipelines p
+            CROSS JOIN LATERAL (
+                SELECT r.id, r.priority FROM circle.pipeline_runs r
+                WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) q
+            WHERE p.status = 'active' AND (p_pipelines IS NULL OR p.id = ANY (p_pipelines))
+            ORDER BY place LIMIT p_limit::bigint + more
+        )
+        SELECT ARRAY(SELECT h.id FROM heads h WHERE h.place > p_limit UNION ALL
+                     SELECT q.id FROM heads h CROSS JOIN LATERAL (
+                         SELECT r.id FROM circle.pipeline_runs r
+                         WHERE r.pipeline_id = h.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                         ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit::bigint + more) q
+                     WHERE h.place <= p_limit) INTO ids;
+        picked := ARRAY(
+            SELECT r.id FROM circle.pipeline_runs r WHERE r.id = ANY (ids) AND (r.status = 'pending') IS TRUE AND r.waits_until IS NULL
+            ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);
+        EXIT WHEN picked <> '{}' OR ids = '{}';
+    END LOOP;
+    PERFORM circle.fill_run(i.id) FROM unnest(picked) i (id)
+    WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0);
+    RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+        lease_expires_at = clock_timestamp() + p_lease
+    WHERE r.id = ANY (picked) RETURNING r.*;
 END $function$;
 
 CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval)
@@ -2830,14 +2884,29 @@ BEGIN
     RETURN expires;
 END $function$;
 
+-- When a locked run without running nodes has something to do: NULL is now, else its next retry.
+CREATE OR REPLACE FUNCTION circle.run_due(p_run_id bigint)
+ RETURNS timestamp with time zone
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+BEGIN
+    RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
+            FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
+            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+            WHERE r.id = p_run_id AND n.status = 'pending');
+END $function$;
+
 -- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
-CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer)
+CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_lapsed integer, p_released_token bigint)
  RETURNS circle.pipeline_runs
  LANGUAGE sql
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
     UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
-        claim_token = circle.next_token(claim_token), claim_count = greatest(claim_count - p_counts, 0)
+        claim_token = circle.next_token(claim_token), lapsed_claims = least(lapsed_claims, 2147483646) + p_lapsed,
+        released_token = coalesce(p_released_token, released_token), waits_until = circle.run_due(id)
     WHERE id = p_run_id RETURNING *
 $function$;
 
@@ -2847,16 +2916,23 @@ CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint)
  SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
+DECLARE
+    r circle.pipeline_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        PERFORM circle.refuse_lease(p_run_id);
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND released_token = p_token;
+        IF NOT FOUND OR NOT circle.is_read_committed() THEN
+            PERFORM circle.refuse_lease(p_run_id);
+        END IF;
+        PERFORM pg_current_xact_id();   -- as in insert_run
+        RETURN r;
     END IF;
-    -- the release is deliberate: neither the attempts of its nodes nor the claim count
+    -- the release is deliberate: the attempts of its nodes don't count
     UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
-    RETURN circle.requeue_run(p_run_id, 1);
+    RETURN circle.requeue_run(p_run_id, 0, p_token);
 END $function$;
 
 -- Adds the counters of runs to the columns of their pipelines. A pipeline that somebody changes is left for the next sweep.
@@ -2911,6 +2987,7 @@ BEGIN
     RETURN p;
 END $function$;
 
+-- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer)
  RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
@@ -2924,16 +3001,16 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
+    FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-             ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
+             ORDER BY id LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
-            IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
-                result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+            IF result.id IS NULL AND r.lapsed >= p_max_claims THEN
+                result := circle.end_run(r.id, 'failed', format('its lease ran out %s times', r.lapsed));
             ELSIF result.id IS NULL THEN
-                result := circle.requeue_run(r.id, 0);
+                result := circle.requeue_run(r.id, 1, NULL);
             END IF;
         EXCEPTION WHEN OTHERS THEN   -- one run that can't be recovered stops no other
             RAISE WARNING 'run % can''t be recovered: %', r.id, SQLERRM;
@@ -2960,7 +3037,7 @@ BEGIN
     FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-             ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+             ORDER BY t.id LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
         BEGIN
             result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
         EXCEPTION WHEN OTHERS THEN   -- as in recover_runs

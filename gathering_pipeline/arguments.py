@@ -6,7 +6,8 @@ A check returns the value as the database takes it. No database library is impor
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -20,6 +21,9 @@ MAX_COUNT = 2**31 - 2
 """Largest number of rows; one more, which tells whether a page is the last, is still an ``INTEGER``."""
 
 MAX_DURATION = timedelta(days=36_500)
+
+MAX_PRIORITY = 2**15 - 1
+"""Largest value of PostgreSQL's ``SMALLINT``."""
 
 _MAX_ID = 10**100  # a longer number makes no readable message, and Python refuses to write out a very long one
 
@@ -167,6 +171,47 @@ def check_duration(value: object, name: str, *, allow_zero: bool = False) -> flo
         span = f"{'from' if allow_zero else 'above'} 0 and at most {MAX_DURATION.days} days"
         raise InvalidDataError(f"{name} must be a timedelta {span}, not {quote(value)}")
     return value.total_seconds()
+
+
+def check_time(value: object, name: str) -> str:
+    """Check a point in time.
+
+    Returns:
+        The time in UTC, as PostgreSQL reads it.
+
+    Raises:
+        InvalidDataError: It is not a ``datetime``, has no offset from UTC, or is outside the years 1 to 9999 in UTC.
+    """
+    if not isinstance(value, datetime) or value.utcoffset() is None:
+        raise InvalidDataError(f"{name} must be a datetime with an offset from UTC, not {quote(value)}")
+    try:
+        return value.astimezone(UTC).isoformat()
+    except OverflowError:
+        raise InvalidDataError(f"{name} must be within the years 1 to 9999 in UTC, not {quote(value)}") from None
+
+
+def check_priority(value: object) -> int:
+    """Check the priority of a run.
+
+    Raises:
+        InvalidDataError: It is not an integer, or its size is above ``MAX_PRIORITY``.
+    """
+    if type(value) is not int or not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise InvalidDataError(
+            f"priority must be a whole number from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {quote(value)}"
+        )
+    return value
+
+
+def check_ids(values: object, name: str) -> list[int]:
+    """Check a collection of ids.
+
+    Raises:
+        InvalidDataError: It is not a collection, or one of them is no integer.
+    """
+    if not isinstance(values, Collection) or isinstance(values, (str, bytes)):
+        raise InvalidDataError(f"{name} must be a collection of ids, not {quote(values)}")
+    return [check_id(value, f"{name}[{place}]") for place, value in enumerate(values)]
 
 
 def check_cursor(after: object) -> int:

@@ -32,8 +32,9 @@ class PipelineEvent(BaseModel):
         run_id: The run.
         node_id: The node; ``None`` for an event of the run itself.
         type: What happened.
-        data: ``error`` of a failure, timeout or cancellation; for a retry ``attempt`` (the one that failed, from 1),
-            ``error`` and ``available_at`` (time of the next attempt).
+        data: ``error`` of a failure, timeout or cancellation; ``claim`` (its number) for the start of a claimed run;
+            ``attempt`` (the one that failed, from 1), ``error`` and ``available_at`` (time of the next attempt) for a
+            retry.
         created_at: When it happened, by the database's clock.
         cursor: The ``after=`` for the events that follow; valid in this database only.
     """

@@ -362,7 +362,15 @@ class PipelineRead(_Read):
 
 
 class RunRead(_Read):
-    """A stored run; times are the database's, ``duration_seconds`` is rounded."""
+    """A stored run; times are the database's, ``duration_seconds`` is rounded.
+
+    Attributes:
+        claim_count: How often it was claimed.
+        lapsed_claims: How many of these claims ended because the lease ran out.
+        priority: Runs with a higher one are claimed first.
+        run_at: The time that ``create`` was given.
+        waits_until: A pending run isn't claimed before: it waits for ``run_at`` or for the retry of a node.
+    """
 
     id: int
     pipeline_id: int
@@ -377,7 +385,11 @@ class RunRead(_Read):
     worker_id: str | None
     claim_token: int
     claim_count: int
+    lapsed_claims: int
     lease_expires_at: datetime | None
+    priority: int
+    run_at: datetime | None
+    waits_until: datetime | None
     idempotency_key: str | None
     started_at: datetime | None
     completed_at: datetime | None

@@ -24,6 +24,7 @@ from sqlalchemy import (
     MetaData,
     PrimaryKeyConstraint,
     Result,
+    SmallInteger,
     String,
     Text,
     event,
@@ -172,13 +173,24 @@ class PipelineRun(Base):
         _status_check("pipeline_runs", RunStatus),
         CheckConstraint(
             "circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token,"
-            " claim_count, worker_id, lease_expires_at)",
+            " claim_count, lapsed_claims, worker_id, lease_expires_at, run_at, waits_until)",
             name=conv("ck_pipeline_runs_leased"),
         ),
         Index("idx_pipeline_runs_pipeline_id", "pipeline_id"),
         Index("idx_pipeline_runs_status", "status"),
-        Index("idx_pipeline_runs_pending", "id", postgresql_where=text("status = 'pending'")),
-        Index("idx_pipeline_runs_running", "id", postgresql_where=text("status = 'running'")),
+        Index(
+            "idx_pipeline_runs_queue",
+            "pipeline_id",
+            text("priority DESC"),
+            "id",
+            postgresql_where=text("status = 'pending' AND waits_until IS NULL AND pipeline_version IS NOT NULL"),
+        ),
+        Index(
+            "idx_pipeline_runs_waiting",
+            "waits_until",
+            postgresql_where=text("status = 'pending' AND waits_until IS NOT NULL"),
+        ),
+        Index("idx_pipeline_runs_running", "pipeline_id", "id", postgresql_where=text("status = 'running'")),
         Index("idx_pipeline_runs_history", "pipeline_id", "id"),
         Index("idx_pipeline_runs_status_history", "status", "id"),
         Index("idx_pipeline_runs_completed_at", "completed_at", postgresql_where=text("completed_at IS NOT NULL")),
@@ -209,6 +221,11 @@ class PipelineRun(Base):
     claim_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     lease_expires_at: Mapped[datetime | None]
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    lapsed_claims: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    released_token: Mapped[int | None] = mapped_column(BigInteger)
+    priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    run_at: Mapped[datetime | None]
+    waits_until: Mapped[datetime | None]
 
 
 class PipelineNodeRun(Base):

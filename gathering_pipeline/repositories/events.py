@@ -14,16 +14,26 @@ from gathering_pipeline.repositories._call import AsyncRepository, Repository, b
 
 # --- statements; alembic/sql/009_events/1_log.sql explains the order of events, and which of them can be read -------
 
+START = "-0-0-0"
+"""Where a cursor begins, after the name of the database."""
+
 _DATABASE = """
 WITH database AS MATERIALIZED (
-    SELECT c.system_identifier || '-' || d.oid AS name, pg_snapshot_xmax(pg_current_snapshot()) AS next_xid
+    SELECT c.system_identifier || '-' || d.oid AS name
     FROM pg_control_system() c, pg_database d WHERE d.datname = current_database()
 )"""
+# The time tells an event from another with the same numbers, which a restored or promoted server may give out again.
+_CURSOR_OF = "'-' || e.xid || '-' || e.id || '-' || (extract(epoch FROM e.created_at) * 1000000)::bigint"
 READ = Statement(
     f"""{_DATABASE}
-SELECT pg_catalog.json_build_array(d.name, d.next_xid::text, e)::text
+SELECT pg_catalog.json_build_array(d.name, CASE
+    WHEN %(id)s::bigint = 0 OR EXISTS (
+        SELECT FROM circle.pipeline_events e WHERE e.xid = %(xid)s::text::xid8 AND e.id = %(id)s::bigint
+        AND (extract(epoch FROM e.created_at) * 1000000)::bigint = %(micros)s::bigint) THEN 'kept'
+    WHEN pg_is_in_recovery() AND %(xid)s::text::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'ahead'
+    END, e)::text
 FROM database d LEFT JOIN LATERAL (
-    SELECT e.*, d.name || '-' || e.xid || '-' || e.id AS cursor
+    SELECT e.*, d.name || {_CURSOR_OF} AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
 ) e ON true
 ORDER BY e.xid, e.id""",
@@ -31,9 +41,9 @@ ORDER BY e.xid, e.id""",
 )
 LAST = Statement(
     f"""{_DATABASE}
-SELECT pg_catalog.to_json(d.name || '-' || coalesce(e.xid::text, '0') || '-' || coalesce(e.id, 0))::text
+SELECT pg_catalog.to_json(d.name || coalesce({_CURSOR_OF}, '{START}'))::text
 FROM database d LEFT JOIN LATERAL (
-    SELECT xid, id FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
+    SELECT xid, id, created_at FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
 ) e ON true""",
     read_only=True,
@@ -62,22 +72,23 @@ class AsyncEventRepository(AsyncRepository):
             run_id: Only events of this run; cursors with and without this filter are interchangeable.
 
         Raises:
-            InvalidCursorError: ``after`` is not a cursor of this database. A dump restored elsewhere, or a backup from
-                before the event, needs a new start with ``None``.
+            InvalidCursorError: ``after`` is not a cursor of this database, or its event is gone: events that the reader
+                had not read were purged, or a restore or a failover undid them. Start again with ``None``.
         """
-        database, xid, last_id = _parse_cursor(after)
+        database, xid, last_id, micros = _parse_cursor(after)
         run = None if run_id is None else check_id(run_id, "run_id")
-        rows = await self._values(READ, run=run, xid=str(xid), id=last_id, limit=check_count(limit, "limit"))
-        current_database, next_xid, _ = rows[0]
+        position = {"xid": str(xid), "id": last_id, "micros": micros}
+        rows = await self._values(READ, run=run, **position, limit=check_count(limit, "limit"))
+        current_database, state, _ = rows[0]
         if database not in (None, current_database):
             raise InvalidCursorError(f"the cursor {after!r} is of another database: start again with after=None")
-        if xid > int(next_xid):
+        if state is None:
             raise InvalidCursorError(
-                f"the cursor {after!r} is ahead of the database, which was restored from a backup: start again with"
-                " after=None"
+                f"the event of the cursor {after!r} is gone: it was purged, or undone by a restore or a failover: start"
+                " again with after=None"
             )
         items = tuple(PipelineEvent.model_validate(event) for _, _, event in rows if event is not None)
-        return EventPage(items=items, next_cursor=items[-1].cursor if items else after or f"{current_database}-0-0")
+        return EventPage(items=items, next_cursor=items[-1].cursor if items else after or current_database + START)
 
     async def last(self) -> str:
         """Read the cursor of the newest event that can be read, to follow only later events."""
@@ -87,14 +98,15 @@ class AsyncEventRepository(AsyncRepository):
     async def purge(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Delete at most ``limit`` events from over ``older_than`` ago; commit and repeat until it returns 0.
 
-        Events are kept until then, also events of deleted runs. A reader that is further behind misses them.
+        Events are kept until then, also events of deleted runs. A reader that is further behind gets
+        ``InvalidCursorError``. The newest event is kept, so that the cursors of readers that have it stay valid.
         """
         age = check_duration(older_than, "older_than", allow_zero=True)
         return int((await self._values(PURGE, older_than=age, limit=check_count(limit, "limit")))[0])
 
 
-# database (system identifier and oid), transaction, id
-_CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})")
+# database (system identifier and oid); transaction, id and time of the event, in microseconds since 1970
+_CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})-(-?[0-9]{1,19})")
 
 
 class EventRepository(Repository):
@@ -107,11 +119,11 @@ class EventRepository(Repository):
     purge = blocking(AsyncEventRepository.purge)
 
 
-def _parse_cursor(cursor: object) -> tuple[str | None, int, int]:
-    """Split a cursor into the database's name, the transaction and the id of the last event read."""
+def _parse_cursor(cursor: object) -> tuple[str | None, int, int, int]:
+    """Split a cursor into the database's name, and transaction, id and time of the last event read."""
     if cursor is None:
-        return None, 0, 0
+        return None, 0, 0, 0
     match = _CURSOR.fullmatch(cursor) if isinstance(cursor, str) else None
-    if match is None or int(match[2]) > MAX_BIGINT or int(match[3]) > MAX_BIGINT:
+    if match is None or any(abs(int(match[part])) > MAX_BIGINT for part in (2, 3, 4)):
         raise InvalidCursorError(f"after must be the cursor of an event or of a page, not {quote(cursor)}")
-    return match[1], int(match[2]), int(match[3])
+    return match[1], int(match[2]), int(match[3]), int(match[4])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
@@ -14,11 +14,14 @@ from gathering_pipeline.arguments import (
     check_duration,
     check_flag,
     check_id,
+    check_ids,
     check_json,
     check_pipeline_id,
+    check_priority,
     check_run_id,
     check_status,
     check_text,
+    check_time,
     check_token,
     check_type,
     encode_json,
@@ -53,7 +56,8 @@ from gathering_pipeline.repositories._call import AsyncRepository, Repository, b
 # --- statements; alembic/schema.sql has the functions ----------------------------------------------------------------
 
 CREATE = Statement(
-    "SELECT pg_catalog.to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s))::text"
+    "SELECT pg_catalog.to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s, "
+    "%(priority)s, %(run_at)s::timestamptz))::text"
 )
 START = Statement("SELECT pg_catalog.to_json(circle.start_run(%(run_id)s, %(token)s))::text")
 CONCLUDE = Statement(
@@ -79,8 +83,8 @@ FROM circle.advance_runs(%(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)
 RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s)")
 CLAIM = Statement("""
 SELECT pg_catalog.to_json(r)::text
-FROM circle.claim_runs(%(worker_id)s, pg_catalog.make_interval(secs => %(lease)s), %(limit)s) r
-ORDER BY r.id""")
+FROM circle.claim_runs(%(worker_id)s, pg_catalog.make_interval(secs => %(lease)s), %(limit)s, %(pipelines)s::bigint[]) r
+ORDER BY r.priority DESC, r.id""")
 HEARTBEAT = Statement(
     "SELECT pg_catalog.to_json("
     "circle.heartbeat_run(%(run_id)s, %(token)s, pg_catalog.make_interval(secs => %(lease)s)))::text"
@@ -155,7 +159,13 @@ class AsyncRunRepository(AsyncRepository):
     # --- runs ---
 
     async def create(
-        self, pipeline_id: int, trigger_data: Any = None, *, idempotency_key: str | None = None
+        self,
+        pipeline_id: int,
+        trigger_data: Any = None,
+        *,
+        idempotency_key: str | None = None,
+        priority: int = 0,
+        run_at: datetime | None = None,
     ) -> RunRead:
         """Create a ``pending`` run of an active pipeline, with a pending node run for each node of its graph.
 
@@ -163,6 +173,8 @@ class AsyncRunRepository(AsyncRepository):
             pipeline_id: The pipeline.
             trigger_data: JSON input of the run; ``None`` stores ``{}``.
             idempotency_key: At most 255 characters. A second call with the same key returns the run of the first.
+            priority: Runs with a higher one are claimed first; at most 32,767, at least -32,767.
+            run_at: No worker claims the run before this time, which needs an offset from UTC.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
@@ -170,7 +182,14 @@ class AsyncRunRepository(AsyncRepository):
             InvalidPipelineError: Its stored graph is broken or empty.
             InvalidDataError: The data or the key can't be stored.
         """
-        return await self._create(CREATE, pipeline_id, trigger_data, idempotency_key)
+        return await self._create(
+            CREATE,
+            pipeline_id,
+            trigger_data,
+            idempotency_key,
+            priority=check_priority(priority),
+            run_at=None if run_at is None else check_time(run_at, "run_at"),
+        )
 
     async def start(self, run_id: int, *, token: int | None = None) -> RunRead:
         """Start a pending run.
@@ -462,16 +481,23 @@ class AsyncRunRepository(AsyncRepository):
 
     # --- leases and sweeps ---
 
-    async def claim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[RunRead]:
-        """Claim the oldest pending runs for a worker: they become running, and no other worker gets them.
+    async def claim(
+        self, worker_id: str, lease: timedelta, limit: int = 1, pipelines: Collection[int] | None = None
+    ) -> list[RunRead]:
+        """Claim pending runs of active pipelines for a worker: they become running, and no other worker gets them.
+
+        A run that waits for ``run_at`` or for a retry isn't claimed before, and one without a version of its
+        pipeline's graph never.
 
         Args:
             worker_id: Name of the worker, at most 255 characters.
             lease: How long the claim lasts without ``heartbeat``; then ``recover`` may give the run to another worker.
             limit: Most runs to claim.
+            pipelines: Only runs of these pipelines.
 
         Returns:
-            The claimed runs, oldest first; the worker's calls on a run need its ``claim_token``.
+            The claimed runs, highest priority first, then oldest first; the worker's calls on a run need its
+            ``claim_token``.
         """
         return await self._read(
             RunRead,
@@ -479,6 +505,7 @@ class AsyncRunRepository(AsyncRepository):
             worker_id=check_text(worker_id, "worker_id", 255),
             lease=check_duration(lease, "lease"),
             limit=check_count(limit, "limit"),
+            pipelines=None if pipelines is None else _as_array(check_ids(pipelines, "pipelines")),
         )
 
     async def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
@@ -498,22 +525,29 @@ class AsyncRunRepository(AsyncRepository):
     async def release(self, run_id: int, *, token: int) -> RunRead:
         """Release a claimed run: the run and its running nodes become pending again, and no attempt is counted.
 
+        If its nodes wait for retries, the run isn't claimed before the first is due. A second call with the same token
+        changes nothing.
+
         Raises:
             RunNotFoundError: The run doesn't exist.
             LeaseLostError: The caller doesn't hold the run any more.
         """
         return await self._run(RELEASE, run_id, token)
 
-    async def recover(self, limit: int = 100, max_claims: int = 10) -> list[RunRead]:
+    async def recover(self, limit: int = 60, max_claims: int = 10) -> list[RunRead]:
         """Release runs whose lease expired: their running nodes count as failed attempts.
 
-        A run that was claimed ``max_claims`` times fails instead. Runs without a lease are never recovered.
+        A run whose lease ran out ``max_claims`` times fails instead. Runs without a lease are never recovered. A
+        call handles at most 60 runs.
         """
         most, claims = check_count(limit, "limit"), check_count(max_claims, "max_claims")
         return await self._read(RunRead, RECOVER, limit=most, max_claims=claims)
 
-    async def expire(self, limit: int = 100) -> list[RunRead]:
-        """End running runs that are past the ``timeout_seconds`` of their pipeline with status ``timeout``."""
+    async def expire(self, limit: int = 60) -> list[RunRead]:
+        """End running runs that are past the ``timeout_seconds`` of their pipeline with status ``timeout``.
+
+        A call handles at most 60 runs.
+        """
         return await self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
     async def purge(self, older_than: timedelta, limit: int = 1000) -> int:
@@ -625,8 +659,8 @@ class AsyncRunRepository(AsyncRepository):
     async def _advance_many(self, reports: Sequence[EncodedReport]) -> list[Step | None]:
         rows = await self._values(
             ADVANCE_MANY,
-            run_ids=f"{{{','.join(str(report.run_id) for report in reports)}}}",
-            tokens=f"{{{','.join('NULL' if report.token is None else str(report.token) for report in reports)}}}",
+            run_ids=_as_array(report.run_id for report in reports),
+            tokens=_as_array(report.token for report in reports),
             results=_as_list(
                 f'{{"run_id":{report.run_id},{result[1:]}' for report in reports for result in report.results
             ),
@@ -728,6 +762,10 @@ def encode_report(
 ) -> EncodedReport:
     """Check the arguments of ``advance`` and write its results as JSON; raises as ``advance`` does."""
     return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token))
+
+
+def _as_array(numbers: Iterable[int | None]) -> str:
+    return f"{{{','.join('NULL' if number is None else str(number) for number in numbers)}}}"
 
 
 def _as_list(objects: Iterable[str]) -> str:

@@ -82,26 +82,33 @@ def test_read_with_bad_cursor_raises_invalid_cursor(session: Session, raw: psyco
     raw_run(raw, session)
     events = EventRepository(session)
     (cursor,) = (event.cursor for event in events.read().items)
-    system, database, xid, last = cursor.split("-")
+    system, database, xid, last, micros = cursor.split("-")
     for bad in (
         "",
         "x",
         "1",
         f"{cursor}-1",
-        f"{system}-{database}-{2**64}-1",
+        f"{system}-{database}-{2**64}-1-0",
+        f"{system}-{database}-1-1",
         f"{cursor} ",
         7,
         10**5000,
         b"x",
-        "\u0661-1-1-1",
+        "\u0661-1-1-1-1",
     ):
         with pytest.raises(InvalidCursorError, match="must be the cursor"):
             events.read(bad)  # type: ignore[arg-type]
-    for foreign in (f"{int(system) + 1}-{database}-{xid}-{last}", f"{system}-{int(database) + 1}-{xid}-{last}"):
+    event = f"{xid}-{last}-{micros}"
+    for foreign in (f"{int(system) + 1}-{database}-{event}", f"{system}-{int(database) + 1}-{event}"):
         with pytest.raises(InvalidCursorError, match="another database"):
             events.read(foreign)
-    with pytest.raises(InvalidCursorError, match="ahead of the database"):
-        events.read(f"{system}-{database}-{int(xid) + 1_000_000}-1")
+    for gone in (
+        f"{int(xid) + 1_000_000}-{last}-{micros}",
+        f"{xid}-{int(last) + 1}-{micros}",
+        f"{xid}-{last}-{int(micros) + 1}",
+    ):
+        with pytest.raises(InvalidCursorError, match="is gone"):
+            events.read(f"{system}-{database}-{gone}")
     with pytest.raises(InvalidDataError):
         events.read(limit=0)
 
@@ -183,7 +190,13 @@ def test_purge_deletes_old_events_only(raw: psycopg.Connection, session: Session
     assert min(event.run_id for event in read_all(session)) == 60
     with pytest.raises(InvalidDataError):
         events.purge(timedelta(seconds=-1))
-    assert events.purge(timedelta(0)) == 41
+    behind = events.read(limit=5).next_cursor
+    assert events.purge(timedelta(0)) == 40  # the newest stays, for the readers that have it
+    session.commit()
+    with pytest.raises(InvalidCursorError, match="is gone"):
+        events.read(behind)
+    session.rollback()
+    assert events.read(events.last()).items == ()
 
 
 def test_read_after_run_is_purged_returns_its_events(raw: psycopg.Connection, session: Session) -> None:

@@ -311,6 +311,7 @@ def test_events_of_a_call_have_one_label_and_execution_order(
     finally:
         stop.set()
         thread.join()
+        raw.execute("DROP FUNCTION public.slow CASCADE")
     labels = raw.execute(
         "SELECT count(DISTINCT xid::text) FROM circle.pipeline_events WHERE run_id = %s AND node_id IS NOT NULL",
         [run_id],

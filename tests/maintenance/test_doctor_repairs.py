@@ -52,21 +52,26 @@ def test_repair_invalid_index_rebuilds_it_once_possible(
     assert catalog(database_url) == clean
 
 
+QUEUE = (
+    "pipeline_id, priority DESC, id) WHERE status = 'pending' AND waits_until IS NULL AND pipeline_version IS NOT NULL"
+)
+
+
 def test_repair_leaves_index_under_construction_alone(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     pipeline(database, runs=1)
     writer, builder = connect(database_url), connect(database_url)
-    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_queue")
     with writer.transaction():
         writer.execute(f"UPDATE {RUNS} SET current_node = 'a'")
         thread = threading.Thread(
             target=builder.execute,
-            args=(f"CREATE INDEX CONCURRENTLY idx_pipeline_runs_pending ON {RUNS} (id) WHERE status = 'pending'",),
+            args=(f"CREATE INDEX CONCURRENTLY idx_pipeline_runs_queue ON {RUNS} ({QUEUE}",),
         )
         thread.start()
         deadline = time.monotonic() + 60
-        while not found(database) or ("drift", f"index circle.idx_pipeline_runs_pending of {RUNS}") in found(database):
+        while not found(database) or ("drift", f"index circle.idx_pipeline_runs_queue of {RUNS}") in found(database):
             assert time.monotonic() < deadline
         (finding,) = doctor(database.engine, repair=True)
     thread.join()
@@ -141,7 +146,7 @@ def test_failed_repair_is_reported_with_its_reason(database: Database, raw: psyc
 def test_repair_done_meanwhile_counts_as_repaired(
     database: Database, raw: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_queue")
     run = repairs.run
 
     def too_late(connection: Connection, finding: Finding) -> str | None:
@@ -165,11 +170,11 @@ def test_repair_index_after_deadlock_drops_and_rebuilds(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     clean = catalog(database_url)
-    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_queue")
     writer = connect(database_url)
     writer.execute("SET deadlock_timeout = '1min'")  # the build is the victim
     result: list[Finding] = []
-    building = "SELECT FROM pg_class c JOIN pg_index ON oid = indexrelid WHERE relname = 'idx_pipeline_runs_pending'"
+    building = "SELECT FROM pg_class c JOIN pg_index ON oid = indexrelid WHERE relname = 'idx_pipeline_runs_queue'"
     with writer.transaction():
         writer.execute(f"UPDATE {RUNS} SET current_node = 'a'")
         thread = threading.Thread(target=lambda: result.extend(doctor(database.engine, repair=True)))
@@ -188,7 +193,7 @@ def test_repair_index_yields_to_waiting_sessions(
     database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
 ) -> None:
     clean = catalog(database_url)
-    raw.execute("DROP INDEX circle.idx_pipeline_runs_pending")
+    raw.execute("DROP INDEX circle.idx_pipeline_runs_queue")
     reader, result = connect(database_url), list[Finding]()
     waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CREATE INDEX CONCURRENTLY%'"
     with reader.transaction():

@@ -106,9 +106,9 @@ BROKEN = {
         "drift",
         "view circle.startable_node_runs",
     ),
-    "DROP INDEX circle.idx_pipeline_runs_pending": (
+    "DROP INDEX circle.idx_pipeline_runs_queue": (
         "drift",
-        "index circle.idx_pipeline_runs_pending of circle.pipeline_runs",
+        "index circle.idx_pipeline_runs_queue of circle.pipeline_runs",
     ),
     "DROP INDEX circle.idx_pipeline_node_runs_run_node; "
     "CREATE INDEX idx_pipeline_node_runs_run_node ON circle.pipeline_node_runs (run_id, node_id)": (

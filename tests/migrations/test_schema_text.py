@@ -27,7 +27,7 @@ def test_schema_sql_is_that_of_a_migrated_database(raw: psycopg.Connection) -> N
         "ALTER TABLE circle.pipeline_runs SET (fillfactor = 71)",
         "ALTER TABLE circle.pipeline_runs DROP CONSTRAINT ck_pipeline_runs_leased",
         "ALTER TABLE circle.pipeline_runs ENABLE TRIGGER pipeline_runs_before",
-        "DROP INDEX circle.idx_pipeline_runs_pending",
+        "DROP INDEX circle.idx_pipeline_runs_queue",
         "ALTER FUNCTION circle.start_run(bigint, bigint) RESET plan_cache_mode",
         "CREATE OR REPLACE FUNCTION circle.event_types() RETURNS text[] LANGUAGE sql IMMUTABLE AS $$ SELECT ARRAY['x'] $$",
         "DROP VIEW circle.startable_node_runs",

@@ -102,7 +102,7 @@ def test_doctor_binds_no_name_of_another_schema(url: str, hostile: psycopg.Conne
     """Its repairs create CHECKs and views again."""
     migrations.upgrade(url)
     hostile.execute("""ALTER TABLE circle.pipelines DROP CONSTRAINT ck_pipelines;
-        DROP VIEW circle.startable_node_runs; DROP INDEX circle.idx_pipeline_runs_pending""")  # fmt: skip
+        DROP VIEW circle.startable_node_runs; DROP INDEX circle.idx_pipeline_runs_queue""")  # fmt: skip
     with Database(url) as database:
         assert {finding.outcome for finding in doctor(database.engine, repair=True)} == {"repaired"}
     assert used_by_schema(hostile) == []

@@ -61,6 +61,9 @@ class Run:
     status: str = "pending"
     token: int = 0
     claims: int = 0
+    lapsed: int = 0
+    given_up: int | None = None
+    """The token of the last release."""
     leased: bool = False
     lost: bool = False
     late: bool = False
@@ -488,17 +491,19 @@ class Lifecycle(RuleBasedStateMachine):
         assert token is not None
 
         def release() -> None:
+            if token == run.given_up:
+                return
             if not run.leased or token != run.token:
                 raise RefusedError("LeaseLostError")
             for node in run.nodes.values():
                 node.status = "pending" if node.status == "running" else node.status
             run.status, run.leased, run.lost = "pending", False, False
-            run.claims -= 1
+            run.given_up = token
 
-        before = run.token
+        before, repeated = run.token, token == run.given_up
         refusal = self.both(release, lambda: nothing(self.worker.release(run_id, token=token)))
         self.read_tokens()
-        assert (run.token > before) == (refusal is None)
+        assert (run.token > before) == (refusal is None and not repeated)
 
     @rule(run_id=runs)
     def lose_the_lease(self, run_id: int) -> None:
@@ -518,9 +523,10 @@ class Lifecycle(RuleBasedStateMachine):
                         self._attempt_failed(run, node, retryable=True)
                 if run.end_if_over():
                     continue
-                if run.claims >= MAX_CLAIMS:
+                if run.lapsed + 1 >= MAX_CLAIMS:
                     run.end("failed")
                 else:
+                    run.lapsed += 1
                     run.status, run.leased, run.lost = "pending", False, False
             return [(run_id, run.status) for run_id, run in lost]
 
@@ -556,10 +562,12 @@ class Lifecycle(RuleBasedStateMachine):
     @invariant()
     def everything_is_as_in_the_model(self) -> None:
         found = self.raw.execute(
-            "SELECT id, status, claim_token, claim_count, lease_expires_at IS NOT NULL FROM circle.pipeline_runs ORDER BY id"
+            "SELECT id, status, claim_token, claim_count, lapsed_claims, lease_expires_at IS NOT NULL"
+            " FROM circle.pipeline_runs ORDER BY id"
         ).fetchall()
         assert found == [
-            (run_id, run.status, run.token, run.claims, run.leased) for run_id, run in sorted(self.model.items())
+            (run_id, run.status, run.token, run.claims, run.lapsed, run.leased)
+            for run_id, run in sorted(self.model.items())
         ]
         nodes = self.raw.execute(
             "SELECT run_id, node_id, status, retry_count FROM circle.pipeline_node_runs"

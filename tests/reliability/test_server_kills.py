@@ -137,11 +137,6 @@ def test_killed_server_keeps_acknowledged_calls(tmp_path: Path) -> None:
             (tmp_path / DONE).touch()
             time.sleep(LEASE.total_seconds())
             with connect(server.url) as raw:
-                raw.execute("SELECT FROM circle.recover_runs(1000000, 1000)")  # one sweep after the lease
-                stuck = raw.execute(
-                    "SELECT id FROM circle.pipeline_runs WHERE status = 'running' AND lease_expires_at < clock_timestamp()"
-                ).fetchall()
-                assert stuck == []
                 deadline = time.monotonic() + 60 + live(raw) / 10
                 while live(raw):
                     assert time.monotonic() < deadline, f"{live(raw)} runs have not ended"

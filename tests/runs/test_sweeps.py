@@ -56,7 +56,7 @@ def test_recover_after_too_many_claims_fails_the_run(
     pipeline = store(session, "a", max_retries_per_node=1_000)
     run_id = runs.create(pipeline).id
     for count in range(1, 11):
-        assert [run.claim_count for run in runs.claim("crasher", LEASE)] == [count]
+        assert [(run.claim_count, run.lapsed_claims) for run in runs.claim("crasher", LEASE)] == [(count, count - 1)]
         lose_lease(raw, run_id)
         (run,) = runs.recover()
         assert run.status == ("failed" if count == 10 else "pending")

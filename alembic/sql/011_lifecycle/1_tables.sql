@@ -1,13 +1,19 @@
 -- Revision 011: columns of leases and retries, and the counters of runs.
 
--- == pipeline_runs: add lease and idempotency key
+-- == pipeline_runs: add queue, lease and idempotency key
+-- A pending run with waits_until isn't claimed until a claim finds that this time has passed, and sets it to NULL.
 ALTER TABLE circle.pipeline_runs
     ADD COLUMN IF NOT EXISTS failed_node VARCHAR(100),
     ADD COLUMN IF NOT EXISTS worker_id VARCHAR(255),
     ADD COLUMN IF NOT EXISTS claim_token BIGINT NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS claim_count INTEGER NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS lease_expires_at TIMESTAMPTZ,
-    ADD COLUMN IF NOT EXISTS idempotency_key VARCHAR(255);
+    ADD COLUMN IF NOT EXISTS idempotency_key VARCHAR(255),
+    ADD COLUMN IF NOT EXISTS lapsed_claims INTEGER NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS released_token BIGINT,
+    ADD COLUMN IF NOT EXISTS priority SMALLINT NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS run_at TIMESTAMPTZ,
+    ADD COLUMN IF NOT EXISTS waits_until TIMESTAMPTZ;
 
 -- == pipeline_node_runs: add the due time of retries
 ALTER TABLE circle.pipeline_node_runs ADD COLUMN IF NOT EXISTS available_at TIMESTAMPTZ;
@@ -22,12 +28,13 @@ ALTER TABLE circle.pipeline_runs SET (fillfactor = 70);
 -- It is merged with that of revision 008, as each CHECK costs time in every statement.
 CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamptz,
                                                p_started_at timestamptz, p_completed_at timestamptz, p_claim_token bigint,
-                                               p_claim_count integer, p_worker_id text, p_lease_expires_at timestamptz)
+                                               p_claim_count integer, p_lapsed_claims integer, p_worker_id text,
+                                               p_lease_expires_at timestamptz, p_run_at timestamptz, p_waits_until timestamptz)
 RETURNS boolean LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
         AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
-        AND p_claim_token >= 0 AND p_claim_count >= 0
+        AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0 AND isfinite(p_run_at) AND isfinite(p_waits_until)
         AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
 END $$;
 DO $checks$
@@ -35,8 +42,8 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_runs'::regclass
                                                AND conname = 'ck_pipeline_runs_leased') THEN
         ALTER TABLE circle.pipeline_runs ADD CONSTRAINT ck_pipeline_runs_leased CHECK (
-            circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count, worker_id,
-                                lease_expires_at)) NOT VALID;
+            circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count,
+                                lapsed_claims, worker_id, lease_expires_at, run_at, waits_until)) NOT VALID;
     END IF;
 END $checks$;
 

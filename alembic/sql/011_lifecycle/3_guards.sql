@@ -172,7 +172,8 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
-           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message) ELSE '{}' END
+           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
+                WHEN NEW.status = 'running' AND NEW.claim_count > 0 THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (

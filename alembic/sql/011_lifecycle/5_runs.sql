@@ -124,8 +124,8 @@ END $$;
 -- == create functions on runs
 -- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
 -- begun; record_run begins one at once.
-CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, OUT r circle.pipeline_runs,
-                                             OUT is_new boolean)
+CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer,
+                                             p_run_at timestamptz, OUT r circle.pipeline_runs, OUT is_new boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF NOT circle.is_read_committed() THEN
@@ -143,8 +143,9 @@ BEGIN
                 RETURN;
             END IF;
         END IF;
-        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key)
-        SELECT p.id, p_status, p_trigger_data, p_key FROM circle.pipelines p
+        INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data, idempotency_key, priority, run_at, waits_until)
+        SELECT p.id, p_status, p_trigger_data, p_key, p_priority, p_run_at, CASE WHEN p_run_at > clock_timestamp() THEN p_run_at END
+        FROM circle.pipelines p
         WHERE p.id = p_pipeline_id AND (p.status = 'active') IS TRUE
         ON CONFLICT (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
         RETURNING * INTO r;
@@ -174,12 +175,13 @@ BEGIN
     RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
         DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
 END $$;
-CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb, p_key text)
+CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}', p_key text DEFAULT NULL,
+                                             p_priority integer DEFAULT 0, p_run_at timestamptz DEFAULT NULL)
 RETURNS circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     created record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at);
     IF created.is_new THEN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
@@ -211,6 +213,11 @@ BEGIN
             PERFORM circle.refuse_run(p_run_id, p_token, 'running');
         END IF;
         PERFORM pg_current_xact_id();   -- as in insert_run
+    ELSIF r.pipeline_version IS NULL THEN
+        PERFORM circle.refuse_graph('no_version', format(
+            'run %s is bound to no version of its pipeline''s graph: cancel it and create it again', p_run_id));
+    ELSIF NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND position = 0) THEN
+        PERFORM circle.fill_run(p_run_id);
     END IF;
     RETURN r;
 END $$;

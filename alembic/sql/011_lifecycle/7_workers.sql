@@ -1,18 +1,54 @@
 -- Revision 011: leases and sweeps.
 
 -- == create functions of workers and sweeps
-CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer)
-RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+-- Claims the first runs of the queues of active pipelines, by priority, then by age. The first p_limit runs of all stand in the p_limit
+-- queues with the first heads. Others may be claiming these very runs, so some more are looked at, and many more if all are locked.
+-- Where a sort can be avoided only the right index remains, as in page_of_runs; without JIT, because others can't be.
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL)
+RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $$
+DECLARE
+    now timestamptz := clock_timestamp();
+    ids bigint[];
+    picked bigint[];
+    more integer;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    RETURN QUERY WITH picked AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE status = 'pending' ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED
-    )
-    UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
-        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()), lease_expires_at = clock_timestamp() + p_lease
-    WHERE r.id = ANY (ARRAY(SELECT picked.id FROM picked)) RETURNING r.*;
+    IF (SELECT waits_until FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until IS NOT NULL
+        ORDER BY waits_until LIMIT 1) <= now THEN
+        UPDATE circle.pipeline_runs SET waits_until = NULL WHERE id = ANY (ARRAY(
+            SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until <= now
+            ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
+    END IF;
+    FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
+        WITH heads AS MATERIALIZED (
+            SELECT p.id AS pipeline_id, q.id, row_number() OVER (ORDER BY q.priority DESC, q.id) AS place FROM circle.pipelines p
+            CROSS JOIN LATERAL (
+                SELECT r.id, r.priority FROM circle.pipeline_runs r
+                WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) q
+            WHERE p.status = 'active' AND (p_pipelines IS NULL OR p.id = ANY (p_pipelines))
+            ORDER BY place LIMIT p_limit::bigint + more
+        )
+        SELECT ARRAY(SELECT h.id FROM heads h WHERE h.place > p_limit UNION ALL
+                     SELECT q.id FROM heads h CROSS JOIN LATERAL (
+                         SELECT r.id FROM circle.pipeline_runs r
+                         WHERE r.pipeline_id = h.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                         ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit::bigint + more) q
+                     WHERE h.place <= p_limit) INTO ids;
+        picked := ARRAY(
+            SELECT r.id FROM circle.pipeline_runs r WHERE r.id = ANY (ids) AND (r.status = 'pending') IS TRUE AND r.waits_until IS NULL
+            ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);
+        EXIT WHEN picked <> '{}' OR ids = '{}';
+    END LOOP;
+    PERFORM circle.fill_run(i.id) FROM unnest(picked) i (id)
+    WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0);
+    RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+        lease_expires_at = clock_timestamp() + p_lease
+    WHERE r.id = ANY (picked) RETURNING r.*;
 END $$;
 CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval) RETURNS timestamptz
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
@@ -27,25 +63,42 @@ BEGIN
     END IF;
     RETURN expires;
 END $$;
+-- When a locked run without running nodes has something to do: NULL is now, else its next retry.
+CREATE OR REPLACE FUNCTION circle.run_due(p_run_id bigint) RETURNS timestamptz
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
+            FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
+            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+            WHERE r.id = p_run_id AND n.status = 'pending');
+END $$;
 -- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.
-CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_counts integer) RETURNS circle.pipeline_runs
+CREATE OR REPLACE FUNCTION circle.requeue_run(p_run_id bigint, p_lapsed integer, p_released_token bigint) RETURNS circle.pipeline_runs
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     UPDATE circle.pipeline_runs SET status = 'pending', worker_id = NULL, lease_expires_at = NULL,
-        claim_token = circle.next_token(claim_token), claim_count = greatest(claim_count - p_counts, 0)
+        claim_token = circle.next_token(claim_token), lapsed_claims = least(lapsed_claims, 2147483646) + p_lapsed,
+        released_token = coalesce(p_released_token, released_token), waits_until = circle.run_due(id)
     WHERE id = p_run_id RETURNING *
 $$;
 CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    r circle.pipeline_runs;
 BEGIN
     PERFORM FROM circle.pipeline_runs
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
-        PERFORM circle.refuse_lease(p_run_id);
+        SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id AND released_token = p_token;
+        IF NOT FOUND OR NOT circle.is_read_committed() THEN
+            PERFORM circle.refuse_lease(p_run_id);
+        END IF;
+        PERFORM pg_current_xact_id();   -- as in insert_run
+        RETURN r;
     END IF;
-    -- the release is deliberate: neither the attempts of its nodes nor the claim count
+    -- the release is deliberate: the attempts of its nodes don't count
     UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
-    RETURN circle.requeue_run(p_run_id, 1);
+    RETURN circle.requeue_run(p_run_id, 0, p_token);
 END $$;
 -- Adds the counters of runs to the columns of their pipelines. A pipeline that somebody changes is left for the next sweep.
 CREATE OR REPLACE FUNCTION circle.fold_counters() RETURNS void
@@ -89,6 +142,7 @@ BEGIN
     p.last_run := greatest(p.last_run, c.last_run);
     RETURN p;
 END $$;
+-- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -98,16 +152,16 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, claim_count FROM circle.pipeline_runs
+    FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-             ORDER BY id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED LOOP
+             ORDER BY id LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
-            IF result.id IS NULL AND r.claim_count >= p_max_claims THEN
-                result := circle.end_run(r.id, 'failed', format('its lease ran out, and it was claimed %s times', r.claim_count));
+            IF result.id IS NULL AND r.lapsed >= p_max_claims THEN
+                result := circle.end_run(r.id, 'failed', format('its lease ran out %s times', r.lapsed));
             ELSIF result.id IS NULL THEN
-                result := circle.requeue_run(r.id, 0);
+                result := circle.requeue_run(r.id, 1, NULL);
             END IF;
         EXCEPTION WHEN OTHERS THEN   -- one run that can't be recovered stops no other
             RAISE WARNING 'run % can''t be recovered: %', r.id, SQLERRM;
@@ -129,7 +183,7 @@ BEGIN
     FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-             ORDER BY t.id LIMIT p_limit FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+             ORDER BY t.id LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
         BEGIN
             result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
         EXCEPTION WHEN OTHERS THEN   -- as in recover_runs

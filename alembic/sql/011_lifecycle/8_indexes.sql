@@ -2,11 +2,16 @@
 CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_idempotency_key
     ON circle.pipeline_runs (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
--- == index: circle.idx_pipeline_runs_pending
-CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_pending ON circle.pipeline_runs (id) WHERE status = 'pending';
+-- == index: circle.idx_pipeline_runs_queue
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_queue ON circle.pipeline_runs (pipeline_id, priority DESC, id)
+    WHERE status = 'pending' AND waits_until IS NULL AND pipeline_version IS NOT NULL;
+
+-- == index: circle.idx_pipeline_runs_waiting
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_waiting ON circle.pipeline_runs (waits_until)
+    WHERE status = 'pending' AND waits_until IS NOT NULL;
 
 -- == index: circle.idx_pipeline_runs_running
-CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_running ON circle.pipeline_runs (id) WHERE status = 'running';
+CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_running ON circle.pipeline_runs (pipeline_id, id) WHERE status = 'running';
 
 -- == index: circle.idx_pipeline_runs_history
 CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_history ON circle.pipeline_runs (pipeline_id, id);

@@ -32,12 +32,14 @@ ALTER TABLE circle.pipeline_runs VALIDATE CONSTRAINT ck_pipeline_runs;
 
 -- == pipeline_runs: drop the check of leases, indexes and columns
 ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS ck_pipeline_runs_leased;
-DROP INDEX IF EXISTS circle.idx_pipeline_runs_pending, circle.idx_pipeline_runs_running, circle.idx_pipeline_runs_history,
-    circle.idx_pipeline_runs_status_history, circle.idx_pipeline_runs_completed_at;
+DROP INDEX IF EXISTS circle.idx_pipeline_runs_queue, circle.idx_pipeline_runs_waiting, circle.idx_pipeline_runs_running,
+    circle.idx_pipeline_runs_history,    circle.idx_pipeline_runs_status_history, circle.idx_pipeline_runs_completed_at;
 -- The functions that return a run depend on the table alone, not on its columns.
 ALTER TABLE circle.pipeline_runs
     DROP COLUMN IF EXISTS failed_node, DROP COLUMN IF EXISTS worker_id, DROP COLUMN IF EXISTS claim_token,
-    DROP COLUMN IF EXISTS claim_count, DROP COLUMN IF EXISTS lease_expires_at, DROP COLUMN IF EXISTS idempotency_key;
+    DROP COLUMN IF EXISTS claim_count, DROP COLUMN IF EXISTS lease_expires_at, DROP COLUMN IF EXISTS idempotency_key,
+    DROP COLUMN IF EXISTS lapsed_claims, DROP COLUMN IF EXISTS released_token, DROP COLUMN IF EXISTS priority,
+    DROP COLUMN IF EXISTS run_at, DROP COLUMN IF EXISTS waits_until;
 
 -- == pipeline_node_runs: reset fillfactor
 ALTER TABLE circle.pipeline_node_runs RESET (fillfactor);
