@@ -796,7 +796,7 @@ AS $function$
         (jsonb_typeof(e.edge -> 'id') IS DISTINCT FROM 'string', 'invalid_id', '.id is not a string', '["id"]'),
         (jsonb_typeof(e.edge -> 'id') = 'string' AND circle.trimmed(e.id) = '', 'invalid_id', '.id is empty or blank', '["id"]'),
         (circle.trimmed(e.id) NOT IN ('', e.id), 'invalid_id', '.id has leading or trailing blanks', '["id"]'),
-        (char_length(e.id) > 100, 'invalid_id', '.id is longer than 100 characters', '["id"]'),
+        (char_length(e.id) > 1000, 'invalid_id', '.id is longer than 1000 characters', '["id"]'),
         (jsonb_typeof(e.edge -> 'from') IS DISTINCT FROM 'string', 'invalid_edge', '.from is not a string', '["from"]'),
         (jsonb_typeof(e.edge -> 'to') IS DISTINCT FROM 'string', 'invalid_edge', '.to is not a string', '["to"]'),
         (jsonb_typeof(e.edge -> 'condition') NOT IN ('string', 'null'), 'invalid_edge', '.condition is not a string',
@@ -885,7 +885,7 @@ BEGIN
     SELECT array_agg(e ->> 'id'), max(octet_length(e ->> 'id')) INTO edge_ids, longest FROM jsonb_array_elements(p_edges) e;
     texts_only := NOT jsonb_path_match(p_edges, '$[*].*.type() != "string"');
     IF p_edges <> '[]' AND (
-        array_position(edge_ids, NULL) IS NOT NULL OR longest > 100
+        array_position(edge_ids, NULL) IS NOT NULL OR longest > 1000
         OR NOT circle.surely_trimmed(edge_ids)
         OR jsonb_array_length(jsonb_path_query_array(jsonb_object(edge_ids, array_fill(''::text, ARRAY[cardinality(edge_ids)])),
                                                      '$.*')) < cardinality(edge_ids)

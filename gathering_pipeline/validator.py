@@ -29,8 +29,8 @@ from .node_types import CONFIG_MODELS, REQUIRED_KEYS, NodeConfig, RequiredKey
 
 logger = logging.getLogger(__name__)
 
-MAX_ID_LENGTH = 100
-"""Longest id in characters: ``pipeline_node_runs.node_id`` is a ``VARCHAR(100)``."""
+MAX_ID_LENGTH: dict[str, int] = {"node": 100, "edge": 1_000}
+"""Longest id in characters. ``pipeline_node_runs.node_id`` is a ``VARCHAR(100)``; editors join ids to that of an edge."""
 
 INCOMPLETE_CODES = frozenset({IssueCode.NO_NODES, IssueCode.MISSING_CONFIG})
 """Errors that a draft may have: no nodes yet, or missing configuration."""
@@ -43,7 +43,7 @@ _LARGE = 1_000
 _NOT_AN_OBJECT = (IssueCode.INVALID_NODE, IssueCode.INVALID_EDGE)
 _NODE_KEYS = frozenset(PipelineNode.model_fields)
 _EDGE_KEYS = frozenset(field.alias or name for name, field in PipelineEdge.model_fields.items())
-_LENGTHS = frozenset(range(1, MAX_ID_LENGTH + 1))
+_LENGTHS = {item: frozenset(range(1, longest + 1)) for item, longest in MAX_ID_LENGTH.items()}
 _OBJECTS = frozenset({dict, type(None)})
 _FIELDS = (*PipelineNode.model_fields, *PipelineEdge.model_fields)
 _GETTERS = {name: attrgetter(name) for name in _FIELDS}
@@ -338,11 +338,11 @@ def _check_ids(item: _Item, ids: list[Any], issues: list[Issue]) -> None:
     if text_size(ids) >= 0 and len({*ids}) == len(ids):
         lengths = {*map(len, ids)}
         text = "".join(ids)  # in most graphs without any blank, which is faster to find out
-        if lengths <= _LENGTHS and (text.split(None, 1) == [text] or ids == list(map(str.strip, ids))):
+        if lengths <= _LENGTHS[item] and (text.split(None, 1) == [text] or ids == list(map(str.strip, ids))):
             return
     first: dict[str, int] = {}
     for index, value in enumerate(ids):
-        for code, reason in _id_faults(value):
+        for code, reason in _id_faults(item, value):
             message = f"{item}s[{index}].id {reason}: {quote(value)}"
             issues.append(_issue(item, value, code, message, index, "id"))
         if isinstance(value, str) and first.setdefault(value, index) != index:
@@ -351,7 +351,7 @@ def _check_ids(item: _Item, ids: list[Any], issues: list[Issue]) -> None:
             issues.append(_issue(item, value, code, message, index, "id"))
 
 
-def _id_faults(value: object) -> Iterator[tuple[IssueCode, str]]:
+def _id_faults(item: _Item, value: object) -> Iterator[tuple[IssueCode, str]]:
     if not isinstance(value, str):
         yield IssueCode.INVALID_ID, "is not a string"
         return
@@ -359,8 +359,8 @@ def _id_faults(value: object) -> Iterator[tuple[IssueCode, str]]:
         yield IssueCode.INVALID_ID, "is empty or blank"
     elif value != value.strip():
         yield IssueCode.INVALID_ID, "has leading or trailing blanks"
-    elif len(value) > MAX_ID_LENGTH:
-        yield IssueCode.INVALID_ID, f"is longer than {MAX_ID_LENGTH} characters"
+    elif len(value) > MAX_ID_LENGTH[item]:
+        yield IssueCode.INVALID_ID, f"is longer than {MAX_ID_LENGTH[item]} characters"
     if reason := text_reason(value):
         yield IssueCode.INVALID_JSON, reason
 

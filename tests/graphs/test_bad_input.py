@@ -207,7 +207,8 @@ def one_key_twice_in_an_object(stage: Stage) -> None:
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
-IDS = {"empty": "", "blank": "\u3000 ", "blank before": "\x85n", "blank after": "n\n", "101 characters": "é" * 101}
+IDS = {"empty": "", "blank": "\u3000 ", "blank before": "\x85n", "blank after": "n\n"}
+LONG = {"node": "é" * 101, "edge": "é" * 1_001}
 NO_IDS = {"a number": 1, "a float": 1.5, "a bool": True, "null": None, "a list": ["n"]}
 NO_JSON = {
     "a Decimal": Decimal(1),
@@ -240,7 +241,10 @@ CATALOGUE: dict[str, list[Case | Call | str]] = {
     "empty, padded and long ids": [
         *(Case(f"a node's id: {what}", with_node(id=name), f"{AT}.id") for what, name in IDS.items()),
         *(Case(f"an edge's id: {what}", with_edges(EDGE | {"id": name}), "edges[0].id") for what, name in IDS.items()),
+        Case("a node's id: too long", with_node(id=LONG["node"]), f"{AT}.id"),
+        Case("an edge's id: too long", with_edges(EDGE | {"id": LONG["edge"]}), "edges[0].id"),
         Case("100 characters", with_node(id="é" * 100), warning="orphan"),
+        Case("1,000 characters of an edge's id", with_edges(EDGE | {"id": "é" * 1_000})),
     ],
     "ids that are no text": [
         *(Case(f"a node's id: {what}", with_node(id=name), f"{AT}.id") for what, name in NO_IDS.items()),

@@ -242,7 +242,9 @@ DEFECTS: dict[str, Defect] = {
     "an empty id": spoil_id(lambda rng, _: rng.choice(["", *BLANKS, "\t \n"])),
     "a blank before an id": spoil_id(lambda rng, text: rng.choice(BLANKS) + text),
     "a blank after an id": spoil_id(lambda rng, text: text + rng.choice(BLANKS)),
-    "a long id": spoil_id(lambda rng, text: (text * 101)[: rng.choice([101, 101, 1_000])].strip().ljust(101, "x")),
+    "a long id": spoil_id(
+        lambda rng, text: (text * 1_001)[: rng.choice([1_001, 1_001, 2_000])].strip().ljust(1_001, "x")
+    ),
     "no id": cut("node", "id"),
     "no id of an edge": cut("edge", "id"),
     "an id twice": same_id,

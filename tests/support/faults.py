@@ -94,7 +94,7 @@ _TABLE: dict[str, tuple[Any, Any, IssueCode, tuple[str | int, ...], tuple[str, .
     },
     **{
         f"edge's id: {value!r}": (NODES, [edge(value)], CODE.INVALID_ID, ("edges", 0, "id"), (VALUES, STORED))
-        for value in each("", "\x85", "x ", "x" * 101)
+        for value in each("", "\x85", "x ", "x" * 1_001)
     },
     "node twice": ([A, B, A, A], [], CODE.DUPLICATE_NODE, ("nodes", 2, "id"), (VALUES, STORED)),
     "edge twice": (NODES, [edge(), edge("f"), edge()], CODE.DUPLICATE_EDGE, ("edges", 2, "id"), (VALUES, STORED)),

@@ -134,7 +134,7 @@ class TestRules:
         (issue,) = find_issues(parse_pipeline_definition([node(name) for name in "abc"], edges))
         assert (issue.severity, issue.code, issue.edge_id) == ("error", "duplicate_edge", "e")
 
-    @pytest.mark.parametrize("id", ["", "  ", "\u3000", " a", "a\n", "x" * 101, "a\0", "\ud800"], ids=repr)
+    @pytest.mark.parametrize("id", ["", "  ", "\u3000", " a", "a\n", "x" * 1_001, "a\0", "\ud800"], ids=repr)
     @pytest.mark.parametrize("what", ["node", "edge"])
     def test_ids(self, what: str, id: str) -> None:
         nodes = [PipelineNode(id=id if what == "node" else "a", type="trigger", name="A")]
