@@ -30,7 +30,7 @@ from .node_types import CONFIG_MODELS, REQUIRED_KEYS, NodeConfig, RequiredKey
 logger = logging.getLogger(__name__)
 
 MAX_ID_LENGTH: dict[str, int] = {"node": 100, "edge": 1_000}
-"""Longest id in characters. ``pipeline_node_runs.node_id`` is a ``VARCHAR(100)``; editors join ids to that of an edge."""
+"""Longest id in characters. ``pipeline_node_runs.node_id`` is a ``VARCHAR(100)``; editors join ids to an edge's."""
 
 INCOMPLETE_CODES = frozenset({IssueCode.NO_NODES, IssueCode.MISSING_CONFIG})
 """Errors that a draft may have: no nodes yet, or missing configuration."""
