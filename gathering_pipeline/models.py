@@ -335,7 +335,12 @@ class _Read(_Schema):
 
 
 class PipelineRead(_Read):
-    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read."""
+    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read.
+
+    Attributes:
+        version: Number of the graph.
+        revision: Number of the row, for ``expected_revision``: each edit adds one, counters don't.
+    """
 
     id: int
     name: str
@@ -344,6 +349,7 @@ class PipelineRead(_Read):
     nodes: Any
     edges: Any
     version: int
+    revision: int
     timeout_seconds: int | None
     max_retries_per_node: int
     retry_backoff_base: float
