@@ -43,6 +43,7 @@ CREATE TABLE circle.pipelines (
     retry_backoff_base double precision NOT NULL DEFAULT 1.0,
     retry_backoff_max double precision NOT NULL DEFAULT 60.0,
     version integer NOT NULL DEFAULT 1,
+    revision bigint NOT NULL DEFAULT 1,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
     CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
     CONSTRAINT pipelines_status_check CHECK (status = ANY (ARRAY['active', 'paused', 'draft']))
@@ -56,7 +57,7 @@ CREATE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_after();
 CREATE TRIGGER pipelines_after_update AFTER UPDATE ON circle.pipelines
     FOR EACH ROW WHEN (old.version IS DISTINCT FROM new.version) EXECUTE FUNCTION circle.pipelines_after();
-CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF nodes, edges, version ON circle.pipelines
+CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base, retry_backoff_max, version, revision ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();  -- ALWAYS
 
 -- ---- table circle.pipeline_versions
@@ -927,7 +928,8 @@ AS $function$
     SELECT current_setting('session_replication_role') = 'replica'
 $function$;
 
--- Numbers the graphs: 1 for the first, one more for each other.
+-- Numbers the graphs and the revisions of the row: 1 for the first, one more for each other. An UPDATE may set the revision that its
+-- writer has read, to be refused if the row has another one by now: PL009. Replicas keep the revision that they are given.
 CREATE OR REPLACE FUNCTION circle.pipelines_before()
  RETURNS trigger
  LANGUAGE plpgsql
@@ -936,8 +938,22 @@ AS $function$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         NEW.version := OLD.version + (NEW.nodes IS DISTINCT FROM OLD.nodes OR NEW.edges IS DISTINCT FROM OLD.edges)::integer;
+        IF circle.is_replica() THEN
+            RETURN NEW;
+        ELSIF NEW.revision <> OLD.revision THEN
+            RAISE EXCEPTION 'pipeline % is at revision %, not %', OLD.id, OLD.revision, NEW.revision
+                USING ERRCODE = 'PL009', DETAIL = jsonb_build_object('pipeline_id', OLD.id, 'expected', NEW.revision,
+                                                                     'current', OLD.revision);
+        END IF;
+        NEW.revision := NEW.revision + (
+            NEW.version <> OLD.version OR NEW.status IS DISTINCT FROM OLD.status OR NEW.name IS DISTINCT FROM OLD.name
+            OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
+            OR NEW.max_retries_per_node IS DISTINCT FROM OLD.max_retries_per_node
+            OR NEW.retry_backoff_base IS DISTINCT FROM OLD.retry_backoff_base
+            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max)::integer;
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
+        NEW.revision := 1;
     END IF;
     RETURN NEW;
 END $function$;

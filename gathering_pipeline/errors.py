@@ -243,13 +243,18 @@ class PipelineInUseError(ConflictError):
 
 
 class StaleVersionError(ConflictError):
-    """The graph has another version than the caller expected."""
+    """The pipeline was edited since the caller read it.
+
+    Attributes:
+        expected: The revision that the caller has read.
+        current: The stored revision.
+    """
 
     def __init__(self, pipeline_id: int, expected: int, current: int) -> None:
         self.pipeline_id = pipeline_id
         self.expected = expected
         self.current = current
-        super().__init__(f"pipeline {pipeline_id} is at version {current}, not {expected}: read it again")
+        super().__init__(f"pipeline {pipeline_id} is at revision {current}, not {expected}: read it again")
 
 
 class IllegalTransitionError(ConflictError):

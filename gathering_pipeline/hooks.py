@@ -116,9 +116,10 @@ def _field_issue(key: str, reason: str) -> Issue:
 
 
 def _fields(item: PipelineNode | PipelineEdge) -> dict[str, Any]:
-    """The fields of a model without unset defaults; a default that was changed in place counts as set."""
+    """The fields of a model without unset defaults, and its unknown keys; a default changed in place counts as set."""
     kept = item.model_fields_set
-    return {key: value for key, value in item.__dict__.items() if key in kept or (value is not None and value != {})}
+    fields = {key: value for key, value in item.__dict__.items() if key in kept or (value is not None and value != {})}
+    return fields | {key: value for key, value in (item.model_extra or {}).items() if key not in fields}
 
 
 def _node_json(node: Any) -> Any:

@@ -98,7 +98,7 @@ class _Model(BaseModel):
 
 
 class PipelineEdge(_Model):
-    """A directed edge between two nodes; JSON spells its ends ``from`` and ``to``.
+    """A directed edge between two nodes; JSON spells its ends ``from`` and ``to``. Unknown keys are kept.
 
     Attributes:
         id: Unique among the edges of the graph.
@@ -107,7 +107,7 @@ class PipelineEdge(_Model):
         condition: Expression under which an executor takes this edge; ``None`` means always.
     """
 
-    model_config = ConfigDict(populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True, extra="allow")
 
     id: Strict
     # the aliases stand in the annotations: there type checkers don't take them for the names of the parameters
@@ -117,7 +117,7 @@ class PipelineEdge(_Model):
 
 
 class PipelineNode(_Model):
-    """A step of a pipeline.
+    """A step of a pipeline. Unknown keys are kept (``model_extra``).
 
     Attributes:
         id: Unique among the nodes of the graph; at most 100 characters.
@@ -127,6 +127,8 @@ class PipelineNode(_Model):
         position: Place in the editor, such as ``{"x": 50, "y": 100}``.
         next: Ids of the following nodes, which some writers store; the edges decide.
     """
+
+    model_config = ConfigDict(extra="allow")
 
     id: Strict
     type: NodeType
@@ -192,17 +194,19 @@ def shape_issues(error: ValidationError, lists: dict[str, Any], prefix: tuple[st
         prefix: Place of what was parsed.
     """
     details = error.errors(include_url=False, include_context=False, include_input=False)
-    return [_shape_issue(lists, (*prefix, *detail["loc"]), detail["msg"]) for detail in details]
+    return [_shape_issue(lists, (*prefix, *detail["loc"]), detail["type"], detail["msg"]) for detail in details]
 
 
-def _shape_issue(lists: dict[str, Any], place: Sequence[str | int], reason: str) -> Issue:
+def _shape_issue(lists: dict[str, Any], place: Sequence[str | int], kind: str, reason: str) -> Issue:
     root, index, *keys = place
     assert isinstance(root, str)
     assert isinstance(index, int)
     keys = [END_ALIASES.get(str(key), key) for key in keys[:1]] + keys[1:]
     code = _FIELD_CODES.get(str(keys[0]), _ITEM_CODES[root]) if keys else _ITEM_CODES[root]
-    if len(keys) > 1 and keys[0] in ("config", "position"):  # their values may be anything, so a key is refused
-        code, reason, keys = IssueCode.INVALID_JSON, f"has a key that is not a string: {quote(keys[1])}", keys[:1]
+    # values of config and position may be anything, so a key is refused
+    if kind == "invalid_key" or (len(keys) > 1 and keys[0] in ("config", "position")):
+        key = keys.pop(0 if kind == "invalid_key" else 1)
+        code, reason, keys = IssueCode.INVALID_JSON, f"has a key that is not a string: {quote(key)}", keys[:1]
     item = lists[root][index]
     name = item.get("id") if isinstance(item, dict) else getattr(item, "id", None)
     name = name if isinstance(name, str) else None
@@ -331,7 +335,12 @@ class _Read(_Schema):
 
 
 class PipelineRead(_Read):
-    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read."""
+    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read.
+
+    Attributes:
+        version: Number of the graph.
+        revision: Number of the row, for ``expected_revision``: each edit adds one, counters don't.
+    """
 
     id: int
     name: str
@@ -340,6 +349,7 @@ class PipelineRead(_Read):
     nodes: Any
     edges: Any
     version: int
+    revision: int
     timeout_seconds: int | None
     max_retries_per_node: int
     retry_backoff_base: float

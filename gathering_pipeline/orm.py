@@ -7,15 +7,18 @@ No queries are here. The hooks check what passes SQLAlchemy's unit of work and `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from itertools import chain, groupby
+from typing import Any, Literal, cast
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Connection,
     DateTime,
+    FetchedValue,
     Float,
     ForeignKey,
     Identity,
@@ -27,12 +30,16 @@ from sqlalchemy import (
     SmallInteger,
     String,
     Text,
+    Update,
+    bindparam,
     event,
     inspect,
     text,
+    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.base import ischema_names
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.mutable import MutableList
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -42,8 +49,10 @@ from sqlalchemy.orm import (
     ORMExecuteState,
     Session,
     mapped_column,
+    undefer,
     validates,
 )
+from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.naming import conv
 from sqlalchemy.types import UserDefinedType
@@ -85,9 +94,25 @@ class JSONList(MutableList[Any]):
         return cls(value if isinstance(value, list | tuple) else [value])
 
 
+class _UnsetList(JSONList):
+    """What an attribute that nobody has set shows; an edit in place sets it."""
+
+    def changed(self) -> None:
+        """Become the value of the new object that has none."""
+        for state, key in list(self._parents.items()):
+            if state.key is None and key not in state.dict:
+                setattr(state.obj(), key, self)
+        super().changed()
+
+
 def _status_check(table: str, statuses: type[StrEnum]) -> CheckConstraint:
     values = ", ".join(f"'{status}'" for status in statuses)
     return CheckConstraint(f"status IN ({values})", name=conv(f"{table}_status_check"))
+
+
+def _by_trigger() -> Any:
+    """A column that triggers may complete, so that it is read back after a write."""
+    return mapped_column(server_default=FetchedValue(), server_onupdate=FetchedValue())
 
 
 class Pipeline(Base):
@@ -96,6 +121,9 @@ class Pipeline(Base):
     ``nodes`` and ``edges`` take raw JSON lists or Pydantic objects and hold JSON. The graph is checked when the object
     is flushed: ``InvalidPipelineError`` unless it is valid. ``allow_incomplete=True`` (not a column) accepts a draft
     without nodes or with missing configuration. Loading a row never checks it.
+
+    ``revision`` is SQLAlchemy's version counter: the flush of an object whose row was edited since it was loaded raises
+    ``sqlalchemy.orm.exc.StaleDataError``. ``Session.bulk_update_mappings`` needs the ``revision`` in each mapping.
     """
 
     __tablename__ = "pipelines"
@@ -133,17 +161,20 @@ class Pipeline(Base):
     max_retries_per_node: Mapped[int] = mapped_column(Integer, server_default=text("3"))
     retry_backoff_base: Mapped[float] = mapped_column(Float, server_default=text("1.0"))
     retry_backoff_max: Mapped[float] = mapped_column(Float, server_default=text("60.0"))
-    version: Mapped[int] = mapped_column(Integer, server_default=text("1"))
+    version: Mapped[int] = mapped_column(Integer, server_default=text("1"), server_onupdate=FetchedValue())
+    revision: Mapped[int] = mapped_column(BigInteger, server_default=text("1"), server_onupdate=FetchedValue())
+
+    __mapper_args__ = {  # noqa: RUF012 (SQLAlchemy's)
+        "version_id_col": revision,
+        "version_id_generator": False,  # the database counts, for every writer
+        "eager_defaults": True,
+    }
 
     allow_incomplete = False
 
     def __init__(self, *, allow_incomplete: bool = False, **values: Any) -> None:
         super().__init__(**values)
         self.allow_incomplete = allow_incomplete
-        # a new object has the lists that it will store, so that they can be appended to
-        for key in ("nodes", "edges"):
-            if key not in values and "definition" not in values:
-                setattr(self, key, [])
 
     @validates("nodes", "edges")
     def _take_json(self, key: Literal["nodes", "edges"], value: object) -> object:
@@ -206,26 +237,28 @@ class PipelineRun(Base):
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     pipeline_id: Mapped[int] = mapped_column(ForeignKey("circle.pipelines.id", ondelete="CASCADE"))
     status: Mapped[str] = mapped_column(String(50), server_default=text("'pending'"))
-    started_at: Mapped[datetime | None]
-    completed_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None] = _by_trigger()
+    completed_at: Mapped[datetime | None] = _by_trigger()
     current_node: Mapped[str | None] = mapped_column(String(100))
     logs: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True), server_default=text("'[]'"))
     trigger_data: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True), server_default=text("'{}'"))
     error_message: Mapped[str | None]
     created_at: Mapped[datetime | None] = mapped_column(server_default=text("CURRENT_TIMESTAMP"))
-    duration_seconds: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    pipeline_version: Mapped[int | None] = mapped_column(Integer)
+    duration_seconds: Mapped[int] = mapped_column(Integer, server_default=text("0"), server_onupdate=FetchedValue())
+    pipeline_version: Mapped[int | None] = mapped_column(Integer, server_default=FetchedValue())
     failed_node: Mapped[str | None] = mapped_column(String(100))
     worker_id: Mapped[str | None] = mapped_column(String(255))
     claim_token: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     claim_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    lease_expires_at: Mapped[datetime | None]
+    lease_expires_at: Mapped[datetime | None] = _by_trigger()
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     lapsed_claims: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     released_token: Mapped[int | None] = mapped_column(BigInteger)
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
     run_at: Mapped[datetime | None]
     waits_until: Mapped[datetime | None]
+
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class PipelineNodeRun(Base):
@@ -252,13 +285,15 @@ class PipelineNodeRun(Base):
     output_data: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True), server_default=text("'{}'"))
     error_message: Mapped[str | None]
     retry_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    started_at: Mapped[datetime | None]
-    completed_at: Mapped[datetime | None]
-    duration_ms: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    started_at: Mapped[datetime | None] = _by_trigger()
+    completed_at: Mapped[datetime | None] = _by_trigger()
+    duration_ms: Mapped[int] = mapped_column(Integer, server_default=text("0"), server_onupdate=FetchedValue())
     position: Mapped[int | None] = mapped_column(Integer)
     predecessors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     successors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
-    available_at: Mapped[datetime | None]
+    available_at: Mapped[datetime | None] = _by_trigger()
+
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class CompiledNode(UserDefinedType[Any]):
@@ -342,13 +377,38 @@ class PipelineEventRow(Base):
 # --- the hooks -------------------------------------------------------------------------------------------------------
 
 _GRAPH = ("nodes", "edges")
-_JSON_COLUMNS = {PipelineRun: ("trigger_data", "logs"), PipelineNodeRun: ("input_data", "output_data")}
+_JSON_COLUMNS: dict[type[Base], tuple[str, ...]] = {
+    PipelineRun: ("trigger_data", "logs"),
+    PipelineNodeRun: ("input_data", "output_data"),
+}
 
 
-@event.listens_for(Pipeline, "before_insert")
-@event.listens_for(Pipeline, "before_update")
+@event.listens_for(Pipeline.nodes, "init_scalar", retval=True, propagate=True)
+def _show_nodes(pipeline: Pipeline, _value: object, dict_: dict[str, Any]) -> JSONList:
+    return _unset_list(pipeline, "nodes", dict_)
+
+
+@event.listens_for(Pipeline.edges, "init_scalar", retval=True, propagate=True)
+def _show_edges(pipeline: Pipeline, _value: object, dict_: dict[str, Any]) -> JSONList:
+    return _unset_list(pipeline, "edges", dict_)
+
+
+def _unset_list(pipeline: Pipeline, key: str, dict_: dict[str, Any]) -> JSONList:
+    """The list of a new object that was given none: it can be appended to, and until then ``merge`` copies nothing."""
+    shown: JSONList = dict_.setdefault(f"_unset_{key}", _UnsetList())
+    shown._parents[inspect(pipeline)] = key  # noqa: SLF001 - of its own subclass
+    return shown
+
+
+@event.listens_for(Pipeline, "before_insert", propagate=True)
+@event.listens_for(Pipeline, "before_update", propagate=True)
 def _before_pipeline(_mapper: Mapper[Pipeline], _connection: Connection, pipeline: Pipeline) -> None:
     state = inspect(pipeline)
+    for key in ("version", "revision"):  # the database sets them, whatever was given
+        if state.key is None and key in state.dict:
+            delattr(pipeline, key)
+        elif key == "version" and state.attrs[key].history.has_changes() and state.session is not None:
+            state.session.expire(pipeline, [key])
     keys = {key for key in state.mapper.column_attrs.keys() if state.attrs[key].history.has_changes()}  # noqa: SIM118
     if not state.persistent or keys.intersection(_GRAPH) or ("status" in keys and pipeline.status == "active"):
         # both halves of the graph together, and the status, which decides whether it may be incomplete
@@ -357,32 +417,108 @@ def _before_pipeline(_mapper: Mapper[Pipeline], _connection: Connection, pipelin
     for key, value in hooks.prepare_fields(values, allow_incomplete=pipeline.allow_incomplete).items():
         if value != values[key]:
             setattr(pipeline, key, value)
+        elif key not in state.dict:
+            setattr(pipeline, key, values[key])  # the list that the new object shows
 
 
 def _before_json(_mapper: Mapper[Any], _connection: Connection, row: PipelineRun | PipelineNodeRun) -> None:
     state: InstanceState[Any] = inspect(row)
-    for key in _JSON_COLUMNS[type(row)]:
+    if state.key is None and "pipeline_version" in state.dict:  # as for Pipeline
+        del row.pipeline_version  # type: ignore[union-attr]  # only runs have it
+    for key in _json_columns(type(row)):
         if state.attrs[key].history.has_changes():
             check_json(getattr(row, key), key)
 
 
 for _class in _JSON_COLUMNS:
-    event.listen(_class, "before_insert", _before_json)
-    event.listen(_class, "before_update", _before_json)
+    event.listen(_class, "before_insert", _before_json, propagate=True)
+    event.listen(_class, "before_update", _before_json, propagate=True)
+
+
+_CHANGED = "gathering_pipeline.changed_runs"
+
+
+@event.listens_for(PipelineRun, "after_update", propagate=True)
+@event.listens_for(PipelineNodeRun, "after_update", propagate=True)
+def _note_change(_mapper: Mapper[Any], _connection: Connection, row: PipelineRun | PipelineNodeRun) -> None:
+    state: InstanceState[Any] = inspect(row)
+    if state.attrs["status"].history.has_changes() and state.session is not None:
+        state.session.info.setdefault(_CHANGED, set()).add(row.id if isinstance(row, PipelineRun) else row.run_id)
+
+
+@event.listens_for(Session, "after_flush_postexec")
+def _show_cascade(session: Session, _context: object) -> None:
+    """A run ends its nodes, and a node that fails is noted in its run: let the session's other objects show it."""
+    for run_id in session.info.pop(_CHANGED, ()):
+        for row in list(session.identity_map.values()):
+            key = {PipelineRun: "id", PipelineNodeRun: "run_id"}.get(inspect(row).mapper.base_mapper.class_)
+            if key is not None and row.__dict__.get(key) == run_id:
+                _expire(session, row)
+
+
+def _expire(session: Session, row: object) -> None:
+    """Let an object be read on access, or at once in an async session, where that is not possible."""
+    session.expire(row)
+    if session.get_bind(type(row)).dialect.is_async:
+        with suppress(InvalidRequestError):  # its row was deleted
+            session.refresh(row)
+
+
+def _json_columns(class_: type) -> tuple[str, ...]:
+    return next((keys for base, keys in _JSON_COLUMNS.items() if issubclass(class_, base)), ())
 
 
 @event.listens_for(Session, "do_orm_execute")
 def _before_statement(state: ORMExecuteState) -> Result[Any] | None:
-    """Check ``insert(Pipeline)`` and ``update(Pipeline)``, for which mapper events don't fire."""
-    statement: Any = state.statement
-    if (
-        not (state.is_insert or state.is_update)
-        or state.bind_mapper is None
-        or state.bind_mapper.class_ is not Pipeline
-        or getattr(statement, "select", None) is not None  # INSERT ... SELECT: only the database sees the rows
-    ):
+    """Check the rows of ``insert`` and ``update`` of our classes, for which mapper events don't fire."""
+    if state.is_select:
+        _load_revision(state)
+    if state.bind_mapper is None or not (state.is_insert or state.is_update):
         return None
-    fixed = _by_name(statement._values or {})  # noqa: SLF001 - SQLAlchemy has no public way to the values
+    class_ = state.bind_mapper.class_
+    if issubclass(class_, Pipeline):
+        if getattr(state.statement, "select", None) is not None:  # only the database sees what a SELECT inserts
+            return None
+        result = _write_pipelines(state)
+    elif keys := _json_columns(class_):
+        _check_json_columns(state, keys)
+        result = state.invoke_statement()
+    else:  # of the application
+        return None
+    if state.is_update:
+        _show_update(state, class_)
+    return result
+
+
+def _load_revision(state: ORMExecuteState) -> None:
+    """Load ``revision`` in spite of ``load_only``: without it a flush wouldn't notice that the row was edited."""
+    statement: Any = state.statement
+    options = getattr(statement, "_with_options", ())
+    elements = chain.from_iterable(getattr(option, "context", ()) for option in options)
+    if (
+        not options
+        or state.is_column_load
+        # SQLAlchemy refuses two options about a column: defer(Pipeline.revision) stays
+        or any(getattr(element.path[-1], "key", None) == "revision" for element in elements)
+    ):
+        return
+    for column in statement.column_descriptions:
+        entity, class_ = column["expr"], column["type"]
+        if isinstance(class_, type) and issubclass(class_, Pipeline):
+            statement = statement.options(undefer(entity.revision))
+    state.statement = statement
+
+
+def _check_json_columns(state: ORMExecuteState, keys: tuple[str, ...]) -> None:
+    for row in _written(state):
+        for key in keys:
+            if not isinstance(row.get(key), ClauseElement):
+                check_json(row.get(key), key)
+
+
+def _write_pipelines(state: ORMExecuteState) -> Result[Any]:
+    statement: Any = state.statement
+    fixed = _fixed(statement)
 
     def graph(row: Mapping[Any, Any]) -> dict[str, Any]:
         values = fixed | _by_name(row)
@@ -394,22 +530,104 @@ def _before_statement(state: ORMExecuteState) -> Result[Any] | None:
         return hooks.prepare_fields(values, allow_incomplete=incomplete)
 
     if statement._multi_values:  # noqa: SLF001
-        names = [column.key for column in Pipeline.__table__.columns]
-        rows = [
-            _by_name(row if isinstance(row, Mapping) else dict(zip(names, row, strict=False)))
-            for rows in statement._multi_values  # noqa: SLF001
-            for row in rows
-        ]
+        rows = [row | graph(row) for row in _several(statement)]
         statement = statement._generate()  # noqa: SLF001
-        statement._multi_values = (  # noqa: SLF001
-            [row | graph(row) for row in rows],
-        )
+        statement._multi_values = (rows,)  # noqa: SLF001
         return state.invoke_statement(statement)
     if isinstance(state.parameters, Mapping):
         return state.invoke_statement(params=graph(state.parameters))
-    if state.parameters:
-        return state.invoke_statement(params=[graph(row) for row in state.parameters])
-    return state.invoke_statement(statement.values(graph({})))
+    if not state.parameters:
+        return state.invoke_statement(statement.values(graph({})))
+    rows = [graph(row) for row in state.parameters]
+    if state.is_update and not all("revision" in row for row in state.parameters):
+        return _update_by_key(state, [{**row, **checked} for row, checked in zip(state.parameters, rows, strict=True)])
+    return state.invoke_statement(params=rows)
+
+
+def _update_by_key(state: ORMExecuteState, rows: list[dict[str, Any]]) -> Result[Any]:
+    """Update rows by primary key as SQLAlchemy does, which raises ``KeyError`` for a row without ``revision``.
+
+    Raises:
+        StaleDataError: A row doesn't exist, or has another revision than the given one.
+    """
+    statement, mapper = state.statement, state.bind_mapper
+    assert isinstance(statement, Update)
+    assert mapper is not None
+    connection = state.session.connection(bind_arguments=state.bind_arguments)
+    expressions = {key: value for key, value in _fixed(statement).items() if isinstance(value, ClauseElement)}
+    named = {parameter.key for parameter in statement._get_embedded_bindparams()}  # noqa: SLF001
+    result: Any = None
+    for keys, group in groupby(rows, key=frozenset):
+        if "id" not in keys:
+            raise InvalidRequestError("each row of update(Pipeline) needs the primary key, id")
+        batch = [
+            {f"row_{key}": value for key, value in row.items()} | {key: row[key] for key in named & keys}
+            for row in group
+        ]
+        for table in mapper.tables:
+            columns = {mapper.get_property_by_column(column).key: column for column in table.columns}
+            sought = {"id", "revision"} & keys & columns.keys()
+            written = (keys & columns.keys()) - sought
+            values: dict[str, Any] = {key: bindparam(f"row_{key}") for key in written}
+            values |= {key: value for key, value in expressions.items() if key in columns}
+            if not values:
+                continue
+            result = connection.execute(
+                update(table)
+                .where(*statement._where_criteria, *(columns[key] == bindparam(f"row_{key}") for key in sought))  # noqa: SLF001
+                .values({columns[key]: value for key, value in values.items()}),
+                batch,
+            )
+            if result.rowcount != len(batch) and not statement._where_criteria:  # noqa: SLF001
+                raise StaleDataError(f"{len(batch)} rows of {table.name} were to be updated, {result.rowcount} matched")
+    return cast("Result[Any]", result)
+
+
+def _show_update(state: ORMExecuteState, class_: type[Any]) -> None:
+    """Let the session's objects show what an UPDATE changed and triggers completed.
+
+    SQLAlchemy expires what it knows to be changed. An async session can't read it on access, so it is read here.
+    """
+    session = state.session
+    if not session.identity_map or state.execution_options.get("synchronize_session") is False:
+        return
+    ids = {row.get("id") for row in _parameters(state)} if isinstance(state.parameters, list) else set()
+    cascades = not issubclass(class_, Pipeline) and any("status" in row for row in _written(state))
+    is_async = session.get_bind(**state.bind_arguments).dialect.is_async
+    for row in list(session.identity_map.values()):
+        row_state: InstanceState[Any] = inspect(row)
+        if row_state.expired or row_state.modified:  # by a commit; with what wasn't flushed
+            continue
+        is_target = isinstance(row, class_)
+        if (cascades and _json_columns(type(row))) or (is_target and (row_state.identity or (None,))[0] in ids):
+            _expire(session, row)
+        elif is_target and is_async and row_state.expired_attributes:
+            with suppress(InvalidRequestError):  # its row was deleted
+                session.refresh(row, row_state.expired_attributes)
+
+
+def _written(state: ORMExecuteState) -> list[dict[str, Any]]:
+    """What a statement writes, by the names of the columns."""
+    return [_fixed(state.statement), *_several(state.statement), *map(_by_name, _parameters(state))]
+
+
+def _parameters(state: ORMExecuteState) -> list[Mapping[str, Any]]:
+    parameters: Any = state.parameters or []
+    return [parameters] if isinstance(parameters, Mapping) else list(parameters)
+
+
+def _fixed(statement: Any) -> dict[str, Any]:
+    """The values of ``insert(...).values(...)`` and ``update(...).values(...)``."""
+    return _by_name(statement._values or {})  # noqa: SLF001 - SQLAlchemy has no public way to the values
+
+
+def _several(statement: Any) -> list[dict[str, Any]]:
+    """The rows of ``insert(...).values([...])``."""
+    names = [column.key for column in statement.table.columns]
+    return [
+        _by_name(row if isinstance(row, Mapping) else dict(zip(names, row, strict=False)))
+        for row in chain.from_iterable(statement._multi_values)  # noqa: SLF001
+    ]
 
 
 def _by_name(row: Mapping[Any, Any]) -> dict[str, Any]:

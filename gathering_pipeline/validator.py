@@ -46,7 +46,8 @@ _EDGE_KEYS = frozenset(field.alias or name for name, field in PipelineEdge.model
 _LENGTHS = {item: frozenset(range(1, longest + 1)) for item, longest in MAX_ID_LENGTH.items()}
 _OBJECTS = frozenset({dict, type(None)})
 _FIELDS = (*PipelineNode.model_fields, *PipelineEdge.model_fields)
-_GETTERS = {name: attrgetter(name) for name in _FIELDS}
+_UNKNOWN = "__pydantic_extra__"  # what model_extra returns, without a call for each item
+_GETTERS = {name: attrgetter(name) for name in (*_FIELDS, _UNKNOWN)}
 
 _Item = Literal["node", "edge"]
 
@@ -136,6 +137,8 @@ def find_json_issues(nodes: Any, edges: Any, limits: Limits = DEFAULT_LIMITS) ->
         definition, issues, unknown = _parse(nodes, edges)
         if definition is None:  # an item of the wrong shape must not hide a cycle among the others
             definition = _construct(nodes, edges)
+        else:
+            unknown = min(unknown, 0)  # _check sees them, too
         found, size = _check(definition)
     finally:
         if paused:
@@ -243,7 +246,7 @@ def _parse(nodes: list[Any], edges: list[Any]) -> tuple[PipelineDefinition | Non
 
 
 def _unknown_keys(key: Literal["nodes", "edges"], item: object) -> dict[Any, Any]:
-    """The part of an item that its model drops, so that ``_check`` doesn't see it."""
+    """The part of an item that is no field of its model."""
     if not isinstance(item, dict):
         return {}
     known = _NODE_KEYS
@@ -262,7 +265,9 @@ def _model_issues(key: Literal["nodes", "edges"], items: list[Any]) -> list[Issu
             model.model_validate(fields)
         except ValidationError as error:
             issues += shape_issues(error, {key: items}, (key, index))
-        as_json = {END_ALIASES.get(name, name): value for name, value in fields.items()}
+        as_json = (getattr(item, "model_extra", None) or {}) | {
+            END_ALIASES.get(name, name): value for name, value in fields.items()
+        }
         issues += json_issues(as_json, f"{key}[{index}]", MAX_DEPTH - 1, (key, index))
     return issues
 
@@ -582,7 +587,12 @@ def _size(nodes: list[PipelineNode], edges: list[PipelineEdge], columns: _Column
     # models made without validation may hold any value; scan doesn't look at types
     if not {*map(type, positions)} <= _OBJECTS:
         return -1
-    sizes = text_size(texts), scan(chain(_column(nodes, "config"), filter(None, positions)), MAX_DEPTH - 2)
+    unknown = list(filter(None, chain(_column(nodes, _UNKNOWN), _column(edges, _UNKNOWN))))
+    sizes = (
+        text_size(texts),
+        scan(chain(_column(nodes, "config"), filter(None, positions)), MAX_DEPTH - 2),
+        scan(unknown, MAX_DEPTH - 1) if unknown else 0,
+    )
     if min(sizes) < 0:
         return -1
     # the ends of an edge are ids of nodes, so their texts are storable; a character takes up to six bytes, and the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -11,16 +11,18 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import psycopg
 from psycopg.pq import TransactionStatus
 from pydantic import BaseModel
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy import BigInteger, Connection, Engine, any_, inspect, literal, select
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, UnboundExecutionError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import QueryableAttribute, Session, scoped_session
 
 from gathering_pipeline.arguments import check_count, check_cursor, check_type
 from gathering_pipeline.connections import AsyncDirectConnection, DirectConnection, Rows, Statement, direct
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
+    ConfigurationError,
     DatabaseUnavailableError,
     IllegalTransitionError,
     IntegrityViolationError,
@@ -44,12 +46,15 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.models import Page, PipelineRead, RunRead
+from gathering_pipeline.orm import Base, Pipeline, PipelineNodeRun, PipelineRun
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", RunRead, PipelineRead)
 A = ParamSpec("A")
 R = TypeVar("R")
 T = TypeVar("T")
+
+_DRIVER = "psycopg"
 
 # --- ways to the database --------------------------------------------------------------------------------------------
 
@@ -182,12 +187,15 @@ class _Awaiting:
         if not isinstance(driver, AsyncDirectConnection):
             return await session.run_sync(_send, statement, parameters)
         try:
-            return await driver.fetch(statement, parameters)
+            rows = await driver.fetch(statement, parameters)
         except BaseException as error:
             typed = await session.run_sync(_failure, connection, driver, error, may_write=not statement.read_only)
             if typed is error:
                 raise
             raise typed from error
+        if changed := _changed(session.sync_session, statement, parameters):
+            await session.run_sync(refresh, changed)
+        return rows
 
     async def run(self, action: Callable[[Session], T]) -> T:
         return await self._current().run_sync(action)
@@ -249,11 +257,15 @@ def _send(session: Session | scoped_session[Session], statement: Statement, para
     with connected(session, read_only=statement.read_only) as connection:
         driver = direct(connection)
         if isinstance(driver, DirectConnection):
-            return driver.fetch(statement, parameters)
-        try:
-            return [row[0] for row in connection.exec_driver_sql(statement.sql, dict(parameters))]
-        except DBAPIError as error:
-            raise error.orig or error from error  # one statement has one error, whichever way it went
+            rows = driver.fetch(statement, parameters)
+        else:
+            try:
+                rows = [row[0] for row in connection.exec_driver_sql(statement.sql, dict(parameters))]
+            except DBAPIError as error:
+                raise error.orig or error from error  # one statement has one error, whichever way it went
+    if changed := _changed(session, statement, parameters):
+        refresh(session, changed)
+    return rows
 
 
 @contextmanager
@@ -270,7 +282,7 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
     driver: Any = None
     may_write = True  # the flush may
     try:
-        connection = session.connection()
+        connection = session.connection(bind_arguments={"bind": _bind(session)})
         driver = connection.connection.driver_connection
         session.flush()
         may_write = not read_only
@@ -280,6 +292,27 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
         if typed is error:
             raise
         raise typed from error
+
+
+def _bind(session: Session | scoped_session[Session]) -> Engine | Connection:
+    """The engine, or connection, that the session uses for the ORM classes.
+
+    Raises:
+        ConfigurationError: The session has none, or its driver is not psycopg.
+    """
+    try:
+        bind = session.get_bind(Pipeline)
+    except UnboundExecutionError:
+        raise ConfigurationError(
+            "the session has no engine: make it by Session(engine) or database.session()"
+        ) from None
+    dialect = bind.dialect
+    if dialect.driver != _DRIVER:
+        raise ConfigurationError(
+            f"the session's engine uses the driver {dialect.driver} ({dialect.name}+{dialect.driver}):"
+            f" make the engine with postgresql+{_DRIVER}://"
+        )
+    return bind
 
 
 def _failure(  # noqa: PLR0911 - each kind of error has its end
@@ -327,6 +360,56 @@ def _begin_anew(session: Session | scoped_session[Session], driver: Any) -> None
     """In autocommit mode let the next call take another connection; there is nothing to roll back."""
     if driver is not None and driver.autocommit:
         session.rollback()
+
+
+# --- objects of the session ------------------------------------------------------------------------------------------
+
+_ROWS: dict[type[Base], tuple[QueryableAttribute[int], str]] = {
+    Pipeline: (Pipeline.id, ""),
+    PipelineRun: (PipelineRun.id, "id"),
+    PipelineNodeRun: (PipelineNodeRun.id, "run_id"),
+}
+"""The classes whose rows calls change: primary key, and name of the attribute with the run's id."""
+
+
+def _changed(
+    session: Session | scoped_session[Session], statement: Statement, parameters: Mapping[str, Any]
+) -> list[Base]:
+    """The session's objects whose rows a call may have changed."""
+    # a call with trigger_data creates a run, and changes no other row
+    if not session.identity_map or statement.read_only or "trigger_data" in parameters:
+        return []
+    run_id = parameters.get("run_id")
+    changed: list[Base] = []
+    for row in session.identity_map.values():
+        for class_, (_, key) in _ROWS.items():
+            # a run_id that is not loaded may be this one
+            if isinstance(row, class_) and (run_id is None or (key and row.__dict__.get(key, run_id) == run_id)):
+                changed.append(row)
+    return changed
+
+
+def refresh(session: Session | scoped_session[Session], rows: Iterable[object]) -> None:
+    """Read objects of the session anew; those whose rows are gone leave the session.
+
+    They are not expired: objects of async sessions, and detached ones, can't be read on access.
+    """
+    by_class: dict[type[Base], dict[int, object]] = {}
+    for row in rows:
+        for class_ in _ROWS:
+            if isinstance(row, class_) and (identity := inspect(row).identity):
+                by_class.setdefault(class_, {})[identity[0]] = row
+    for class_, by_id in by_class.items():
+        key, _ = _ROWS[class_]
+        statement = select(class_, key).where(key == any_(literal([*by_id], ARRAY(BigInteger))))
+        try:
+            found = {row[1] for row in session.execute(statement.execution_options(populate_existing=True))}
+        except DBAPIError:  # the call has succeeded, and a broken connection is the next call's error
+            for one in by_id.values():
+                session.expire(one)
+            continue
+        for number in by_id.keys() - found:
+            session.expunge(by_id[number])
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

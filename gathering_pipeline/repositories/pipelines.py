@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Executable, Row, func, insert, literal, literal_column, update
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.util import identity_key
 
 from gathering_pipeline.arguments import (
     check_flag,
@@ -23,7 +24,7 @@ from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
 from gathering_pipeline.orm import Pipeline
-from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected
+from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected, refresh
 
 # --- statements; alembic/schema.sql has the function -----------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class AsyncPipelineRepository(AsyncRepository):
         self,
         pipeline_id: int,
         changes: PipelineUpdate,
-        expected_version: int | None = None,
+        expected_revision: int | None = None,
         *,
         allow_incomplete: bool = False,
     ) -> PipelineRead:
@@ -117,26 +118,27 @@ class AsyncPipelineRepository(AsyncRepository):
         Args:
             pipeline_id: The pipeline.
             changes: The fields to write.
-            expected_version: The version that the caller has read: the update is refused if the graph changed since.
+            expected_revision: The ``revision`` that the caller has read: the update is refused if anybody edited the
+                pipeline since.
             allow_incomplete: As for ``create``.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
-            StaleVersionError: The graph is at another version than expected.
+            StaleVersionError: The pipeline is at another revision than expected.
             InvalidPipelineError: The graph is not valid, or it is incomplete and the pipeline would be active.
         """
         check_type(changes, PipelineUpdate, "changes", "PipelineUpdate(name=...) makes one")
         values: dict[str, Any] = {name: getattr(changes, name) for name in changes.model_fields_set}
         # BIGINT parameters: an id that no INTEGER holds is not found, instead of out of range
         statement = update(Pipeline).where(Pipeline.id == literal(check_id(pipeline_id, "pipeline_id"), BigInteger))
-        if expected_version is not None:
-            version = literal(check_id(expected_version, "expected_version"), BigInteger)
-            statement = statement.where(Pipeline.version == version)
+        if expected_revision is not None:
+            revision = literal(check_id(expected_revision, "expected_revision"), BigInteger)
+            statement = statement.where(Pipeline.revision == revision)
         statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(_RETURNED)
         options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
-        row = await self._row(statement, options)
+        row = await self._row(statement, options, pipeline_id)
         if row is None:
-            raise StaleVersionError(pipeline_id, expected_version or 0, (await self.get(pipeline_id)).version)
+            raise StaleVersionError(pipeline_id, expected_revision or 0, (await self.get(pipeline_id)).revision)
         return PipelineRead.model_validate_json(row[0])
 
     async def activate(self, pipeline_id: int) -> PipelineRead:
@@ -151,7 +153,7 @@ class AsyncPipelineRepository(AsyncRepository):
             # The database checks pipelines that become active, not those that were active before it had checks.
             prepare_graph(pipeline.nodes, pipeline.edges)
             with suppress(StaleVersionError):  # edited concurrently: check the new graph
-                return await self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.version)
+                return await self.update(pipeline_id, PipelineUpdate(status=PipelineStatus.ACTIVE), pipeline.revision)
 
     async def pause(self, pipeline_id: int) -> PipelineRead:
         """Pause a pipeline: no run of it can be created; live runs go on.
@@ -174,12 +176,24 @@ class AsyncPipelineRepository(AsyncRepository):
         """
         await self._rows(DELETE, pipeline_id=check_pipeline_id(pipeline_id), force=check_flag(force, "force"))
 
-    async def _row(self, statement: Executable, options: Mapping[str, Any]) -> Row[Any] | None:
-        """Execute a statement of the ORM, so that its hooks see it, and return its row."""
+    async def _row(
+        self, statement: Executable, options: Mapping[str, Any], pipeline_id: int | None = None
+    ) -> Row[Any] | None:
+        """Execute a statement of the ORM, so that its hooks see it, and return its row.
+
+        Args:
+            statement: An INSERT, or an UPDATE of one row.
+            options: Its execution options.
+            pipeline_id: The row to be updated.
+        """
 
         def execute(session: Session) -> Row[Any] | None:
             with connected(session):
-                return session.execute(statement, execution_options=options).one_or_none()
+                row = session.execute(statement, execution_options=options).one_or_none()
+            if session.identity_map and pipeline_id is not None:
+                key = identity_key(Pipeline, pipeline_id)
+                refresh(session, [session.identity_map[key]] if key in session.identity_map else [])
+            return row
 
         return await self._transport.run(execute)
 

@@ -125,7 +125,7 @@ def test_async_pipeline_calls_answer_like_sync(database: Database) -> None:
             page = await pipelines.search(limit=1)
             assert [item.id for item in page.items] == [draft.id]
             assert [item.id for item in (await pipelines.search(after=page.next_cursor)).items] == [made.id]
-            changed = await pipelines.update(made.id, PipelineUpdate(edges=EDGES[:1]), expected_version=1)
+            changed = await pipelines.update(made.id, PipelineUpdate(edges=EDGES[:1]), expected_revision=1)
             assert changed.version == 2
             assert (await pipelines.activate(made.id)).status == "active"
             assert (await pipelines.pause(made.id)).status == "paused"

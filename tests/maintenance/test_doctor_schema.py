@@ -170,7 +170,7 @@ def test_disabled_triggers_are_repaired(database: Database, raw: psycopg.Connect
         ("DROP TABLE circle.pipeline_counters", "table pipeline_counters"),
         ("ALTER TYPE circle.compiled_node ADD ATTRIBUTE config jsonb", "type circle.compiled_node"),
         ("ALTER TABLE circle.pipeline_runs DROP worker_id CASCADE", "column worker_id of circle.pipeline_runs"),
-        ("ALTER TABLE circle.pipelines ALTER name TYPE text", "column name of circle.pipelines"),
+        ("ALTER TABLE circle.pipeline_runs ALTER current_node TYPE text", "column current_node of circle.pipeline_runs"),
         ("ALTER TABLE circle.pipeline_events ALTER id DROP IDENTITY", "column id of circle.pipeline_events"),
         ("ALTER TABLE circle.pipeline_versions DROP CONSTRAINT pipeline_versions_pkey",
          "constraint pipeline_versions_pkey of circle.pipeline_versions"),
@@ -187,7 +187,7 @@ def test_unrepairable_drift_stays_reported(broken: str, item: str, database: Dat
 @pytest.mark.parametrize(
     ("broken", "unexamined"),
     [
-        ("ALTER TABLE circle.pipelines ALTER name TYPE text", set()),
+        ("ALTER TABLE circle.pipeline_runs ALTER current_node TYPE text", set()),
         ("ALTER TABLE circle.pipelines DROP description CASCADE", set()),
         ("DROP TABLE circle.pipeline_counters", {"counters", "status_counters"}),
         ("ALTER TABLE circle.pipeline_versions DROP node_count", {"miscompiled_version", "missing_nodes"}),

@@ -14,7 +14,7 @@ import pytest
 from annotated_types import Ge, Le, MaxLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from sqlalchemy import ARRAY, BigInteger, Column, Double, Float, Integer, String
+from sqlalchemy import ARRAY, BigInteger, Column, DefaultClause, Double, Float, Integer, String
 from sqlalchemy.dialects import postgresql
 
 from gathering_pipeline import (
@@ -91,9 +91,9 @@ def evaluate(raw: psycopg.Connection, default: str | None, kind: str) -> Any:
 
 
 def orm_default(raw: psycopg.Connection, column: Column[Any]) -> Any:
-    if column.server_default is None or column.identity is not None:
+    if not isinstance(column.server_default, DefaultClause):  # none, an identity, or what a trigger fills
         return None
-    text = str(column.server_default.arg)  # type: ignore[attr-defined]
+    text = str(column.server_default.arg)
     kind = column.type.compile(dialect=postgresql.dialect())  # type: ignore[no-untyped-call]
     return evaluate(raw, text, kind)
 
@@ -137,7 +137,17 @@ def test_write_model_has_columns_types_and_nullability(schema: type[BaseModel], 
     columns, stored = columns_of(Pipeline), database_columns(raw, "pipelines")
     # the rest is the database's: ids, versions, counters, times
     assert set(columns) - set(schema.model_fields) == {
-        *("id", "version", "run_count", "success_count", "error_count", "last_run", "created_at", "updated_at")
+        *(
+            "id",
+            "version",
+            "revision",
+            "run_count",
+            "success_count",
+            "error_count",
+            "last_run",
+            "created_at",
+            "updated_at",
+        )
     }
     for name, field in schema.model_fields.items():
         kind, nullable = unwrap(field)

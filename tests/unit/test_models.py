@@ -40,7 +40,7 @@ DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 def read(nodes: object, edges: object) -> PipelineRead:
     return PipelineRead.model_validate(
         dict.fromkeys(PipelineRead.model_fields)
-        | {"id": 1, "name": "p", "status": "draft", "nodes": nodes, "edges": edges, "version": 1}
+        | {"id": 1, "name": "p", "status": "draft", "nodes": nodes, "edges": edges, "version": 1, "revision": 1}
         | {"max_retries_per_node": 3, "retry_backoff_base": 1.0, "retry_backoff_max": 60.0}
         | {"run_count": 0, "success_count": 0, "error_count": 0}
     )

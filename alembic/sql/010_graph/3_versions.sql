@@ -1,7 +1,10 @@
--- Revision 010: the versions of a pipeline's graph.
+-- Revision 010: the versions of a pipeline's graph, and the revisions of its row.
 
--- == pipelines: add version
-ALTER TABLE circle.pipelines ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1;
+-- == pipelines: add version and revision
+-- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused.
+ALTER TABLE circle.pipelines
+    ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1,
+    ADD COLUMN IF NOT EXISTS revision BIGINT NOT NULL DEFAULT 1;
 
 -- == pipeline_runs: add the version
 ALTER TABLE circle.pipeline_runs ADD COLUMN IF NOT EXISTS pipeline_version INTEGER;

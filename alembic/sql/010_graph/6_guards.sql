@@ -13,14 +13,29 @@ CREATE OR REPLACE FUNCTION circle.is_replica() RETURNS boolean LANGUAGE sql STAB
 $$;
 
 -- == create trigger functions of pipelines and versions
--- Numbers the graphs: 1 for the first, one more for each other.
+-- Numbers the graphs and the revisions of the row: 1 for the first, one more for each other. An UPDATE may set the revision that its
+-- writer has read, to be refused if the row has another one by now: PL009. Replicas keep the revision that they are given.
 CREATE OR REPLACE FUNCTION circle.pipelines_before() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         NEW.version := OLD.version + (NEW.nodes IS DISTINCT FROM OLD.nodes OR NEW.edges IS DISTINCT FROM OLD.edges)::integer;
+        IF circle.is_replica() THEN
+            RETURN NEW;
+        ELSIF NEW.revision <> OLD.revision THEN
+            RAISE EXCEPTION 'pipeline % is at revision %, not %', OLD.id, OLD.revision, NEW.revision
+                USING ERRCODE = 'PL009', DETAIL = jsonb_build_object('pipeline_id', OLD.id, 'expected', NEW.revision,
+                                                                     'current', OLD.revision);
+        END IF;
+        NEW.revision := NEW.revision + (
+            NEW.version <> OLD.version OR NEW.status IS DISTINCT FROM OLD.status OR NEW.name IS DISTINCT FROM OLD.name
+            OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
+            OR NEW.max_retries_per_node IS DISTINCT FROM OLD.max_retries_per_node
+            OR NEW.retry_backoff_base IS DISTINCT FROM OLD.retry_backoff_base
+            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max)::integer;
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
+        NEW.revision := 1;
     END IF;
     RETURN NEW;
 END $$;
@@ -103,10 +118,12 @@ CREATE OR REPLACE TRIGGER pipeline_versions_after_truncate AFTER TRUNCATE ON cir
 ALTER TABLE circle.pipeline_versions ENABLE ALWAYS TRIGGER pipeline_versions_before;
 
 -- == pipelines: check graphs on write, and write a version for each new graph
--- pipelines_accept fires before pipelines_after_*, which compile. It has a column list, because without one it would run for every
+-- pipelines_accept fires before pipelines_after_*, which compile. Both have a column list, because without one they would run for every
 -- counter update.
-CREATE OR REPLACE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF nodes, edges, version ON circle.pipelines
-    FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();
+CREATE OR REPLACE TRIGGER pipelines_before
+    BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base,
+        retry_backoff_max, version, revision
+    ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();
 CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edges, status ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_accept();
 CREATE OR REPLACE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
