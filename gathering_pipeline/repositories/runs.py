@@ -379,8 +379,7 @@ class AsyncRunRepository(AsyncRepository):
 
         Raises:
             InvalidDataError: A report can't be stored, or two are about one run.
-            psycopg.Error: A raw writer held a node for long, or changed one meanwhile; nothing was changed, and
-                ``is_transient`` is true.
+            TransactionConflictError: A raw writer held a node for long, or changed one meanwhile; nothing was changed.
         """
         encoded = []
         check_type(reports, Iterable, "reports", "[RunReport(run_id, results, token)] is a list of one")
@@ -746,5 +745,5 @@ def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) 
         first = error.errors(include_url=False, include_input=False)[0]
         path = json_path("results", first["loc"])
         raise InvalidDataError(f"{path}: {shorten(first['msg'], 200)}") from None
-    check_json(_RESULTS.dump_python(items), "results")
+    check_json(_RESULTS.dump_python(items), "results")  # together: one parameter holds all of them
     return [item.model_dump_json(exclude_unset=True) for item in items]  # the database measures what isn't given
