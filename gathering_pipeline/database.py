@@ -99,6 +99,7 @@ class Database:
     @asynccontextmanager
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
         """The async twin of ``session``."""
+        connections.check_asyncio()
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
         async with AsyncSession(engine, expire_on_commit=False, close_resets_only=False) as session:
             yield session

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Column,
     Connection,
     DateTime,
     Float,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Result,
     String,
+    Table,
     Text,
     event,
     inspect,
@@ -82,6 +84,14 @@ class JSONList(MutableList[Any]):
         if value is None or isinstance(value, cls):
             return value
         return cls(value if isinstance(value, list | tuple) else [value])
+
+
+Table(  # Alembic's own: a host that autogenerates with this metadata would propose to drop it
+    "alembic_version",
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=conv("alembic_version_pkc")),
+)
 
 
 def _status_check(table: str, statuses: type[StrEnum]) -> CheckConstraint:

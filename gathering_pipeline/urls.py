@@ -134,8 +134,8 @@ def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
     ``postgres://`` and ``postgresql://`` are read as ``postgresql+psycopg://``. Several hosts can be spelled as in
-    libpq, ``HOST:PORT,HOST:PORT``, or as in SQLAlchemy, ``?host=HOST:PORT&host=HOST:PORT``. What is shown of the URL has
-    no password, also where it is a parameter.
+    libpq, ``HOST:PORT,HOST:PORT``, or as in SQLAlchemy, ``?host=HOST:PORT&host=HOST:PORT``. What is shown of the URL
+    has no password, also where it is a parameter.
 
     Raises:
         ConfigurationError: The text is not a URL of PostgreSQL. The message contains no password.

@@ -18,7 +18,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from gathering_pipeline.arguments import check_count, check_cursor, check_type
-from gathering_pipeline.connections import AsyncDirectConnection, DirectConnection, Rows, Statement, direct
+from gathering_pipeline.connections import (
+    TRANSLATED_SCHEMA,
+    AsyncDirectConnection,
+    DirectConnection,
+    Rows,
+    Statement,
+    direct,
+    translates_schema,
+)
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
@@ -276,6 +284,7 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
     may_write = True  # the flush may
     try:
         connection = session.connection()
+        _refuse_translated_schema(connection)
         driver = connection.connection.driver_connection
         session.flush()
         may_write = not read_only
@@ -285,6 +294,12 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
         if failure is error:
             raise
         raise failure from error
+
+
+def _refuse_translated_schema(connection: Connection) -> None:
+    """Refuse a map that renames the schema: SQLAlchemy's statements would use another one than those sent directly."""
+    if translates_schema(connection.get_execution_options()):
+        raise ConfigurationError(TRANSLATED_SCHEMA)
 
 
 def _failure(  # noqa: PLR0911 - each kind of error has its end
