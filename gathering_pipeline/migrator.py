@@ -77,6 +77,17 @@ BEGIN
     END IF;
 END $$"""  # noqa: S608 - constant names
 
+# Of tables that revision 006 adopted the downgrade drops none: they lack the comment.
+_FOREIGN_KEYS = f"""
+SELECT format('%I of %s', f.conname, f.conrelid::regclass) FROM pg_constraint f
+JOIN pg_class t ON t.oid = f.confrelid JOIN pg_class h ON h.oid = f.conrelid
+WHERE f.contype = 'f' AND f.conparentid = 0 AND t.relnamespace = to_regnamespace('{SCHEMA}')
+  AND t.relname = ANY (:dropped) AND NOT (h.relnamespace = t.relnamespace AND h.relname = ANY (:ours))
+  AND (t.relname NOT IN ('pipelines', 'pipeline_runs') OR EXISTS (
+      SELECT FROM pg_constraint k WHERE k.conrelid = t.oid AND k.contype = 'p'
+          AND obj_description(k.oid, 'pg_constraint') = 'created by gathering_pipeline revision 006_pipelines'))
+ORDER BY 1"""  # noqa: S608 - a constant name
+
 Direction = Literal["upgrade", "downgrade"]
 
 logger = logging.getLogger("alembic.gathering_pipeline")
@@ -510,6 +521,7 @@ class Migrator:
             execute(connection, f"SET lock_timeout = '{self.options.lock_timeout}'")
             execute(connection, _CREATE_SCHEMA)
             start = current(connection)
+            self._refuse_foreign_keys(connection, start)
             connection.commit()
 
             def attempt() -> None:
@@ -532,6 +544,43 @@ class Migrator:
                     raise
                 raise SchemaRevisionError(found, self.directory.get_current_head()) from error
             _refuse_missing_revision(connection)  # a downgrade without a revision does nothing
+
+    def _refuse_foreign_keys(self, connection: Connection, start: str | None) -> None:
+        """Refuse a downgrade that would stop half-way, at a table that foreign keys of the host refer to.
+
+        Raises:
+            ConfigurationError: There are such foreign keys; nothing was changed.
+        """
+        all_tables, dropped = (self._tables(names) for names in (None, self._undone(start)))
+        keys = connection.scalars(text(_FOREIGN_KEYS), {"dropped": dropped, "ours": all_tables}).all()
+        if keys:
+            raise ConfigurationError(
+                f"foreign keys refer to tables that the downgrade drops: {', '.join(keys)}: drop them first; nothing"
+                " was changed"
+            )
+
+    def _undone(self, start: str | None) -> list[str]:
+        """The revisions that the command takes back from ``start``; none if it is an upgrade."""
+        names, target = revision_names(self.directory), str(self.target)
+        if start not in names:
+            return []
+        at = names.index(start)
+        if target.startswith("-") and target[1:].isdecimal():
+            return names[max(at - int(target[1:]) + 1, 0) : at + 1]
+        if target == "base":
+            return names[: at + 1]
+        try:
+            revision = self.directory.get_revision(target)
+        except CommandError:  # +1, or unknown: Alembic says so
+            return []
+        return names[names.index(revision.revision) + 1 : at + 1] if revision else []
+
+    def _tables(self, revisions: list[str] | None) -> list[str]:
+        """The tables that revisions create; None: all revisions."""
+        names = revision_names(self.directory) if revisions is None else revisions
+        folder = Path(self.directory.dir)
+        sql = "\n".join(step.sql for name in names for step in steps(name, "upgrade", folder))
+        return re.findall(rf"CREATE TABLE (?:IF NOT EXISTS )?{SCHEMA}\.(\w+)", sql)
 
     def script(self, steps_sql: str) -> str:
         """Complete the SQL that Alembic wrote offline to a script that can be run again after an interruption."""

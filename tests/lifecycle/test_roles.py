@@ -64,7 +64,7 @@ def test_service_works_with_its_rights(app: str) -> None:
         assert runs.statistics(pipeline).runs[RunStatus.COMPLETED] == 2
         assert len(runs.definition(run_id).edges) == 1
         assert EventRepository(session).read(run_id=run_id) is not None
-        assert runs.purge(timedelta(0)) == 3
+        assert runs.purge(timedelta(0)).deleted == 3
         EventRepository(session).purge(timedelta(0))
         pipelines.delete(pipeline)
 

@@ -21,6 +21,7 @@ from gathering_pipeline.maintenance.doctor import doctor
 from tests.support.adoption import GATHERING
 from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
+from tests.support.schema import catalog
 
 
 def test_upgrade_on_given_connection_restores_it(empty_database_url: str) -> None:
@@ -190,3 +191,43 @@ def test_upgrade_by_role_without_rights_names_them(empty_database_url: str, conn
                 migrations.downgrade(database.engine, "010_graph")
     finally:
         raw.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+@pytest.mark.parametrize(
+    ("target", "table"),
+    [
+        ("base", "pipelines"),
+        ("-1", "pipeline_counters"),
+        ("007_pipeline_execution", "pipeline_versions"),
+        ("base", "pipeline_runs"),
+    ],
+)
+def test_downgrade_below_a_foreign_key_of_a_host_raises_and_changes_nothing(
+    database_url: str, raw: psycopg.Connection, target: str, table: str
+) -> None:
+    key = {"pipeline_counters": "pipeline_id, id", "pipeline_versions": "pipeline_id, version"}.get(table, "id")
+    columns = ", ".join(f"{name} bigint" for name in key.split(", "))
+    raw.execute(
+        f"CREATE TABLE mine ({columns}, CONSTRAINT my_key FOREIGN KEY ({key}) REFERENCES circle.{table})".encode()
+    )
+    before = catalog(database_url)
+    with pytest.raises(
+        ConfigurationError, match="that the downgrade drops: my_key of public.mine: .* nothing was changed"
+    ):
+        migrations.downgrade(database_url, target)
+    assert catalog(database_url) == before
+    with Database(database_url) as database:
+        database.check()
+    if table != "pipeline_counters":
+        migrations.downgrade(database_url, "-1")
+    raw.execute("DROP TABLE mine")
+    migrations.downgrade(database_url, target)
+
+
+def test_downgrade_keeps_adopted_tables_with_a_foreign_key_of_a_host(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(GATHERING)
+    raw.execute("CREATE TABLE mine (id int REFERENCES circle.pipeline_runs)")
+    migrations.upgrade(empty_database_url)
+    migrations.downgrade(empty_database_url, "base")
+    assert raw.execute("SELECT count(*) FROM mine JOIN circle.pipeline_runs USING (id)").fetchone() == (0,)
