@@ -573,7 +573,7 @@ class Migrator:
             revision = self.directory.get_revision(target)
         except CommandError:  # +1, or unknown: Alembic says so
             return []
-        return names[names.index(revision.revision) + 1 : at + 1] if revision else []
+        return names[names.index(revision.revision) + 1 : at + 1]
 
     def _tables(self, revisions: list[str] | None) -> list[str]:
         """The tables that revisions create; None: all revisions."""

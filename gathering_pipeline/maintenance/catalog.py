@@ -93,7 +93,7 @@ SELECT 'storage', c.tab, 'UNLOGGED', '' FROM relations c JOIN pg_class t ON t.oi
 UNION ALL
 SELECT 'sequence', c.tab, s.seqrelid::regclass::text, format('MAXVALUE %s INCREMENT %s%s', s.seqmax, s.seqincrement,
        CASE WHEN s.seqcycle THEN ' CYCLE' ELSE '' END)
-FROM relations c JOIN pg_depend d ON d.refobjid = c.oid AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+FROM relations c JOIN pg_depend d ON d.refobjid = c.oid AND d.refclassid = 'pg_class'::regclass
 JOIN pg_sequence s ON s.seqrelid = d.objid AND d.classid = 'pg_class'::regclass
 WHERE s.seqcycle OR s.seqincrement < 1
    OR s.seqmax < CASE s.seqtypid WHEN 'int4'::regtype THEN 2147483647 ELSE 9223372036854775807 END
@@ -101,7 +101,8 @@ UNION ALL
 SELECT 'right', c.tab, g.privilege_type || ' ON circle.' || c.tab, string_agg(g.grantee, ', ' ORDER BY g.grantee)
 FROM relations c JOIN pg_class t ON t.oid = c.oid CROSS JOIN LATERAL (
     SELECT a.privilege_type, CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS grantee
-    FROM aclexplode(t.relacl) a WHERE a.grantee <> t.relowner AND (a.privilege_type = 'TRIGGER' OR (c.tab, a.privilege_type) IN (
+    FROM aclexplode(t.relacl) a
+    WHERE a.grantee <> t.relowner AND (a.privilege_type = 'TRIGGER' OR (c.tab, a.privilege_type) IN (
         ('pipeline_events', 'INSERT'), ('pipeline_events', 'UPDATE'), ('pipeline_events', 'TRUNCATE'),
         ('pipeline_versions', 'INSERT'), ('pipeline_versions', 'UPDATE'), ('pipeline_versions', 'DELETE'),
         ('pipeline_versions', 'TRUNCATE'), ('pipeline_counters', 'UPDATE'), ('pipeline_counters', 'DELETE'),

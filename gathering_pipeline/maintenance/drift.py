@@ -116,7 +116,26 @@ def _foreign(
     elif item.kind == "rule":
         message = f"is foreign and can change or drop what this package writes: {definition}"
         yield Finding("warning", "foreign_rule", str(item), message, "drop it if it is not intended")
-    elif item.kind == "child table":
+    elif item.kind in {"child table", "parent table", "storage", "sequence"}:
+        yield from _foreign_relation(item, definition)
+    elif item.kind == "row security":
+        message = f"is enabled: a role other than the owner reads and writes only what the policies allow: {definition}"
+        advice = "make sure that the policies allow all rows to the services"
+        yield Finding("warning", "row_security", str(item), message, advice)
+    elif item.kind == "function":
+        message = "is foreign: a call of this package's function may reach it, or fail because both match"
+        yield Finding("warning", "foreign_function", str(item), message, "drop it if it is not intended")
+    elif item.kind in {"default", "NOT NULL"}:
+        yield from _foreign_property(item, definition, wanted, found)
+    elif item.kind == "index" and definition.endswith(" INVALID"):
+        repair = f"DROP INDEX CONCURRENTLY {item.name}"
+        message = "is INVALID: it is foreign, slows down every write, and no query uses it"
+        yield Finding("warning", "invalid_index", str(item), message, f"the repair runs {repair}", (repair,))
+
+
+def _foreign_relation(item: Object, definition: str) -> Iterator[Finding]:
+    """Report what changes whose rows a table has, whether a crash empties it, or which ids it gets."""
+    if item.kind == "child table":
         message = "is foreign: its rows are read as rows of this package, and no guard of this package sees them"
         yield Finding("warning", "foreign_child", str(item), message, "run ALTER TABLE ... NO INHERIT on it")
     elif item.kind == "parent table":
@@ -133,19 +152,6 @@ def _foreign(
         yield Finding(
             "warning", "sequence", str(item), message, "run ALTER SEQUENCE ... NO MAXVALUE NO CYCLE INCREMENT 1"
         )
-    elif item.kind == "row security":
-        message = f"is enabled: a role other than the owner reads and writes only what the policies allow: {definition}"
-        advice = "make sure that the policies allow all rows to the services"
-        yield Finding("warning", "row_security", str(item), message, advice)
-    elif item.kind == "function":
-        message = "is foreign: a call of this package's function may reach it, or fail because both match"
-        yield Finding("warning", "foreign_function", str(item), message, "drop it if it is not intended")
-    elif item.kind in {"default", "NOT NULL"}:
-        yield from _foreign_property(item, definition, wanted, found)
-    elif item.kind == "index" and definition.endswith(" INVALID"):
-        repair = f"DROP INDEX CONCURRENTLY {item.name}"
-        message = "is INVALID: it is foreign, slows down every write, and no query uses it"
-        yield Finding("warning", "invalid_index", str(item), message, f"the repair runs {repair}", (repair,))
 
 
 def _foreign_property(

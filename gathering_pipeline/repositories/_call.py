@@ -137,7 +137,12 @@ def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> C
 
     @wraps(method)
     def twin(self: Repository, /, *args: A.args, **kwargs: A.kwargs) -> R:
-        return finish(method(self._calls, *args, **kwargs))
+        try:
+            call = method(self._calls, *args, **kwargs)  # binds the arguments only: nothing runs before finish()
+        except TypeError as error:
+            name = f"{type(self).__name__}.{method.__name__}"
+            raise TypeError(str(error).replace(method.__qualname__, name)) from None
+        return finish(call)
 
     return twin
 

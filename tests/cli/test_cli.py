@@ -242,6 +242,19 @@ def test_command_errors_print_one_sentence(database_url: str, empty_database_url
     for words in (["upgrade", "099_future"], ["downgrade", "--yes", "099_future"]):
         assert one_sentence(run(*words, "--url", database_url)).endswith(mistyped)
     assert one_sentence(run("sql", "099_future")).endswith(mistyped)
+    for words in (
+        ["upgrade", ""],
+        ["downgrade", "--yes", " "],
+        ["sql", ""],
+        ["sql", "head:"],
+        ["sql", ":head"],
+    ):
+        url = [] if words[0] == "sql" else ["--url", database_url]
+        assert "the revision is empty: write base, 006_pipelines, " in one_sentence(run(*words, *url))
+    for words in (["sql", "base:head:x"], ["sql", "--down", "base:head:x"]):
+        assert "'base:head:x' has more than two revisions: write TO or FROM:TO" in one_sentence(run(*words))
+    assert "head:base is a downgrade: add --down" in one_sentence(run("sql", "head:base"))
+    assert "base:head is an upgrade: leave out --down" in one_sentence(run("sql", "--down", "base:head"))
     assert "none, this code needs" in one_sentence(run("check", "--url", empty_database_url))
 
     raw = connect(empty_database_url)

@@ -121,3 +121,24 @@ def test_async_api_without_asyncio_raises_a_sentence(database: Database) -> None
     for work in (call, group, connect, listen):
         with pytest.raises(ConfigurationError, match="needs an event loop of asyncio, and none is running"):
             work().send(None)
+
+
+def test_call_with_wrong_arguments_names_the_class_that_was_called(database: Database) -> None:
+    calls: list[Any] = [
+        lambda runs: runs.create(1, {}, "key"),
+        lambda runs: runs.create(),
+        lambda runs: runs.create(1, key="k"),
+    ]
+    with database.session() as session:
+        for call in calls:
+            with pytest.raises(TypeError, match=r"^RunRepository\.create\(\) ") as caught:
+                call(RunRepository(session))
+            assert caught.value.__cause__ is None
+
+    async def work() -> None:
+        async with database.async_session() as session:
+            for call in calls:
+                with pytest.raises(TypeError, match=r"^AsyncRunRepository\.create\(\) "):
+                    await call(AsyncRunRepository(session))
+
+    run_async(database, work)
