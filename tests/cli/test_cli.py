@@ -136,6 +136,14 @@ def test_sql_prints_the_migration_script(empty_database_url: str, database_url: 
     assert catalog(empty_database_url) == ["schema | circle | "]
 
 
+def test_grants_prints_statements() -> None:
+    assert run("grants", "app", "--read-only").stdout.splitlines()[0] == "GRANT USAGE ON SCHEMA circle TO app;"
+    assert "INSERT" not in run("grants", "app", "--read-only").stdout
+    assert "GRANT UPDATE ON circle.pipelines, circle.pipeline_runs" in run("grants", "app").stdout
+    assert run("grants", "My app", "--migrate").stdout == 'CREATE SCHEMA IF NOT EXISTS circle AUTHORIZATION "My app";\n'
+    assert "name the one role" in one_sentence(run("grants", "public"))
+
+
 def test_json_option_prints_json(database_url: str, connect: Connect) -> None:
     raw, url = connect(database_url), ("--json", "--url", database_url)
     assert json.loads(run("current", *url).stdout) == {"revision": migrations.head(), "head": migrations.head()}
@@ -322,7 +330,7 @@ def test_page_lists_every_command_with_help() -> None:
     page = generated.PAGE.read_text(encoding="utf-8")
     assert page.split(generated.HEADING)[1] == generated.help_texts()
     assert {" ".join(words) for words in generated.commands()} >= {
-        f"db {name}" for name in ("upgrade", "downgrade", "current", "check", "sql", "doctor", "preflight")
+        f"db {name}" for name in ("upgrade", "downgrade", "current", "check", "sql", "doctor", "preflight", "grants")
     }
 
 
