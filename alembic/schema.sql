@@ -1882,7 +1882,9 @@ BEGIN
         IF p.nodes = '[]' THEN
             PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
         END IF;
-        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
+        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: ' || CASE
+            WHEN current_setting('session_replication_role') = 'replica'
+            THEN 'session_replication_role is replica, so that no trigger compiles it: reset it, then ' ELSE '' END || 'save it again');
     END IF;
     RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
         DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
@@ -3065,8 +3067,23 @@ BEGIN
     PERFORM circle.fold_counters();
 END $function$;
 
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer)
- RETURNS integer
+-- Deletes runs, but for those to which a row of a table of the host refers, and returns these. A batch is halved where one is refused.
+CREATE OR REPLACE FUNCTION circle.delete_runs(p_ids bigint[])
+ RETURNS bigint[]
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    half integer := cardinality(p_ids) / 2;
+BEGIN
+    DELETE FROM circle.pipeline_runs WHERE id = ANY (p_ids);
+    RETURN '{}';
+EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
+    RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
+END $function$;
+
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, OUT deleted integer, OUT kept bigint[])
+ RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
@@ -3074,13 +3091,20 @@ CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit inte
 AS $function$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
-    deleted integer;
+    batch bigint[];
+    refused bigint[];
 BEGIN
-    WITH old AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE completed_at < before
-        ORDER BY completed_at LIMIT p_limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM circle.pipeline_runs WHERE id = ANY (ARRAY(SELECT old.id FROM old));
-    GET DIAGNOSTICS deleted = ROW_COUNT;
-    RETURN deleted;
+    deleted := 0;
+    kept := '{}';
+    LOOP
+        WITH old AS MATERIALIZED (
+            SELECT id FROM circle.pipeline_runs WHERE completed_at < before AND id <> ALL (kept)
+            ORDER BY completed_at LIMIT p_limit - deleted FOR UPDATE SKIP LOCKED
+        )
+        SELECT coalesce(array_agg(id), '{}') INTO batch FROM old;
+        refused := circle.delete_runs(batch);
+        kept := kept || refused;
+        deleted := deleted + cardinality(batch) - cardinality(refused);
+        EXIT WHEN refused = '{}';   -- else those behind them have their turn
+    END LOOP;
 END $function$;

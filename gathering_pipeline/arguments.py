@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from .errors import InvalidCursorError, InvalidDataError, PipelineNotFoundError, RunNotFoundError, shorten
-from .json_values import MAX_DEPTH, json_issues, quote, text_reason
+from .json_values import MAX_BYTES, MAX_DEPTH, json_issues, quote, text_reason
 
 MAX_BIGINT = 2**63 - 1
 """Largest value of PostgreSQL's ``BIGINT``."""
@@ -110,8 +110,8 @@ def check_text(value: object, name: str, max_length: int | None = None) -> str:
         max_length: Longest length in characters; the text must then have at least one.
 
     Raises:
-        InvalidDataError: It is not a string, its length is wrong, or it has a NUL or a lone surrogate, which PostgreSQL
-            can't store.
+        InvalidDataError: It is not a string, its length is wrong, it is larger than ``MAX_BYTES``, which no event can
+            hold, or it has a NUL or a lone surrogate, which PostgreSQL can't store.
     """
     if not isinstance(value, str):
         raise InvalidDataError(f"{name} must be a string, not {type(value).__name__}")
@@ -119,6 +119,8 @@ def check_text(value: object, name: str, max_length: int | None = None) -> str:
         raise InvalidDataError(f"{name} {reason}")
     if max_length is not None and not 0 < len(value) <= max_length:
         raise InvalidDataError(f"{name} must have 1 to {max_length} characters, not {len(value)}")
+    if len(value) > MAX_BYTES // 4 and (size := len(value.encode())) > MAX_BYTES:
+        raise InvalidDataError(f"{name} has {size:,} bytes: the database holds at most {MAX_BYTES:,}")
     return value
 
 

@@ -395,6 +395,7 @@ def _connect(_dialect: object, _record: object, _args: object, arguments: dict[s
 
 
 async def _connect_async(*_args: object, **arguments: Any) -> AsyncDirectConnection:
+    check_asyncio()
     watchdog = _Watchdog(arguments.pop("answer_timeout"))
     try:
         connection = await AsyncDirectConnection.connect(**arguments)
@@ -403,6 +404,21 @@ async def _connect_async(*_args: object, **arguments: Any) -> AsyncDirectConnect
     _check(connection, watchdog)
     await connection.wait(connection.begin_session())
     return connection
+
+
+def check_asyncio() -> None:
+    """Check that an event loop of asyncio runs.
+
+    Raises:
+        ConfigurationError: None does, as under trio.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "the async API needs an event loop of asyncio, and none is running: start the program by asyncio.run(),"
+            " or anyio's backend 'asyncio', not by trio"
+        ) from error
 
 
 def _check(connection: DirectConnection | AsyncDirectConnection, watchdog: _Watchdog) -> None:
@@ -448,6 +464,17 @@ def _connect_error(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseE
     return ConfigurationError(
         f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
     )
+
+
+TRANSLATED_SCHEMA = (
+    "schema_translate_map renames schema circle, which functions and triggers know by that name only: leave it out"
+)
+
+
+def translates_schema(options: Mapping[str, Any]) -> bool:
+    """Whether the execution options of a connection or engine rename schema circle."""
+    renamed: Mapping[str | None, str | None] = options.get("schema_translate_map") or {}
+    return renamed.get("circle", "circle") != "circle"
 
 
 def direct(connection: Connection) -> DirectConnection | AsyncDirectConnection | None:

@@ -16,8 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import connections, listening, migrations, urls
-from gathering_pipeline.errors import CommitIndeterminateError, TransactionAbortedError
+from gathering_pipeline.errors import TransactionAbortedError
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings
 
@@ -98,6 +99,7 @@ class Database:
     @asynccontextmanager
     async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
         """The async twin of ``session``."""
+        connections.check_asyncio()
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
         async with AsyncSession(engine, expire_on_commit=False, close_resets_only=False) as session:
             yield session
@@ -229,9 +231,8 @@ def _commit(session: Session, autocommit: bool) -> None:
         try:
             session.commit()
         except DBAPIError as error:
-            if not error.connection_invalidated:
-                raise
-            message = "the connection broke during the commit: its outcome is unknown"
-            raise CommitIndeterminateError(message) from error
+            if failure := commit_failure(error):
+                raise failure from error
+            raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error

@@ -81,6 +81,7 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
     """
     if not installed():
         raise ConfigurationError(MISSING)
+    _check_user()
     folder = data_folder(data_dir)
     if os.name == "posix" and not SAFE.fullmatch(str(folder)):
         raise ConfigurationError(
@@ -106,6 +107,21 @@ def start(data_dir: Path | None = None) -> EmbeddedServer:
     host = quote(str(info.socket_dir or info.hostname), safe="")
     url = f"postgresql+psycopg://postgres@/postgres?host={host}&port={info.port}"
     return EmbeddedServer(url=url, data_dir=folder, _server=server)
+
+
+def _check_user() -> None:
+    """Check that the process has a user with a name, as containers with arbitrary user ids have not."""
+    if os.name != "posix":
+        return
+    import pwd
+
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError as error:
+        raise ConfigurationError(
+            f"PostgreSQL needs a name for the user id {os.geteuid()}, which /etc/passwd doesn't have: add an entry, or"
+            " set GATHERING_DATABASE_URL"
+        ) from error
 
 
 def _runtime_dir() -> Path:

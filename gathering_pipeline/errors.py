@@ -21,7 +21,10 @@
     ├── DatabaseError
     │   ├── ConfigurationError (ValueError)    URL, settings or server that can't be used
     │   ├── IsolationLevelError                runs can be changed at READ COMMITTED only
-    │   ├── DatabaseUnavailableError           no connection; retry later
+    │   ├── DatabaseUnavailableError           no connection, a read-only server, a full disk; retry later
+    │   ├── TransactionConflictError           another transaction was in the way; retry
+    │   ├── StatementCancelledError            a time limit or an administrator cancelled the statement
+    │   ├── IdsExhaustedError                  a table has used up its ids
     │   ├── TransactionAbortedError            an earlier error ended the transaction; nothing is stored
     │   ├── CommitIndeterminateError           the outcome of the commit is unknown
     │   ├── SchemaRevisionError                the schema is at another revision than the code
@@ -366,7 +369,23 @@ class IsolationLevelError(DatabaseError):
 
 
 class DatabaseUnavailableError(DatabaseError):
-    """No connection could be made, or it broke."""
+    """The database can't do it now: a retry may succeed although the caller changes nothing.
+
+    No connection could be made, or it broke; the server is read-only, lacks disk space, memory or connections, or can't
+    read or write a file.
+    """
+
+
+class TransactionConflictError(DatabaseError):
+    """Another transaction was in the way: a deadlock, a lock that did not become free, a failed serialization."""
+
+
+class StatementCancelledError(DatabaseError):
+    """The statement was cancelled by a time limit such as ``statement_timeout``, or by ``pg_cancel_backend``."""
+
+
+class IdsExhaustedError(DatabaseError):
+    """A table has used up its ids. ``gathering-pipeline db doctor`` shows how far the ids have come."""
 
 
 class TransactionAbortedError(DatabaseError):
@@ -457,24 +476,27 @@ class InvalidCursorError(PipelineError, ValueError):
     """The value is not a cursor of this repository."""
 
 
-_TRANSIENT = frozenset({"40001", "40P01", "55P03", "57P01", "57P02", "57P03"})
+_TRANSIENT = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "57P01", "57P02", "57P03", "57P05"})
+_TRANSIENT_CLASSES = ("08", "53", "58")
+_PROTOCOL_VIOLATION = "08P01"
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same transaction may succeed when it is retried from its beginning.
 
-    True for serialization failures, deadlocks, lock timeouts, a server that shuts down or starts up, broken connections
-    and ``CommitIndeterminateError``. The first attempt may have been committed: give ``RunRepository.create`` an
+    True for ``TransactionConflictError``, ``DatabaseUnavailableError`` and ``CommitIndeterminateError``, and for the
+    driver's errors that they stand for. The first attempt may have been committed: give ``RunRepository.create`` an
     ``idempotency_key``, and expect ``IllegalTransitionError`` from a transition that was.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, DatabaseUnavailableError | CommitIndeterminateError):
+        if isinstance(cause, DatabaseUnavailableError | TransactionConflictError | CommitIndeterminateError):
             return True
         if getattr(cause, "connection_invalidated", False):
             return True
         sqlstate = getattr(getattr(cause, "orig", cause), "sqlstate", None)
         if isinstance(sqlstate, str):
-            return sqlstate in _TRANSIENT or sqlstate.startswith("08")
+            by_class = sqlstate.startswith(_TRANSIENT_CLASSES) and sqlstate != _PROTOCOL_VIOLATION
+            return by_class or sqlstate in _TRANSIENT
         cause = cause.__cause__
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
@@ -13,6 +14,9 @@ from .errors import Issue, IssueCode, shorten
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a stored value."""
+
+MAX_BYTES = 268_435_455
+"""Size in bytes as JSON of the largest value; JSONB holds no longer text, list or object."""
 
 _MAX_NUMBER = int(
     Decimal(repr(float_info.max))
@@ -32,14 +36,37 @@ def json_issues(value: object, path: str, depth: int = MAX_DEPTH, loc: tuple[str
         loc: Place of the value, with which the places begin.
     """
     size = scan([value], depth)
-    if size >= 0:
+    if 0 <= size <= MAX_BYTES:
         return []
     if size == _TOO_MANY:
         return [Issue("error", IssueCode.TOO_LARGE, f"{path} has more than {_MAX_VALUES} values", loc=loc)]
-    return [
+    issues = [
         Issue("error", IssueCode.INVALID_JSON, f"{json_path(path, keys)} {reason}", loc=(*loc, *keys))
         for keys, reason in islice(_walk(value, depth), _MAX_FINDINGS)
     ]
+    if issues or json_bytes(value) <= MAX_BYTES:
+        return issues
+    keys, size = _largest(value)
+    message = f"{json_path(path, keys)} has {size:,} bytes as JSON: the database holds at most {MAX_BYTES:,}"
+    return [Issue("error", IssueCode.TOO_LARGE, message, loc=(*loc, *keys))]
+
+
+def json_bytes(value: object) -> int:
+    """Size of a value in bytes as compact JSON in UTF-8."""
+    return len(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode())
+
+
+def _largest(value: object) -> tuple[_Keys, int]:
+    """The innermost place that is larger than ``MAX_BYTES``, and its size in bytes; ``value`` is."""
+    place: _Keys = ()
+    size = json_bytes(value)
+    while isinstance(value, dict | list | tuple):
+        sizes = ((keys, member, json_bytes(member)) for keys, member in _members(place, value))
+        inner = next((found for found in sizes if found[2] > MAX_BYTES), None)
+        if inner is None:
+            break
+        place, value, size = inner
+    return place, size
 
 
 def quote(value: object) -> str:

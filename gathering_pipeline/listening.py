@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import check_duration
+from gathering_pipeline.connections import check_asyncio
 from gathering_pipeline.errors import DatabaseError, PipelineError, is_transient
 from gathering_pipeline.events import PipelineEvent
 from gathering_pipeline.repositories import AsyncEventRepository, EventRepository
@@ -87,6 +88,7 @@ def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelt
 
 async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta) -> AsyncEvents:
     """See ``Database.alisten``."""
+    check_asyncio()
     position = _Position(run_id, after, poll)
     while True:
         try:

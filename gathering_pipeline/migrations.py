@@ -11,9 +11,10 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy.engine import URL, Connection, Engine
 
-from gathering_pipeline.errors import ConfigurationError, SchemaRevisionError
+from gathering_pipeline.errors import ConfigurationError, SchemaRevisionError, shorten
 from gathering_pipeline.migrator import current, revision_names, scripts, validate_options
 
 __all__ = ["Target", "check", "config", "current", "downgrade", "head", "revisions", "script", "upgrade"]
@@ -57,6 +58,7 @@ def upgrade(target: Target = None, revision: str = "head", options: Mapping[str,
         DatabaseUnavailableError: Other transactions or another migrator blocked it for longer than ``patience``.
         SchemaRevisionError: The schema is at a revision that this code doesn't know.
     """
+    _check_given(revision)
     with _alembic:
         command.upgrade(config(target, options), revision)
 
@@ -66,6 +68,7 @@ def downgrade(target: Target, revision: str, options: Mapping[str, Any] | None =
 
     The other arguments and the errors are those of ``upgrade``.
     """
+    _check_given(revision)
     with _alembic:
         command.downgrade(config(target, options), revision)
 
@@ -102,12 +105,41 @@ def script(revision: str = "head", *, down: bool = False) -> str:
         down: Whether it is a downgrade.
 
     Raises:
-        ConfigurationError: A downgrade's revision is not ``FROM:TO``.
+        ConfigurationError: The revision is empty or has another form, or leads in the other direction.
     """
     if down and not all(revision.partition(":")):
         raise ConfigurationError(f"a downgrade needs both ends: write FROM:TO, as in head:{revisions()[1]}")
+    first, *others = revision.split(":")
+    if len(others) > 1:
+        raise ConfigurationError(f"{shorten(revision, 100)!r} has more than two revisions: write TO or FROM:TO")
+    for given in (first, *others):
+        _check_given(given)
     settings = config()
+    directory = ScriptDirectory.from_config(settings)
+    start, end = _place(directory, first), _place(directory, others[0] if others else first)
+    if start is not None and end is not None and (start < end if down else start > end):
+        raise ConfigurationError(
+            f"{revision} is {'an upgrade: leave out --down' if down else 'a downgrade: add --down'}"
+            f" ({'script(..., down=False)' if down else 'script(..., down=True)'})"
+        )
     settings.output_buffer = io.StringIO()
     with _alembic:
         (command.downgrade if down else command.upgrade)(settings, revision, sql=True)
     return settings.output_buffer.getvalue()
+
+
+def _check_given(revision: str) -> None:
+    """Check that a revision is not empty, which Alembic fails at."""
+    if not revision.strip():
+        raise ConfigurationError(f"the revision is empty: write base, {', '.join(revisions())} or head")
+
+
+def _place(directory: ScriptDirectory, revision: str) -> int | None:
+    """Place of a revision in their order; base: -1; None for a relative or unknown one."""
+    if revision == "base":
+        return -1
+    try:
+        found = directory.get_revision(revision)
+    except CommandError:
+        return None
+    return revision_names(directory).index(found.revision)

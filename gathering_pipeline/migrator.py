@@ -30,7 +30,12 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from gathering_pipeline import urls
-from gathering_pipeline.connections import open_second_connection, temporary_engine
+from gathering_pipeline.connections import (
+    TRANSLATED_SCHEMA,
+    open_second_connection,
+    temporary_engine,
+    translates_schema,
+)
 from gathering_pipeline.errors import (
     AdoptionError,
     ConfigurationError,
@@ -52,6 +57,8 @@ create objects in ``public``. CHECKs and views keep for good what their names an
 RETRYABLE = ("55P03", "40P01")
 """SQLSTATEs after which a statement is retried: lock_not_available, deadlock_detected."""
 _QUERY_CANCELED = "57014"
+_INSUFFICIENT_PRIVILEGE = "42501"
+_READ_ONLY = "25006"
 _TABLES_DIFFER = "PL090"  # raised by a revision that refuses existing tables; its detail is a JSON list of differences
 _CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone requires the right to create a schema even if it exists
@@ -69,6 +76,17 @@ BEGIN
         END IF;
     END IF;
 END $$"""  # noqa: S608 - constant names
+
+# Of tables that revision 006 adopted the downgrade drops none: they lack the comment.
+_FOREIGN_KEYS = f"""
+SELECT format('%I of %s', f.conname, f.conrelid::regclass) FROM pg_constraint f
+JOIN pg_class t ON t.oid = f.confrelid JOIN pg_class h ON h.oid = f.conrelid
+WHERE f.contype = 'f' AND f.conparentid = 0 AND t.relnamespace = to_regnamespace('{SCHEMA}')
+  AND t.relname = ANY (:dropped) AND NOT (h.relnamespace = t.relnamespace AND h.relname = ANY (:ours))
+  AND (t.relname NOT IN ('pipelines', 'pipeline_runs') OR EXISTS (
+      SELECT FROM pg_constraint k WHERE k.conrelid = t.oid AND k.contype = 'p'
+          AND obj_description(k.oid, 'pg_constraint') = 'created by gathering_pipeline revision 006_pipelines'))
+ORDER BY 1"""  # noqa: S608 - a constant name
 
 Direction = Literal["upgrade", "downgrade"]
 
@@ -136,10 +154,16 @@ def read_options(arguments: Mapping[str, Any], attributes: Mapping[str, Any]) ->
 
 
 def scripts() -> Path:
-    """The folder of ``env.py`` and the revisions: inside an installed wheel, else next to the package."""
+    """The folder of ``env.py`` and the revisions: inside an installed wheel, else next to the package.
+
+    Raises:
+        ConfigurationError: There is none on the disk: the package is imported from a zip file.
+    """
     package = Path(__file__).parent
-    bundled = package / "_alembic"
-    return bundled if bundled.is_dir() else package.parent / "alembic"
+    for folder in (package / "_alembic", package.parent / "alembic"):
+        if folder.is_dir():
+            return folder
+    raise ConfigurationError(f"the revisions can't be read from {package}: install the package into a folder, by pip")
 
 
 def revision_names(directory: ScriptDirectory) -> list[str]:
@@ -150,7 +174,14 @@ def revision_names(directory: ScriptDirectory) -> list[str]:
 def current(connection: Connection) -> str | None:
     """The revision of the schema; None if it has none."""
     context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
-    return context.get_current_revision()
+    try:
+        return context.get_current_revision()
+    except DBAPIError as error:
+        if sqlstate(error) != _INSUFFICIENT_PRIVILEGE:
+            raise
+        raise ConfigurationError(
+            f"the role can't read {VERSION_TABLE} ({_primary(error)}): docs/operations.md has the rights of a service"
+        ) from error
 
 
 def missing_revision_hint(connection: Connection) -> str | None:
@@ -260,6 +291,11 @@ def _build_index(connection: Connection, step: Step, options: Options) -> None:
 def sqlstate(error: DBAPIError) -> str | None:
     """PostgreSQL's error code; None if the connection broke."""
     return getattr(error.orig, "sqlstate", None)
+
+
+def _primary(error: DBAPIError) -> str:
+    """PostgreSQL's message, without the statement and its context."""
+    return str(getattr(getattr(error.orig, "diag", None), "message_primary", None) or error.orig)
 
 
 def retry(action: Callable[[], None], options: Options, undo: Callable[[], None] = lambda: None) -> None:
@@ -434,11 +470,11 @@ def open_connection(given: object, url: str | None) -> Iterator[Connection]:
     if isinstance(given, Connection):
         if given.in_transaction():
             raise ConfigurationError("the connection is inside a transaction: commit it first, each step needs its own")
-        _require_psycopg(given)
+        _require_usable(given)
         yield given
     elif isinstance(given, Engine):
         with given.connect() as connection:
-            _require_psycopg(connection)
+            _require_usable(connection)
             yield connection
     else:
         location = urls.locate(url, for_migrations=True)
@@ -446,11 +482,13 @@ def open_connection(given: object, url: str | None) -> Iterator[Connection]:
             yield connection
 
 
-def _require_psycopg(connection: Connection) -> None:
+def _require_usable(connection: Connection) -> None:
     if connection.dialect.driver != "psycopg":
         raise ConfigurationError(
             f"the connection's driver is {connection.dialect.driver}: migrations need psycopg, as postgresql+psycopg://"
         )
+    if translates_schema(connection.get_execution_options()):
+        raise ConfigurationError(TRANSLATED_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,6 +521,7 @@ class Migrator:
             execute(connection, f"SET lock_timeout = '{self.options.lock_timeout}'")
             execute(connection, _CREATE_SCHEMA)
             start = current(connection)
+            self._refuse_foreign_keys(connection, start)
             connection.commit()
 
             def attempt() -> None:
@@ -505,6 +544,43 @@ class Migrator:
                     raise
                 raise SchemaRevisionError(found, self.directory.get_current_head()) from error
             _refuse_missing_revision(connection)  # a downgrade without a revision does nothing
+
+    def _refuse_foreign_keys(self, connection: Connection, start: str | None) -> None:
+        """Refuse a downgrade that would stop half-way, at a table that foreign keys of the host refer to.
+
+        Raises:
+            ConfigurationError: There are such foreign keys; nothing was changed.
+        """
+        all_tables, dropped = (self._tables(names) for names in (None, self._undone(start)))
+        keys = connection.scalars(text(_FOREIGN_KEYS), {"dropped": dropped, "ours": all_tables}).all()
+        if keys:
+            raise ConfigurationError(
+                f"foreign keys refer to tables that the downgrade drops: {', '.join(keys)}: drop them first; nothing"
+                " was changed"
+            )
+
+    def _undone(self, start: str | None) -> list[str]:
+        """The revisions that the command takes back from ``start``; none if it is an upgrade."""
+        names, target = revision_names(self.directory), str(self.target)
+        if start not in names:
+            return []
+        at = names.index(start)
+        if target.startswith("-") and target[1:].isdecimal():
+            return names[max(at - int(target[1:]) + 1, 0) : at + 1]
+        if target == "base":
+            return names[: at + 1]
+        try:
+            revision = self.directory.get_revision(target)
+        except CommandError:  # +1, or unknown: Alembic says so
+            return []
+        return names[names.index(revision.revision) + 1 : at + 1]
+
+    def _tables(self, revisions: list[str] | None) -> list[str]:
+        """The tables that revisions create; None: all revisions."""
+        names = revision_names(self.directory) if revisions is None else revisions
+        folder = Path(self.directory.dir)
+        sql = "\n".join(step.sql for name in names for step in steps(name, "upgrade", folder))
+        return re.findall(rf"CREATE TABLE (?:IF NOT EXISTS )?{SCHEMA}\.(\w+)", sql)
 
     def script(self, steps_sql: str) -> str:
         """Complete the SQL that Alembic wrote offline to a script that can be run again after an interruption."""
@@ -530,6 +606,16 @@ class Migrator:
                 raise DatabaseUnavailableError(message) from error
             if sqlstate(error) == _TABLES_DIFFER:
                 raise AdoptionError(json.loads(error.orig.diag.message_detail)) from error  # type: ignore[union-attr]
+            if sqlstate(error) == _INSUFFICIENT_PRIVILEGE:
+                raise ConfigurationError(
+                    f"the role lacks a right ({_primary(error)}): migrate as the owner of schema {SCHEMA} and its"
+                    " tables, or, where there is no schema yet, as a role that may create one"
+                ) from error
+            if sqlstate(error) == _READ_ONLY:
+                raise DatabaseUnavailableError(
+                    f"the server or the session is read-only ({_primary(error)}): connect to the primary, or set"
+                    " default_transaction_read_only to off"
+                ) from error
             raise
         except CommandError as error:
             if isinstance(error.__cause__, ResolutionError):

@@ -502,6 +502,18 @@ class RunStatistics(_Read):
     duration_p95: timedelta | None
 
 
+class PurgeResult(_Read):
+    """What a call of ``RunRepository.purge`` did.
+
+    Attributes:
+        deleted: Number of deleted runs; 0 once no more can be deleted.
+        kept: Ids of old runs that could not be deleted, because rows of other tables refer to them.
+    """
+
+    deleted: int
+    kept: tuple[int, ...]
+
+
 class Page(_Read, Generic[T]):
     """One page of a list; ``next_cursor`` is the ``after=`` of the next page, ``None`` on the last."""
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Column,
     Connection,
     DateTime,
     FetchedValue,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     Result,
     SmallInteger,
     String,
+    Table,
     Text,
     Update,
     bindparam,
@@ -103,6 +105,14 @@ class _UnsetList(JSONList):
             if state.key is None and key not in state.dict:
                 setattr(state.obj(), key, self)
         super().changed()
+
+
+Table(  # Alembic's own: a host that autogenerates with this metadata would propose to drop it
+    "alembic_version",
+    metadata,
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name=conv("alembic_version_pkc")),
+)
 
 
 def _status_check(table: str, statuses: type[StrEnum]) -> CheckConstraint:

@@ -84,6 +84,20 @@ def locate(
     return Location(settings, None if url is None else parse_url(url))
 
 
+_SECRET = re.compile(r"password|secret|^scram_", re.IGNORECASE)
+"""Names of libpq's connection parameters whose values are secret."""
+
+
+class PrivateURL(URL):
+    """A URL that also hides the secrets among its parameters, as in ``?password=`` and ``?sslpassword=``."""
+
+    def render_as_string(self, hide_password: bool = True) -> str:
+        """As of ``URL``."""
+        names = [name for name in self.query if _SECRET.search(name)] if hide_password else []
+        shown = URL(*self.set(query={**self.query, **dict.fromkeys(names, "***")})).render_as_string(hide_password)
+        return shown.replace("=%2A%2A%2A", "=***") if names else shown
+
+
 _SEVERAL = re.compile(
     r"(?P<before>[^:]*://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^@/?]*,[^@/?]*)(?P<after>(?:[/?].*)?)", re.DOTALL
 )
@@ -120,7 +134,8 @@ def parse_url(text: str | URL) -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
     ``postgres://`` and ``postgresql://`` are read as ``postgresql+psycopg://``. Several hosts can be spelled as in
-    libpq, ``HOST:PORT,HOST:PORT``, or as in SQLAlchemy, ``?host=HOST:PORT&host=HOST:PORT``.
+    libpq, ``HOST:PORT,HOST:PORT``, or as in SQLAlchemy, ``?host=HOST:PORT&host=HOST:PORT``. What is shown of the URL
+    has no password, also where it is a parameter.
 
     Raises:
         ConfigurationError: The text is not a URL of PostgreSQL. The message contains no password.
@@ -128,7 +143,7 @@ def parse_url(text: str | URL) -> URL:
     try:
         url = _read(text)
         if url.drivername in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg_async"):
-            url = url.set(drivername="postgresql+psycopg")
+            url = PrivateURL(*url.set(drivername="postgresql+psycopg"))
             url.get_dialect()().create_connect_args(url)  # fails if the numbers of hosts and ports differ
             return url
     except (ArgumentError, ValueError):

@@ -22,6 +22,8 @@ from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
 from gathering_pipeline.maintenance.doctor import doctor as run_doctor
 from gathering_pipeline.maintenance.preflight import MODES, Preflight
 from gathering_pipeline.maintenance.preflight import preflight as run_preflight
+from gathering_pipeline.maintenance.rights import Purpose
+from gathering_pipeline.maintenance.rights import grants as make_grants
 
 ACTION_NEEDED = 3
 """Exit code of a report that an operator has to act on."""
@@ -220,6 +222,20 @@ def doctor(repair: bool, as_json: bool, url: str | None) -> None:
             click.echo("no problems found")
     if any(finding.outcome != "repaired" for finding in findings):
         click.get_current_context().exit(ACTION_NEEDED)
+
+
+@db.command()
+@click.argument("role")
+@click.option("--read-only", "purpose", flag_value="read-only", help="For a role that only reads.")
+@click.option("--migrate", "purpose", flag_value="migrate", help="For the role that upgrades: it owns the schema.")
+def grants(role: str, purpose: Purpose | None) -> None:
+    """Print the SQL that gives ROLE the smallest rights of a service.
+
+    A service can't write events and versions, which triggers write, nor delete events. For --migrate: where the tables
+    exist, grant the role that owns them to ROLE instead. Needs no database.
+    """
+    for statement in make_grants(role, purpose or "service"):
+        click.echo(statement)
 
 
 @db.command()

@@ -29,6 +29,7 @@ def differences(connection: Connection) -> Iterator[Finding]:
         if item not in wanted and (item.table in tables or overloads):
             yield from _foreign(item, definition, wanted, found)
     yield from _foreign_uses(wanted, found)
+    yield from _excess_rights(found)
 
 
 def _foreign_uses(wanted: Mapping[Object, str], found: Mapping[Object, str]) -> Iterator[Finding]:
@@ -45,6 +46,20 @@ def _foreign_uses(wanted: Mapping[Object, str], found: Mapping[Object, str]) -> 
             )
             repair = revoke(item.name)
             yield Finding("error", "drift", f"function {item.name}", message, f"the repair runs {repair}", (repair,))
+
+
+def _excess_rights(found: Mapping[Object, str]) -> Iterator[Finding]:
+    """Report roles that may write what only triggers should, or put code of their own in their place."""
+    grantees: dict[str, list[str]] = {}
+    for item, roles in found.items():
+        for role in roles.split(", ") if item.kind == "right" else ():
+            grantees.setdefault(role, []).append(item.name)
+    for role, rights in sorted(grantees.items()):
+        message = (
+            f"has rights that no service needs, by which it can forge what triggers write: {', '.join(sorted(rights))}"
+        )
+        advice = "REVOKE them; docs/operations.md has the rights of a service"
+        yield Finding("warning", "excess_rights", f"role {role}", message, advice)
 
 
 def _function_name(function: Object) -> str:
@@ -101,9 +116,8 @@ def _foreign(
     elif item.kind == "rule":
         message = f"is foreign and can change or drop what this package writes: {definition}"
         yield Finding("warning", "foreign_rule", str(item), message, "drop it if it is not intended")
-    elif item.kind == "child table":
-        message = "is foreign: its rows are read as rows of this package, and no guard of this package sees them"
-        yield Finding("warning", "foreign_child", str(item), message, "run ALTER TABLE ... NO INHERIT on it")
+    elif item.kind in {"child table", "parent table", "storage", "sequence"}:
+        yield from _foreign_relation(item, definition)
     elif item.kind == "row security":
         message = f"is enabled: a role other than the owner reads and writes only what the policies allow: {definition}"
         advice = "make sure that the policies allow all rows to the services"
@@ -117,6 +131,27 @@ def _foreign(
         repair = f"DROP INDEX CONCURRENTLY {item.name}"
         message = "is INVALID: it is foreign, slows down every write, and no query uses it"
         yield Finding("warning", "invalid_index", str(item), message, f"the repair runs {repair}", (repair,))
+
+
+def _foreign_relation(item: Object, definition: str) -> Iterator[Finding]:
+    """Report what changes whose rows a table has, whether a crash empties it, or which ids it gets."""
+    if item.kind == "child table":
+        message = "is foreign: its rows are read as rows of this package, and no guard of this package sees them"
+        yield Finding("warning", "foreign_child", str(item), message, "run ALTER TABLE ... NO INHERIT on it")
+    elif item.kind == "parent table":
+        message = "is foreign: who reads or writes it reaches the rows of this package, without the rights on them"
+        yield Finding(
+            "warning", "foreign_parent", str(item), message, "run ALTER TABLE ... NO INHERIT, or DETACH PARTITION"
+        )
+    elif item.kind == "storage":
+        message = "is UNLOGGED: a crash of the server empties it, and no standby has its rows"
+        advice = "run ALTER TABLE ... SET LOGGED at a quiet hour: it rewrites the table under an exclusive lock"
+        yield Finding("error", "unlogged", f"table circle.{item.table}", message, advice)
+    elif item.kind == "sequence":
+        message = f"gives other ids than in a clean build, or fewer: {definition}"
+        yield Finding(
+            "warning", "sequence", str(item), message, "run ALTER SEQUENCE ... NO MAXVALUE NO CYCLE INCREMENT 1"
+        )
 
 
 def _foreign_property(

@@ -19,11 +19,21 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import QueryableAttribute, Session, scoped_session
 
 from gathering_pipeline.arguments import check_count, check_cursor, check_type
-from gathering_pipeline.connections import AsyncDirectConnection, DirectConnection, Rows, Statement, direct
+from gathering_pipeline.connections import (
+    TRANSLATED_SCHEMA,
+    AsyncDirectConnection,
+    DirectConnection,
+    Rows,
+    Statement,
+    direct,
+    translates_schema,
+)
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
+    DatabaseError,
     DatabaseUnavailableError,
+    IdsExhaustedError,
     IllegalTransitionError,
     IntegrityViolationError,
     InvalidDataError,
@@ -42,7 +52,9 @@ from gathering_pipeline.errors import (
     RunOverError,
     SchemaRevisionError,
     StaleVersionError,
+    StatementCancelledError,
     TransactionAbortedError,
+    TransactionConflictError,
     shorten,
 )
 from gathering_pipeline.models import Page, PipelineRead, RunRead
@@ -73,7 +85,7 @@ class AsyncRepository:
 
         Raises:
             PipelineError: What the database refused, typed.
-            psycopg.Error: Any other error of the database; ``is_transient`` says whether to run the transaction again.
+            psycopg.Error: An error of the database that this package doesn't define, as of a trigger of the host.
         """
         return await self._transport.send(statement, parameters)
 
@@ -129,7 +141,12 @@ def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> C
 
     @wraps(method)
     def twin(self: Repository, /, *args: A.args, **kwargs: A.kwargs) -> R:
-        return finish(method(self._calls, *args, **kwargs))
+        try:
+            call = method(self._calls, *args, **kwargs)  # binds the arguments only: nothing runs before finish()
+        except TypeError as error:
+            name = f"{type(self).__name__}.{method.__name__}"
+            raise TypeError(str(error).replace(method.__qualname__, name)) from None
+        return finish(call)
 
     return twin
 
@@ -189,10 +206,10 @@ class _Awaiting:
         try:
             rows = await driver.fetch(statement, parameters)
         except BaseException as error:
-            typed = await session.run_sync(_failure, connection, driver, error, may_write=not statement.read_only)
-            if typed is error:
+            failure = await session.run_sync(_failure, connection, driver, error, may_write=not statement.read_only)
+            if failure is error:
                 raise
-            raise typed from error
+            raise failure from error
         if changed := _changed(session.sync_session, statement, parameters):
             await session.run_sync(refresh, changed)
         return rows
@@ -283,15 +300,22 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
     may_write = True  # the flush may
     try:
         connection = session.connection(bind_arguments={"bind": _bind(session)})
+        _refuse_translated_schema(connection)
         driver = connection.connection.driver_connection
         session.flush()
         may_write = not read_only
         yield connection
     except BaseException as error:
-        typed = _failure(session, connection, driver, error, may_write=may_write)
-        if typed is error:
+        failure = _failure(session, connection, driver, error, may_write=may_write)
+        if failure is error:
             raise
-        raise typed from error
+        raise failure from error
+
+
+def _refuse_translated_schema(connection: Connection) -> None:
+    """Refuse a map that renames the schema: SQLAlchemy's statements would use another one than those sent directly."""
+    if translates_schema(connection.get_execution_options()):
+        raise ConfigurationError(TRANSLATED_SCHEMA)
 
 
 def _bind(session: Session | scoped_session[Session]) -> Engine | Connection:
@@ -327,11 +351,11 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
     if isinstance(error, (psycopg.Error, DBAPIError)):
         if connection is not None and driver is not None and driver.closed:
             _discard(connection, error)
-            broken = _broken(error, outcome_unknown=driver.autocommit and may_write)
+            broken = _broken_connection(error, outcome_unknown=driver.autocommit and may_write)
             _begin_anew(session, driver)
             return broken
         if connection is None and isinstance(getattr(error, "orig", error), psycopg.OperationalError):
-            return _broken(error, outcome_unknown=False)  # the server ended it before anything was sent
+            return _broken_connection(error, outcome_unknown=False)  # the server ended it before anything was sent
         return _typed(error) or error
     if isinstance(error, PendingRollbackError):
         return TransactionAbortedError()
@@ -432,6 +456,25 @@ _INVALID_PIPELINE = "PL008"  # DETAIL has the issues
 _TRANSACTION_ABORTED = "25P02"
 _UNDEFINED = {"3F000", "42P01", "42703", "42883"}  # schema, table, column, function
 _UNDEFINED_COLUMN = "42703"
+_INSUFFICIENT_PRIVILEGE = "42501"
+_ENDED_IDLE = {"57P05", "25P03"}  # the server ended an idle session: it did nothing of what was sent
+# Errors that the server may raise in any statement: by SQLSTATE, else by its class. What is left passes unchanged.
+_OF_ANY_STATEMENT: dict[str, tuple[type[PipelineError], str]] = {
+    "25006": (
+        DatabaseUnavailableError,
+        "the server or the session is read-only: connect to the primary, or unset default_transaction_read_only",
+    ),
+    "2200H": (IdsExhaustedError, "a table has used up its ids: change the column and its sequence to BIGINT"),
+    "55P03": (TransactionConflictError, "a lock did not become free: run the transaction again"),
+    "57014": (StatementCancelledError, "the statement was cancelled"),
+    "08P01": (DatabaseError, "client and server or pooler understand each other wrongly"),
+    "08": (DatabaseUnavailableError, "the server can't reach another one"),
+    "22": (InvalidDataError, "the database can't hold a value"),
+    "40": (TransactionConflictError, "another transaction was in the way: run the transaction again"),
+    "53": (DatabaseUnavailableError, "the server lacks disk space, memory or another resource"),
+    "54": (InvalidDataError, "a value is too large for the database"),
+    "58": (DatabaseUnavailableError, "the server can't read or write a file, or met another error of its system"),
+}
 
 
 def translate(error: psycopg.Error) -> PipelineError | None:
@@ -450,9 +493,21 @@ def translate(error: psycopg.Error) -> PipelineError | None:
         return _BY_SQLSTATE[sqlstate](**json.loads(diagnostics.message_detail or "{}"))
     if sqlstate.startswith("23"):  # integrity constraint violation
         return IntegrityViolationError(diagnostics.constraint_name or "", diagnostics.message_primary or "")
-    if sqlstate.startswith("22"):  # data exception
-        return InvalidDataError(diagnostics.message_primary or "the database can't hold a value")
-    return None
+    return _of_any_statement(error)
+
+
+def commit_failure(error: DBAPIError) -> PipelineError | None:
+    """Make the typed error for a commit that failed; ``None`` for what deferred constraints and triggers refused."""
+    if error.connection_invalidated:
+        return _broken_connection(error, outcome_unknown=True, during="commit")
+    failure = _of_any_statement(error.orig) if isinstance(error.orig, psycopg.Error) else None
+    return failure if isinstance(failure, DatabaseError) else None
+
+
+def _of_any_statement(error: psycopg.Error) -> PipelineError | None:
+    sqlstate = error.sqlstate or ""
+    found = _OF_ANY_STATEMENT.get(sqlstate) or _OF_ANY_STATEMENT.get(sqlstate[:2])
+    return found and found[0](f"{found[1]} ({shorten(error.diag.message_primary or '', 200)})")
 
 
 def _issue(code: str, loc: list[str | int], **texts: str | None) -> Issue:
@@ -461,6 +516,7 @@ def _issue(code: str, loc: list[str | int], **texts: str | None) -> Issue:
 
 
 def _typed(error: psycopg.Error | DBAPIError) -> PipelineError | None:
+    """``translate``, and what depends on whether the statement was one on this schema."""
     original = error.orig if isinstance(error, DBAPIError) else error
     if not isinstance(original, psycopg.Error):
         return None
@@ -468,6 +524,9 @@ def _typed(error: psycopg.Error | DBAPIError) -> PipelineError | None:
     about_schema = not isinstance(error, DBAPIError) or "circle." in (error.statement or "")
     if about_schema and _lacks_part_of_schema(original):
         return SchemaRevisionError(missing=original.diag.message_primary or "")
+    if about_schema and original.sqlstate == _INSUFFICIENT_PRIVILEGE:
+        reason = shorten(original.diag.message_primary or "", 200)
+        return ConfigurationError(f"the role lacks a right ({reason}): docs/operations.md has the rights of a service")
     return translate(original)
 
 
@@ -484,9 +543,18 @@ def _lacks_part_of_schema(error: psycopg.Error) -> bool:
     return "circle" in text.partition("(")[0]
 
 
-def _broken(error: psycopg.Error | DBAPIError, *, outcome_unknown: bool) -> PipelineError:
+def _broken_connection(
+    error: psycopg.Error | DBAPIError, *, outcome_unknown: bool, during: str = "call"
+) -> PipelineError:
+    """Make the error for a broken connection.
+
+    Args:
+        error: The driver's error, or SQLAlchemy's around it.
+        outcome_unknown: Whether the server may have committed what was sent, unless the error proves the opposite.
+        during: What was sent: ``call`` or ``commit``.
+    """
     original = error.orig if isinstance(error, DBAPIError) else error
-    message = f"the connection broke: {shorten(str(original).strip(), 200)}"
-    if outcome_unknown:
-        return CommitIndeterminateError(f"{message}; the outcome of the call is unknown")
+    message = f"the connection broke during the {during}: {shorten(str(original).strip(), 200)}"
+    if outcome_unknown and getattr(original, "sqlstate", None) not in _ENDED_IDLE:
+        return CommitIndeterminateError(f"{message}; its outcome is unknown")
     return DatabaseUnavailableError(message)

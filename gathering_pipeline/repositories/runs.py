@@ -46,6 +46,7 @@ from gathering_pipeline.models import (
     NodeState,
     Page,
     PipelineDefinition,
+    PurgeResult,
     RunRead,
     RunReport,
     RunStatistics,
@@ -95,7 +96,9 @@ RECOVER = Statement(
 )
 EXPIRE = Statement("SELECT pg_catalog.to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
 APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)")
-PURGE = Statement("SELECT circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s)::text")
+PURGE = Statement("""
+SELECT pg_catalog.to_json(p)::text
+FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s) p""")
 
 GET = Statement(
     "SELECT pg_catalog.to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint", read_only=True
@@ -398,8 +401,7 @@ class AsyncRunRepository(AsyncRepository):
 
         Raises:
             InvalidDataError: A report can't be stored, or two are about one run.
-            psycopg.Error: A raw writer held a node for long, or changed one meanwhile; nothing was changed, and
-                ``is_transient`` is true.
+            TransactionConflictError: A raw writer held a node for long, or changed one meanwhile; nothing was changed.
         """
         encoded = []
         check_type(reports, Iterable, "reports", "[RunReport(run_id, results, token)] is a list of one")
@@ -550,10 +552,17 @@ class AsyncRunRepository(AsyncRepository):
         """
         return await self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
-    async def purge(self, older_than: timedelta, limit: int = 1000) -> int:
-        """Delete at most ``limit`` runs that ended over ``older_than`` ago; commit and repeat until it returns 0."""
+    async def purge(self, older_than: timedelta, limit: int = 1000) -> PurgeResult:
+        """Delete runs that ended over ``older_than`` ago, oldest first; commit and repeat until none is ``deleted``.
+
+        Runs that a table of yours refers to, by a foreign key that doesn't cascade, stay and are returned as ``kept``.
+
+        Args:
+            older_than: Age since the end.
+            limit: Most runs to delete.
+        """
         age = check_duration(older_than, "older_than", allow_zero=True)
-        return int((await self._values(PURGE, older_than=age, limit=check_count(limit, "limit")))[0])
+        return (await self._read(PurgeResult, PURGE, older_than=age, limit=check_count(limit, "limit")))[0]
 
     # --- reads ---
 
@@ -784,5 +793,5 @@ def _encode_results(results: Iterable[NodeExecutionResult | Mapping[str, Any]]) 
         first = error.errors(include_url=False, include_input=False)[0]
         path = json_path("results", first["loc"])
         raise InvalidDataError(f"{path}: {shorten(first['msg'], 200)}") from None
-    check_json(_RESULTS.dump_python(items), "results")
+    check_json(_RESULTS.dump_python(items), "results")  # together: one parameter holds all of them
     return [item.model_dump_json(exclude_unset=True) for item in items]  # the database measures what isn't given

@@ -186,7 +186,7 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
             assert (await runs.statistics(pipeline.id)).success_rate == 1
             assert (await runs.search(status=RunStatus.COMPLETED)).items == (ended,)
             assert (await runs.recover(), await runs.expire()) == ([], [])
-            assert await runs.purge(timedelta(0)) == 1
+            assert (await runs.purge(timedelta(0))).deleted == 1
             with pytest.raises(RunNotFoundError):
                 await runs.get(made.id)
 

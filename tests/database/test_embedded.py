@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,12 @@ def test_default_folder_is_in_user_data(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert embedded.default_data_dir() == tmp_path / "gathering-pipeline" / "postgresql"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "Application Support"))
     assert embedded.default_data_dir() == Path.home() / ".gathering-pipeline" / "postgresql"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="user ids of POSIX")
+@pytest.mark.parametrize("folder", [None, Path("data")])
+def test_start_by_user_without_name_raises(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
+    monkeypatch.delenv("HOME", raising=False)
+    with pytest.raises(ConfigurationError, match="a name for the user id 2147483641, .*or set GATHERING_DATABASE_URL"):
+        embedded.start(folder)

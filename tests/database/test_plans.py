@@ -326,11 +326,11 @@ def test_sweep_reads_running_runs_only(history: Session) -> None:
 
 def test_purge_reads_what_it_deletes(history: Session) -> None:
     reads, deleted = reads_of(history, lambda runs: runs.purge(timedelta(0), limit=50))
-    assert deleted == 50
+    assert deleted.deleted == 50
     assert reads.table_scans == 0
     assert max(reads.rows, reads.entries) <= 50 * 12
     reads, deleted = reads_of(history, lambda runs: runs.purge(timedelta(days=1), limit=50))
-    assert deleted == 0
+    assert deleted.deleted == 0
     assert reads.table_scans == 0
     assert max(reads.rows, reads.entries) <= FEW
 

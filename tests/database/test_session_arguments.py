@@ -13,6 +13,7 @@ from gathering_pipeline import (
     AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
+    ConfigurationError,
     Database,
     EventRepository,
     InvalidDataError,
@@ -83,3 +84,61 @@ def test_repository_is_collected_with_its_session(database: Database) -> None:
         runs = RunRepository(session)
     with pytest.raises(InvalidRequestError, match="closed"):
         runs.counts()
+
+
+def test_repository_of_session_with_translated_schema_raises(database: Database) -> None:
+    async def work() -> None:
+        async with AsyncSession(database.async_engine) as session:
+            await session.connection(execution_options={"schema_translate_map": {"circle": "tenant"}})
+            with pytest.raises(ConfigurationError, match="renames schema circle"):
+                await AsyncRunRepository(session).counts()
+
+    with Session(database.engine.execution_options(schema_translate_map={"circle": "tenant"})) as session:
+        with pytest.raises(ConfigurationError, match="schema_translate_map renames schema circle"):
+            PipelineRepository(session).create(KEPT)
+    with Session(database.engine.execution_options(schema_translate_map={"circle": "circle"})) as session:
+        assert PipelineRepository(session).create(KEPT).id == 1
+    run_async(database, work)
+
+
+def test_async_api_without_asyncio_raises_a_sentence(database: Database) -> None:
+    """As under trio: the coroutine is driven, but no loop of asyncio runs."""
+
+    async def call() -> None:
+        async with database.async_session() as session:
+            await AsyncRunRepository(session).counts()
+
+    async def group() -> None:
+        async with database.group_commit() as runs:
+            await runs.advance(1)
+
+    async def connect() -> None:
+        await database.async_engine.connect()
+
+    async def listen() -> None:
+        await anext(database.alisten())
+
+    for work in (call, group, connect, listen):
+        with pytest.raises(ConfigurationError, match="needs an event loop of asyncio, and none is running"):
+            work().send(None)
+
+
+def test_call_with_wrong_arguments_names_the_class_that_was_called(database: Database) -> None:
+    calls: list[Any] = [
+        lambda runs: runs.create(1, {}, "key"),
+        lambda runs: runs.create(),
+        lambda runs: runs.create(1, key="k"),
+    ]
+    with database.session() as session:
+        for call in calls:
+            with pytest.raises(TypeError, match=r"^RunRepository\.create\(\) ") as caught:
+                call(RunRepository(session))
+            assert caught.value.__cause__ is None
+
+    async def work() -> None:
+        async with database.async_session() as session:
+            for call in calls:
+                with pytest.raises(TypeError, match=r"^AsyncRunRepository\.create\(\) "):
+                    await call(AsyncRunRepository(session))
+
+    run_async(database, work)

@@ -261,6 +261,88 @@ def test_additional_objects_are_left_alone(database: Database, raw: psycopg.Conn
     assert [word in finding.message for word, finding in zip(words, left, strict=True)] == [True] * 7
 
 
+@pytest.mark.parametrize(
+    ("statement", "code", "label", "words"),
+    [
+        (
+            "CREATE TABLE public.up (status varchar(50)); ALTER TABLE circle.pipeline_runs INHERIT public.up",
+            "foreign_parent",
+            "parent table public.up of circle.pipeline_runs",
+            "without the rights on them",
+        ),
+        (
+            (
+                "CREATE TABLE public.up (LIKE circle.pipeline_versions) PARTITION BY LIST (version);"
+                "ALTER TABLE public.up ATTACH PARTITION circle.pipeline_versions DEFAULT"
+            ),
+            "foreign_parent",
+            "parent table public.up of circle.pipeline_versions",
+            "is foreign",
+        ),
+        (
+            "ALTER TABLE circle.pipeline_counters SET UNLOGGED",
+            "unlogged",
+            "table circle.pipeline_counters",
+            "a crash of the server empties it",
+        ),
+        (
+            "ALTER SEQUENCE circle.pipeline_runs_id_seq MAXVALUE 100 CYCLE",
+            "sequence",
+            "sequence circle.pipeline_runs_id_seq of circle.pipeline_runs",
+            "MAXVALUE 100 INCREMENT 1 CYCLE",
+        ),
+        (
+            "GRANT CREATE ON SCHEMA circle TO PUBLIC, pg_monitor; GRANT TRIGGER ON circle.pipelines TO PUBLIC",
+            "excess_rights",
+            "role PUBLIC",
+            "CREATE ON SCHEMA circle, TRIGGER ON circle.pipelines",
+        ),
+        (
+            "GRANT ALL ON circle.pipeline_events TO pg_monitor",
+            "excess_rights",
+            "role pg_monitor",
+            (
+                "INSERT ON circle.pipeline_events, TRIGGER ON circle.pipeline_events, TRUNCATE ON circle.pipeline_events,"
+                " UPDATE ON circle.pipeline_events"
+            ),
+        ),
+        (
+            'ALTER TABLE circle.pipeline_runs ALTER worker_id TYPE varchar(255) COLLATE "C"',
+            "drift",
+            "column worker_id of circle.pipeline_runs",
+            'COLLATE "C"',
+        ),
+        (
+            (
+                "CREATE FUNCTION public.eq(varchar, text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT true';"
+                "CREATE OPERATOR public.= (LEFTARG = varchar, RIGHTARG = text, FUNCTION = public.eq);"
+                "ALTER TABLE circle.pipelines DROP CONSTRAINT pipelines_status_check,"
+                " ADD CONSTRAINT pipelines_status_check CHECK (status OPERATOR(public.=) 'active'::text)"
+            ),
+            "drift",
+            "constraint pipelines_status_check of circle.pipelines",
+            "OPERATOR(public.=)",
+        ),
+        (
+            (
+                "CREATE FUNCTION public.ok(text) RETURNS bool LANGUAGE sql IMMUTABLE AS 'SELECT true';"
+                "ALTER TABLE circle.pipelines ADD CONSTRAINT mine CHECK (public.ok(name))"
+            ),
+            "foreign_constraint",
+            "constraint mine of circle.pipelines",
+            "public.ok(",
+        ),
+    ],
+)
+def test_what_others_tied_to_the_tables_is_reported(
+    database: Database, raw: psycopg.Connection, statement: str, code: str, label: str, words: str
+) -> None:
+    raw.execute(statement.encode())
+    findings = [finding for finding in doctor(database.engine) if finding.object == label]
+    assert [finding.code for finding in findings] == [code]
+    assert words in findings[0].message
+
+
 GUARDS_OF_OWNER = """
 SELECT c.relname, p.oid::regproc::text, pg_get_triggerdef(t.oid)
 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid AND p.prosecdef

@@ -113,8 +113,8 @@ def test_upgrade_to_006_creates_specified_objects(empty_database_url: str) -> No
     assert constraints(empty_database_url) == CONSTRAINTS_OF_006
     assert indexes(empty_database_url) == INDEXES_OF_006
     assert facts(empty_database_url, "comment") == {
-        "table circle.pipelines": CREATED_BY_006,
-        "table circle.pipeline_runs": CREATED_BY_006,
+        "constraint pipelines_pkey on table circle.pipelines": CREATED_BY_006,
+        "constraint pipeline_runs_pkey on table circle.pipeline_runs": CREATED_BY_006,
     }
     assert not facts(empty_database_url, "trigger")
     assert not facts(empty_database_url, "function")

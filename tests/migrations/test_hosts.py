@@ -5,21 +5,24 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, event, text
+from alembic.autogenerate import produce_migrations, render_python_code
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from gathering_pipeline import migrations, migrator
+from gathering_pipeline import metadata, migrations, migrator
 from gathering_pipeline.database import Database
-from gathering_pipeline.errors import (
-    ConfigurationError,
-)
+from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError
 from gathering_pipeline.maintenance.doctor import doctor
+from tests.support.adoption import GATHERING
 from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
+from tests.support.schema import catalog
 
 
 def test_upgrade_on_given_connection_restores_it(empty_database_url: str) -> None:
@@ -126,3 +129,107 @@ def test_tables_of_a_host_are_not_a_migrated_schema(empty_database_url: str, con
         assert migrator.missing_revision_hint(connection) is None
         raw.execute("CREATE TABLE circle.pipelines (id int)")
         assert migrator.missing_revision_hint(connection) is None
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_autogenerate_of_a_host_proposes_nothing_about_the_schema(
+    empty_database_url: str, connect: Connect, adopted: bool
+) -> None:
+    if adopted:
+        connect(empty_database_url).execute(GATHERING)
+    migrations.upgrade(empty_database_url)
+    host = MetaData()
+    Table("mine", host, Column("id", Integer, primary_key=True))
+    engine = create_engine(empty_database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        both: Any = [host, metadata]  # as Alembic's documentation allows it
+        options = {"include_schemas": True, "target_metadata": both, "compare_server_default": True}
+        proposed = produce_migrations(MigrationContext.configure(connection, opts=options), both)
+    assert proposed.upgrade_ops is not None
+    code = render_python_code(proposed.upgrade_ops)
+    assert code.count("op.") == 1
+    assert "op.create_table('mine'" in code
+
+
+def test_upgrade_with_translated_schema_raises(database_url: str) -> None:
+    engine = create_engine(database_url, poolclass=NullPool)
+    translating = engine.execution_options(schema_translate_map={"circle": "tenant"})
+    with translating.connect() as connection:
+        for given in (translating, connection):
+            with pytest.raises(ConfigurationError, match="schema_translate_map renames schema circle"):
+                migrations.upgrade(given)
+    migrations.upgrade(engine.execution_options(schema_translate_map={"circle": "circle", None: "mine"}))
+
+
+def test_upgrade_of_read_only_database_raises_unavailable(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(f"ALTER DATABASE {raw.info.dbname} SET default_transaction_read_only = on".encode())
+    with pytest.raises(DatabaseUnavailableError, match=r"read-only \(cannot execute .*default_transaction_read_only"):
+        migrations.upgrade(empty_database_url)
+
+
+def test_upgrade_by_role_without_rights_names_them(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    role = f"gathering_test_guest_{raw.info.backend_pid}"
+    raw.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'".encode())
+    url = make_url(empty_database_url).set(username=role, password="x").render_as_string(hide_password=False)
+    try:
+        with pytest.raises(ConfigurationError, match="lacks a right .permission denied for database .*may create one"):
+            migrations.upgrade(url)
+        raw.execute("CREATE SCHEMA circle")
+        with pytest.raises(ConfigurationError, match="permission denied for schema circle.: migrate as the owner"):
+            migrations.upgrade(url)
+        migrations.upgrade(empty_database_url)
+        with Database(url) as database:
+            for call in (database.check, database.upgrade):
+                with pytest.raises(ConfigurationError, match=r"can't read circle.alembic_version \(permission denied"):
+                    call()
+        raw.execute(
+            f"GRANT USAGE ON SCHEMA circle TO {role}; GRANT SELECT ON circle.alembic_version TO {role}".encode()
+        )
+        with Database(url) as database:
+            database.check()
+            with pytest.raises(ConfigurationError, match="must be owner of relation .*migrate as the owner"):
+                migrations.downgrade(database.engine, "010_graph")
+    finally:
+        raw.execute(f"DROP OWNED BY {role}; DROP ROLE {role}".encode())
+
+
+@pytest.mark.parametrize(
+    ("target", "table"),
+    [
+        ("base", "pipelines"),
+        ("-1", "pipeline_counters"),
+        ("007_pipeline_execution", "pipeline_versions"),
+        ("base", "pipeline_runs"),
+    ],
+)
+def test_downgrade_below_a_foreign_key_of_a_host_raises_and_changes_nothing(
+    database_url: str, raw: psycopg.Connection, target: str, table: str
+) -> None:
+    key = {"pipeline_counters": "pipeline_id, id", "pipeline_versions": "pipeline_id, version"}.get(table, "id")
+    columns = ", ".join(f"{name} bigint" for name in key.split(", "))
+    raw.execute(
+        f"CREATE TABLE mine ({columns}, CONSTRAINT my_key FOREIGN KEY ({key}) REFERENCES circle.{table})".encode()
+    )
+    before = catalog(database_url)
+    with pytest.raises(
+        ConfigurationError, match="that the downgrade drops: my_key of public.mine: .* nothing was changed"
+    ):
+        migrations.downgrade(database_url, target)
+    assert catalog(database_url) == before
+    with Database(database_url) as database:
+        database.check()
+    if table != "pipeline_counters":
+        migrations.downgrade(database_url, "-1")
+    raw.execute("DROP TABLE mine")
+    migrations.downgrade(database_url, target)
+
+
+def test_downgrade_keeps_adopted_tables_with_a_foreign_key_of_a_host(empty_database_url: str, connect: Connect) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(GATHERING)
+    raw.execute("CREATE TABLE mine (id int REFERENCES circle.pipeline_runs)")
+    migrations.upgrade(empty_database_url)
+    migrations.downgrade(empty_database_url, "base")
+    assert raw.execute("SELECT count(*) FROM mine JOIN circle.pipeline_runs USING (id)").fetchone() == (0,)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,34 @@ def test_wheel_alone_has_the_command(python: Path, empty_database_url: str, data
     assert "0 steps to" in db("preflight")
     assert db("sql") == migrations.script()
     assert catalog(empty_database_url) == catalog(database_url)
+
+
+def test_package_in_a_zip_says_that_it_has_to_be_installed(tmp_path: Path) -> None:
+    archive = tmp_path / "package.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for folder, name in (
+            (ROOT / "gathering_pipeline", "gathering_pipeline"),
+            (ROOT / "alembic", "gathering_pipeline/_alembic"),
+        ):
+            for path in folder.rglob("*.*"):
+                file.write(path, Path(name) / path.relative_to(folder))
+    program = """
+import gathering_pipeline
+from gathering_pipeline import Database, migrations
+assert "package.zip" in gathering_pipeline.__file__
+for call in (migrations.head, migrations.script, Database("postgresql://localhost:1/x").upgrade):
+    try:
+        call()
+    except gathering_pipeline.ConfigurationError as error:
+        print(error)
+    except gathering_pipeline.DatabaseUnavailableError:
+        print("connects first")
+"""
+    environment = os.environ | {"PYTHONPATH": str(archive)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    sentence = (
+        f"the revisions can't be read from {archive}/gathering_pipeline: install the package into a folder, by pip"
+    )
+    assert done.stdout.splitlines() == [sentence] * 3

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import RunReport, RunRepository, RunStatus, is_transient
-from gathering_pipeline.errors import InvalidDataError
+from gathering_pipeline.errors import InvalidDataError, TransactionConflictError
 from tests.support.databases import Connect, contents
 from tests.support.events import names, read_all
 from tests.support.runs import LEASE, counters, done, started, statuses, store
@@ -132,7 +132,7 @@ def test_advance_many_with_node_that_is_locked_raises_transient_and_changes_noth
     before = contents(raw)
     with connect(database_url) as other, other.transaction():
         other.execute("SELECT FROM circle.pipeline_node_runs WHERE run_id = %s FOR UPDATE", [run_id])
-        with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
+        with pytest.raises(TransactionConflictError) as caught:
             runs.advance_many([RunReport(run_id, [done("a")]), RunReport(free, [done("a")])])
         assert is_transient(caught.value)
     assert contents(raw) == before

@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
@@ -103,6 +104,16 @@ def test_create_broken_graph_raises_invalid_pipeline(
     with refuses(InvalidPipelineError) as caught:
         runs.create(row[0])
     assert [(issue.severity, issue.code) for issue in caught.value.issues] == [("error", code)]
+
+
+def test_create_in_the_role_of_a_replica_names_the_cause(runs: RunRepository, session: Session) -> None:
+    session.execute(text("SET session_replication_role = replica"))
+    try:
+        pipeline = store(session)
+        with pytest.raises(InvalidPipelineError, match="compiled: session_replication_role is replica, .* reset it"):
+            runs.create(pipeline)
+    finally:
+        session.execute(text("RESET session_replication_role"))
 
 
 def test_create_empty_graph_raises_invalid_pipeline(

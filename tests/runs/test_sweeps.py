@@ -137,6 +137,28 @@ def test_expire_after_second_claim_counts_from_first_start(
     assert [expired.id for expired in runs.expire()] == [run.id]
 
 
+@pytest.mark.parametrize("action", ["NO ACTION", "RESTRICT"])
+@pytest.mark.parametrize(("table", "key"), [("pipeline_runs", "id"), ("pipeline_node_runs", "run_id")])
+def test_purge_keeps_and_reports_runs_that_a_host_refers_to(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, table: str, key: str, action: str
+) -> None:
+    pipeline = store(session, "a>b")
+    ids = [runs.cancel(runs.create(pipeline).id).id for _ in range(9)]
+    raw.execute(f"CREATE TABLE mine (id bigint REFERENCES circle.{table} ON DELETE {action})".encode())
+    try:
+        kept = [*ids[:3], ids[7]]
+        raw.execute(f"INSERT INTO mine SELECT id FROM circle.{table} WHERE {key} = ANY (%s)".encode(), [kept])
+        purged = [runs.purge(timedelta(0), limit=2) for _ in range(4)]
+        assert [answer.deleted for answer in purged] == [2, 2, 1, 0]
+        assert [answer.kept for answer in purged] == [tuple(ids[:3]), tuple(ids[:3]), tuple(kept), tuple(kept)]
+        assert [run.id for run in runs.search().items] == kept[::-1]
+        raw.execute("DELETE FROM mine")
+        answer = runs.purge(timedelta(0))
+        assert (answer.deleted, answer.kept) == (4, ())
+    finally:
+        raw.execute("DROP TABLE mine")
+
+
 def test_purge_deletes_old_terminal_runs_only(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     pipeline = store(session, "a>b")
     ids = [runs.start(runs.create(pipeline).id).id for _ in range(7)]
@@ -148,10 +170,10 @@ def test_purge_deletes_old_terminal_runs_only(runs: RunRepository, session: Sess
             " completed_at = completed_at - interval '10 days' WHERE id = ANY (%s)",
             [ids[:5]],
         )
-    assert runs.purge(timedelta(days=11)) == 0
-    assert [runs.purge(timedelta(days=9), limit=2) for _ in range(4)] == [2, 2, 1, 0]
+    assert runs.purge(timedelta(days=11)).deleted == 0
+    assert [runs.purge(timedelta(days=9), limit=2).deleted for _ in range(4)] == [2, 2, 1, 0]
     assert [run.id for run in runs.search().items] == [ids[6], ids[5]]
     assert raw.execute("SELECT count(*) FROM circle.pipeline_node_runs").fetchone() == (4,)
     assert counters(raw, pipeline) == (7, 0, 0)  # purged runs are history
-    assert runs.purge(timedelta(0)) == 1
+    assert runs.purge(timedelta(0)).deleted == 1
     assert runs.get(ids[6]).status == RunStatus.RUNNING

@@ -123,7 +123,7 @@ def runs(session: Session) -> None:
     assert_type(repository.definition(1), PipelineDefinition)
     assert_type(repository.counts(), dict[RunStatus, int])
     assert_type(repository.statistics(1), RunStatistics)
-    assert_type(repository.purge(timedelta(days=30)), int)
+    assert_type(repository.purge(timedelta(days=30)).deleted, int)
     repository.record(1, [{"node_id": "a", "status": "completed"}])
     repository.claim("w", 60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
@@ -188,7 +188,7 @@ async def async_runs(session: AsyncSession) -> None:
     assert_type(await repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(await repository.search(status=RunStatus.FAILED), Page[RunRead])
     assert_type(await repository.counts(), dict[RunStatus, int])
-    assert_type(await repository.purge(timedelta(days=1), limit=5), int)
+    assert_type((await repository.purge(timedelta(days=1), limit=5)).kept, tuple[int, ...])
     await repository.create(1, {}, "key")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await repository.start_node(1, "a", None, 3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await repository.advance(1, [], 3)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]

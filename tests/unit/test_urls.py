@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 from sqlalchemy.engine import URL, make_url
 
-from gathering_pipeline import embedded
+from gathering_pipeline import Database, embedded
 from gathering_pipeline.errors import ConfigurationError, InvalidDataError
 from gathering_pipeline.settings import DatabaseSettings
 from gathering_pipeline.urls import VARIABLES, locate, parse_url
@@ -159,3 +161,38 @@ def test_other_urls_are_refused_in_a_sentence_without_the_password(text: str | U
         parse_url(text)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "password=S3CRET",
+        "sslmode=require&sslpassword=S3CRET",
+        "password=S3CRET&password=S3CRET",
+        "PASSWORD=S3CRET",
+        "oauth_client_secret=S3CRET",
+        "scram_client_key=S3CRET",
+    ],
+)
+@pytest.mark.parametrize("place", ["u@h/d", "u:S3CRET@h/d", "u@h1:1,h2:2/d"])
+def test_secret_parameter_is_shown_nowhere(place: str, query: str) -> None:
+    database = Database(f"postgresql://{place}?{query}")
+    url = database.engine.url
+    shown = [database.url, database, database.engine, url, copy.copy(url), url.set(port=1)]
+    shown += [locate(f"postgresql://{place}?{query}"), parse_url(url)]
+    for value in shown:
+        assert "S3CRET" not in f"{value} {value!r}"
+        assert "=***" in str(value)
+    assert pickle.loads(pickle.dumps(url)) == url  # noqa: S301 - our own
+    assert "S3CRET" not in repr(pickle.loads(pickle.dumps(url)))  # noqa: S301
+    whole = url.render_as_string(hide_password=False)
+    assert "S3CRET" in whole
+    assert parse_url(whole) == url
+    secret = query.rpartition("&")[2].partition("=")[0]
+    assert "S3CRET" in str(url.get_dialect()().create_connect_args(url)[1][secret])
+
+
+def test_url_with_other_parameters_is_shown_as_it_is() -> None:
+    assert Database("postgresql://u@h/d?passfile=%2Fx&options=-c+a%3D%2A%2A%2A").url == (
+        "postgresql+psycopg://u@h/d?options=-c+a%3D%2A%2A%2A&passfile=%2Fx"
+    )

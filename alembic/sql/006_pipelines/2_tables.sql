@@ -16,7 +16,8 @@ BEGIN
             success_count INTEGER DEFAULT 0,
             error_count INTEGER DEFAULT 0
         );
-        COMMENT ON TABLE circle.pipelines IS 'created by gathering_pipeline revision 006_pipelines';
+        -- of the key: Alembic compares the comments of tables
+        COMMENT ON CONSTRAINT pipelines_pkey ON circle.pipelines IS 'created by gathering_pipeline revision 006_pipelines';
     END IF;
 END $create$;
 
@@ -37,6 +38,6 @@ BEGIN
             error_message TEXT,
             created_at TIMESTAMPTZ DEFAULT CURRENT_TIMESTAMP
         );
-        COMMENT ON TABLE circle.pipeline_runs IS 'created by gathering_pipeline revision 006_pipelines';
+        COMMENT ON CONSTRAINT pipeline_runs_pkey ON circle.pipeline_runs IS 'created by gathering_pipeline revision 006_pipelines';
     END IF;
 END $create$;

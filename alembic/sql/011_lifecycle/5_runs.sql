@@ -170,7 +170,9 @@ BEGIN
         IF p.nodes = '[]' THEN
             PERFORM circle.refuse_graph('no_nodes', 'Pipeline must have at least one node', '["nodes"]');
         END IF;
-        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: save it again');
+        PERFORM circle.refuse_graph('no_version', 'the stored graph was never compiled: ' || CASE
+            WHEN current_setting('session_replication_role') = 'replica'
+            THEN 'session_replication_role is replica, so that no trigger compiles it: reset it, then ' ELSE '' END || 'save it again');
     END IF;
     RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
         DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);

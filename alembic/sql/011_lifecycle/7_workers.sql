@@ -194,17 +194,35 @@ BEGIN
     END LOOP;
     PERFORM circle.fold_counters();
 END $$;
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer) RETURNS integer
+-- Deletes runs, but for those to which a row of a table of the host refers, and returns these. A batch is halved where one is refused.
+CREATE OR REPLACE FUNCTION circle.delete_runs(p_ids bigint[]) RETURNS bigint[]
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    half integer := cardinality(p_ids) / 2;
+BEGIN
+    DELETE FROM circle.pipeline_runs WHERE id = ANY (p_ids);
+    RETURN '{}';
+EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
+    RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
+END $$;
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, OUT deleted integer, OUT kept bigint[])
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off AS $$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
-    deleted integer;
+    batch bigint[];
+    refused bigint[];
 BEGIN
-    WITH old AS MATERIALIZED (
-        SELECT id FROM circle.pipeline_runs WHERE completed_at < before
-        ORDER BY completed_at LIMIT p_limit FOR UPDATE SKIP LOCKED
-    )
-    DELETE FROM circle.pipeline_runs WHERE id = ANY (ARRAY(SELECT old.id FROM old));
-    GET DIAGNOSTICS deleted = ROW_COUNT;
-    RETURN deleted;
+    deleted := 0;
+    kept := '{}';
+    LOOP
+        WITH old AS MATERIALIZED (
+            SELECT id FROM circle.pipeline_runs WHERE completed_at < before AND id <> ALL (kept)
+            ORDER BY completed_at LIMIT p_limit - deleted FOR UPDATE SKIP LOCKED
+        )
+        SELECT coalesce(array_agg(id), '{}') INTO batch FROM old;
+        refused := circle.delete_runs(batch);
+        kept := kept || refused;
+        deleted := deleted + cardinality(batch) - cardinality(refused);
+        EXIT WHEN refused = '{}';   -- else those behind them have their turn
+    END LOOP;
 END $$;

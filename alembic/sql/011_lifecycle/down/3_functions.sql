@@ -12,6 +12,7 @@ DROP FUNCTION IF EXISTS circle.count_runs(integer,text,text,bigint);
 DROP FUNCTION IF EXISTS circle.counted(circle.pipelines);
 DROP FUNCTION IF EXISTS circle.create_run(bigint,jsonb,text,integer,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.delete_pipeline(bigint,boolean);
+DROP FUNCTION IF EXISTS circle.delete_runs(bigint[]);
 DROP FUNCTION IF EXISTS circle.elapsed_ms(integer,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.end_run(bigint,text,text);
 DROP FUNCTION IF EXISTS circle.end_run_if_done(bigint);
