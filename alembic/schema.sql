@@ -3082,6 +3082,7 @@ EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $function$;
 
+-- Runs that are kept count, too: after ten times as many as may be deleted the call ends.
 CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, OUT deleted integer, OUT kept bigint[])
  RETURNS record
  LANGUAGE plpgsql
@@ -3091,6 +3092,7 @@ CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit inte
 AS $function$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
+    since timestamptz := '-infinity';
     batch bigint[];
     refused bigint[];
 BEGIN
@@ -3098,13 +3100,14 @@ BEGIN
     kept := '{}';
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id FROM circle.pipeline_runs WHERE completed_at < before AND id <> ALL (kept)
+            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= since AND id <> ALL (kept)
             ORDER BY completed_at LIMIT p_limit - deleted FOR UPDATE SKIP LOCKED
         )
-        SELECT coalesce(array_agg(id), '{}') INTO batch FROM old;
+        SELECT array_agg(id), max(completed_at) INTO batch, since FROM old;
+        EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        EXIT WHEN refused = '{}';   -- else those behind them have their turn
+        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10 * p_limit::bigint;   -- else those behind them have their turn
     END LOOP;
 END $function$;

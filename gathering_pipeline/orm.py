@@ -19,6 +19,7 @@ from sqlalchemy import (
     Column,
     Connection,
     DateTime,
+    Dialect,
     FetchedValue,
     Float,
     ForeignKey,
@@ -41,7 +42,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql.base import ischema_names
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DontWrapMixin, InvalidRequestError
 from sqlalchemy.ext.mutable import MutableList
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -57,10 +58,12 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.naming import conv
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.types import TypeDecorator, UserDefinedType
 
 from . import hooks
 from .arguments import check_json
+from .errors import InvalidDataError
+from .json_values import quote
 from .lifecycle import NodeStatus, PipelineStatus, RunStatus
 from .models import PipelineDefinition
 
@@ -78,11 +81,32 @@ metadata = MetaData(
 )
 
 
+class NaiveTimeError(InvalidDataError, DontWrapMixin):
+    """``InvalidDataError`` about a time; SQLAlchemy passes it on as it is, where it wraps others."""
+
+
+class Time(TypeDecorator[datetime]):
+    """A time with an offset from UTC. One without would be stored as the time zone of the session has it."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Refuse a time without an offset.
+
+        Raises:
+            InvalidDataError: It has none.
+        """
+        if isinstance(value, datetime) and value.utcoffset() is None:
+            raise NaiveTimeError(f"a time must have an offset from UTC, not {quote(value)}: add tzinfo=UTC")
+        return value
+
+
 class Base(DeclarativeBase):
     """Base of the ORM classes."""
 
     metadata = metadata
-    type_annotation_map = {datetime: DateTime(timezone=True), str: Text(), float: Float()}  # noqa: RUF012 (SQLAlchemy's)
+    type_annotation_map = {datetime: Time(), str: Text(), float: Float()}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class JSONList(MutableList[Any]):

@@ -555,7 +555,8 @@ class AsyncRunRepository(AsyncRepository):
     async def purge(self, older_than: timedelta, limit: int = 1000) -> PurgeResult:
         """Delete runs that ended over ``older_than`` ago, oldest first; commit and repeat until none is ``deleted``.
 
-        Runs that a table of yours refers to, by a foreign key that doesn't cascade, stay and are returned as ``kept``.
+        Runs that a table of yours refers to, by a foreign key that doesn't cascade, stay and are returned as
+        ``kept``; a call looks at ten times ``limit`` of them.
 
         Args:
             older_than: Age since the end.
