@@ -18,10 +18,19 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from gathering_pipeline.arguments import check_count, check_cursor, check_type
-from gathering_pipeline.connections import AsyncDirectConnection, DirectConnection, Rows, Statement, direct
+from gathering_pipeline.connections import (
+    AsyncDirectConnection,
+    AsyncInheritedConnection,
+    DirectConnection,
+    InheritedConnection,
+    Rows,
+    Statement,
+    direct,
+)
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     DatabaseUnavailableError,
+    ForkedConnectionError,
     IllegalTransitionError,
     IntegrityViolationError,
     InvalidDataError,
@@ -292,6 +301,8 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
 ) -> BaseException:
     """Give up a connection that can't be used any more, and return the error to raise."""
     if isinstance(error, (psycopg.Error, DBAPIError)):
+        if isinstance(driver, (InheritedConnection, AsyncInheritedConnection)):  # the call began before the fork
+            return ForkedConnectionError()
         if connection is not None and driver is not None and driver.closed:
             _discard(connection, error)
             broken = _broken(error, outcome_unknown=driver.autocommit and may_write)
