@@ -8,10 +8,10 @@ import re
 import select
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import psycopg
 from psycopg import generators, pq
@@ -25,13 +25,15 @@ from gathering_pipeline.errors import (
     ConfigurationError,
     DatabaseError,
     DatabaseUnavailableError,
+    ForkedConnectionError,
     TransactionAbortedError,
     shorten,
 )
+from gathering_pipeline.forks import detach, renew_in_child
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
-    from psycopg.abc import PQGen
+    from psycopg.abc import PQGen, PQGenConn
     from psycopg.errors import Diagnostic
     from sqlalchemy.engine import URL, Connection, Engine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -51,6 +53,7 @@ def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
     engine = create_engine(url, **_engine_arguments(url, settings))
     event.listen(engine, "do_connect", _connect)
     event.listen(engine, "checkout", _replace_dead)
+    renew_in_child(engine, _renew_pool)
     return engine
 
 
@@ -70,7 +73,22 @@ def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
     arguments["connect_args"]["async_creator_fn"] = _connect_async
     engine = create_async_engine(url, **arguments)
     event.listen(engine.sync_engine, "checkout", _replace_dead)
+    renew_in_child(engine.sync_engine, _renew_pool)
     return engine
+
+
+def _renew_pool(engine: Engine) -> None:
+    """Give the engine of a forked child an empty pool.
+
+    The sessions of the parent still return their connections to the old pool: it gets locks that no thread holds.
+    """
+    old: Any = engine.pool
+    new: Any = old.recreate()
+    for event_of_pool in (new.dispatch.first_connect, new.dispatch.connect):
+        if getattr(event_of_pool, "_exec_once_mutex", None) is not None:
+            event_of_pool._exec_once_mutex = None  # noqa: SLF001 - SQLAlchemy has no call for it
+    engine.pool = new
+    old._pool, old._overflow_lock = new.recreate()._pool, threading.Lock()  # noqa: SLF001
 
 
 def _replace_dead(connection: Any, entry: ConnectionPoolEntry, _fairy: PoolProxiedConnection) -> None:
@@ -249,9 +267,24 @@ class _Direct(psycopg.BaseConnection[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        renew_in_child(self, _give_up)
         self._uses: dict[Statement, int] = {}
         self._names: dict[Statement, bytes] = {}
         self._named = 0
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> PQGenConn[Self]:
+        """Connect as psycopg does, and remember the descriptor meanwhile: another thread or task may fork."""
+        steps, handshake = super()._connect_gen(conninfo), _Handshake()
+        try:
+            wanted = next(steps)
+            while True:
+                handshake.remember(wanted[0])
+                ready = yield wanted
+                wanted = steps.send(ready)
+        except StopIteration as stop:
+            connection: Self = stop.value
+            return connection
 
     def is_direct(self) -> bool:
         """Whether a statement may be sent now: no BEGIN is due, and no pipeline, COPY or stream is open."""
@@ -326,6 +359,22 @@ class _Direct(psycopg.BaseConnection[Any]):
         return [None if (value := get(row, 0)) is None else value.decode() for row in range(result.ntuples)]
 
 
+class _Handshake:
+    """The socket of a connection that is being opened."""
+
+    def __init__(self) -> None:
+        self._descriptor, self._inode = -1, -1
+        renew_in_child(self, _Handshake.detach)
+
+    def remember(self, descriptor: int) -> None:
+        self._descriptor, self._inode = descriptor, os.fstat(descriptor).st_ino
+
+    def detach(self) -> None:
+        with suppress(OSError):  # it was closed, or nothing was opened yet
+            if os.fstat(self._descriptor).st_ino == self._inode:  # the number was not given to another file
+                detach(self._descriptor)
+
+
 class DirectConnection(_Direct, psycopg.Connection[Any]):
     """The sync connection of ``Database``."""
 
@@ -377,6 +426,99 @@ def _no_silent_rollback(pgconn: pq.abc.PGconn) -> Iterator[None]:
     yield
     if aborted:
         raise TransactionAbortedError
+
+
+# Connections of the parent process, in a forked child
+
+
+class _Inherited(psycopg.BaseConnection[Any]):
+    """What sync and async connections of the parent share: leaving one succeeds, and every call is refused.
+
+    It counts as closed, so that nothing is cancelled, too: the statement is the parent's.
+    """
+
+    @property
+    def closed(self) -> bool:
+        return True
+
+    def _check_connection_ok(self) -> None:
+        """Let SQLAlchemy make a cursor: the cursor refuses the statement."""
+
+    def _set_autocommit(self, value: bool) -> None:
+        """Change nothing: SQLAlchemy resets a connection that it takes back."""
+
+    def _set_isolation_level(self, value: object) -> None:
+        """Change nothing, see ``_set_autocommit``."""
+
+
+class _InheritedCursor(psycopg.Cursor[Any]):
+    def execute(self, query: Any, *_args: Any, **_options: Any) -> Self:
+        if not _undoes(query):
+            raise ForkedConnectionError
+        return self
+
+
+class _AsyncInheritedCursor(psycopg.AsyncCursor[Any]):
+    async def execute(self, query: Any, *_args: Any, **_options: Any) -> Self:
+        if not _undoes(query):
+            raise ForkedConnectionError
+        return self
+
+
+def _undoes(query: object) -> bool:
+    """Whether a statement is the end of a ``begin_nested`` block that failed: in the child nothing has to be undone."""
+    return isinstance(query, str) and query.startswith("ROLLBACK TO SAVEPOINT")
+
+
+class InheritedConnection(_Inherited, DirectConnection):
+    """A sync connection of the parent process."""
+
+    inherited_cursor_factory = _InheritedCursor
+
+    def wait(self, *_args: Any, **_options: Any) -> Any:
+        """Refuse to send anything."""
+        raise ForkedConnectionError
+
+    def rollback(self) -> None:
+        """Do nothing: the transaction is the parent's."""
+
+    def close(self) -> None:
+        """Do nothing: the parent closes its connection."""
+
+
+class AsyncInheritedConnection(_Inherited, AsyncDirectConnection):
+    """An async connection of the parent process."""
+
+    inherited_cursor_factory = _AsyncInheritedCursor
+
+    async def wait(self, *_args: Any, **_options: Any) -> Any:
+        """Refuse to send anything."""
+        raise ForkedConnectionError
+
+    async def rollback(self) -> None:
+        """Do nothing: the transaction is the parent's."""
+
+    async def close(self) -> None:
+        """Do nothing: the parent closes its connection."""
+
+    async def set_autocommit(self, value: bool) -> None:
+        """Change nothing, see ``InheritedConnection``."""
+
+    async def set_isolation_level(self, value: object) -> None:
+        """Change nothing, see ``InheritedConnection``."""
+
+
+def _give_up(connection: Any) -> None:
+    """Leave a connection of psycopg to the parent process: detach the socket, and refuse calls.
+
+    libpq may not close it here: that sends a message, and takes locks where the connection is encrypted.
+    """
+    with suppress(psycopg.Error):  # it is closed
+        detach(connection.pgconn.socket)
+    is_async = isinstance(connection, psycopg.AsyncConnection)
+    connection.lock = asyncio.Lock() if is_async else threading.Lock()
+    connection.__class__ = AsyncInheritedConnection if is_async else InheritedConnection
+    connection.cursor_factory = connection.inherited_cursor_factory
 
 
 # Connecting
@@ -514,7 +656,9 @@ def open_second_connection(connection: Connection) -> psycopg.Connection[Any]:
         if connection.dialect.is_async:
             info = connection.connection.driver_connection.info  # type: ignore[union-attr]
             address = {"host": info.host, "hostaddr": info.hostaddr, "port": info.port, "password": info.password}
-            return psycopg.connect(**info.get_parameters() | address, autocommit=True)
+            other = psycopg.connect(**info.get_parameters() | address, autocommit=True)
+            renew_in_child(other, _give_up)
+            return other
         pooled = connection.engine.pool.recreate().connect()  # connects as the caller's engine does
         second = pooled.driver_connection
         pooled.detach()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -16,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import connections, listening, migrations, urls
-from gathering_pipeline.errors import TransactionAbortedError
+from gathering_pipeline.errors import ForkedConnectionError, TransactionAbortedError
+from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
@@ -32,6 +34,9 @@ class Database:
     """A PostgreSQL database: its engines, made on first use, and its sessions.
 
     Use it as a sync or async context manager, or call ``dispose`` or ``adispose`` at the end.
+
+    After ``os.fork`` each process has connections of its own: the child opens new sessions, and a call on a session,
+    listener or group commit that was open raises ``ForkedConnectionError``.
 
     Args:
         url: ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``; an explicit URL overrides the environment. None: the URL
@@ -51,6 +56,7 @@ class Database:
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
         self._autocommit: dict[type, tuple[Any, Any]] = {}
+        renew_in_child(self, Database._renew_lock)
 
     @property
     def url(self) -> str:
@@ -90,6 +96,7 @@ class Database:
             DatabaseUnavailableError: There is no server, or it takes no connections now.
             TransactionAbortedError: The block caught an error that had ended the transaction, and succeeded.
             CommitIndeterminateError: The outcome of the commit is unknown.
+            ForkedConnectionError: The process was forked in the block; only the parent can use the session.
         """
         engine = self._in_autocommit(self.engine) if autocommit else self.engine
         with Session(engine, expire_on_commit=False, close_resets_only=False) as session:
@@ -101,8 +108,17 @@ class Database:
         """The async twin of ``session``."""
         connections.check_asyncio()
         engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
-        async with AsyncSession(engine, expire_on_commit=False, close_resets_only=False) as session:
-            yield session
+        process = os.getpid()
+        async with AsyncExitStack() as stack:
+            session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
+            await stack.enter_async_context(session)
+            try:
+                yield session
+            finally:
+                if os.getpid() != process:  # the loop does not run here, so that the session can't be closed
+                    stack.pop_all()
+            if os.getpid() != process:
+                raise ForkedConnectionError
             await session.run_sync(_commit, autocommit)
 
     def group_commit(self) -> GroupCommits:
@@ -128,6 +144,7 @@ class Database:
         Raises:
             InvalidCursorError: ``after`` is not a cursor of this database.
             DatabaseUnavailableError: There is no server at the first read; after that the loop waits for it.
+            ForkedConnectionError: The process was forked since the first event; only the parent can go on.
         """
         return listening.listen(self.engine, run_id, after, poll)
 
@@ -184,6 +201,9 @@ class Database:
 
     async def __aexit__(self, *_error: object) -> None:
         await self.adispose()
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
 
     def _in_autocommit(self, engine: E) -> E:
         # cached, because deriving an engine takes as long as a statement

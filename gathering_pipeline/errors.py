@@ -27,6 +27,7 @@
     │   ├── IdsExhaustedError                  a table has used up its ids
     │   ├── TransactionAbortedError            an earlier error ended the transaction; nothing is stored
     │   ├── CommitIndeterminateError           the outcome of the commit is unknown
+    │   ├── ForkedConnectionError              the connection belongs to the process that forked this one
     │   ├── SchemaRevisionError                the schema is at another revision than the code
     │   └── AdoptionError                      existing tables differ from those of this package
     └── InvalidCursorError (ValueError)        not a cursor of this repository
@@ -408,6 +409,18 @@ class CommitIndeterminateError(DatabaseError):
     its standby did not confirm, so that a failover may lose the transaction. Retry only what can safely run twice, see
     ``is_transient``.
     """
+
+
+class ForkedConnectionError(DatabaseError):
+    """The session, listener or group commit was open when this process was forked: it belongs to the parent process.
+
+    Nothing was sent. New sessions of the same ``Database`` work in the child.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the connection belongs to the parent process, which forked this one: open a new session in the child"
+        )
 
 
 WITHDRAWN_REVISIONS = frozenset(

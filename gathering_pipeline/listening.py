@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Generator
 from datetime import timedelta
@@ -20,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.connections import check_asyncio
-from gathering_pipeline.errors import DatabaseError, PipelineError, is_transient
+from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, PipelineError, is_transient
 from gathering_pipeline.events import PipelineEvent
 from gathering_pipeline.repositories import AsyncEventRepository, EventRepository
 
@@ -47,9 +48,16 @@ class _Position:
         self.wait = check_duration(poll, "poll")
         self.arguments: dict[str, Any] = {"after": after, "limit": PAGE, "run_id": run_id}
         self.started = False
+        self._pid = os.getpid()
+
+    def check_process(self) -> None:
+        """Raise in a forked child: parent and child would both process each event from here on."""
+        if os.getpid() != self._pid:
+            raise ForkedConnectionError
 
     def can_reconnect(self, error: Exception) -> bool:
         """Whether to reconnect after an error: a read has succeeded before, and the error may be temporary."""
+        self.check_process()
         gone = isinstance(error, (DatabaseError, exc.TimeoutError)) or is_transient(error)
         broken = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
         if not (self.started and (gone or broken)):
@@ -74,6 +82,7 @@ def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelt
                         for event in page.items:
                             position.arguments["after"] = event.cursor
                             yield event
+                            position.check_process()
                         position.arguments["after"] = page.next_cursor
                         if len(page.items) < PAGE:
                             for _ in driver.notifies(timeout=position.wait, stop_after=1):
@@ -105,6 +114,7 @@ async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, po
                         for event in page.items:
                             position.arguments["after"] = event.cursor
                             yield event
+                            position.check_process()
                         position.arguments["after"] = page.next_cursor
                         if len(page.items) < PAGE:
                             async for _ in driver.notifies(timeout=position.wait, stop_after=1):

@@ -15,12 +15,21 @@ from alembic.util import CommandError
 from sqlalchemy.engine import URL, Connection, Engine
 
 from gathering_pipeline.errors import ConfigurationError, SchemaRevisionError, shorten
+from gathering_pipeline.forks import call_in_child
 from gathering_pipeline.migrator import current, revision_names, scripts, validate_options
 
 __all__ = ["Target", "check", "config", "current", "downgrade", "head", "revisions", "script", "upgrade"]
 
 _alembic = threading.Lock()
 """Alembic's context is global in a process. The advisory lock of ``migrator`` separates processes."""
+
+
+def _renew_lock() -> None:
+    global _alembic  # noqa: PLW0603 - a forked child has no thread that would release it
+    _alembic = threading.Lock()
+
+
+call_in_child(_renew_lock)
 
 Target = str | URL | Engine | Connection | None
 """What is migrated. A connection must not be in a transaction; None: as ``urls.locate`` decides."""

@@ -22,7 +22,9 @@ from gathering_pipeline.arguments import check_count, check_cursor, check_type
 from gathering_pipeline.connections import (
     TRANSLATED_SCHEMA,
     AsyncDirectConnection,
+    AsyncInheritedConnection,
     DirectConnection,
+    InheritedConnection,
     Rows,
     Statement,
     direct,
@@ -33,6 +35,7 @@ from gathering_pipeline.errors import (
     ConfigurationError,
     DatabaseError,
     DatabaseUnavailableError,
+    ForkedConnectionError,
     IdsExhaustedError,
     IllegalTransitionError,
     IntegrityViolationError,
@@ -349,6 +352,8 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
 ) -> BaseException:
     """Give up a connection that can't be used any more, and return the error to raise."""
     if isinstance(error, (psycopg.Error, DBAPIError)):
+        if isinstance(driver, (InheritedConnection, AsyncInheritedConnection)):  # the call began before the fork
+            return ForkedConnectionError()
         if connection is not None and driver is not None and driver.closed:
             _discard(connection, error)
             broken = _broken_connection(error, outcome_unknown=driver.autocommit and may_write)

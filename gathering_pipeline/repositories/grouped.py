@@ -14,13 +14,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline.arguments import check_flag
-from gathering_pipeline.errors import CommitIndeterminateError, DatabaseUnavailableError, PipelineError
+from gathering_pipeline.errors import (
+    CommitIndeterminateError,
+    DatabaseUnavailableError,
+    ForkedConnectionError,
+    PipelineError,
+)
+from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.models import NodeExecutionResult, Step
 from gathering_pipeline.repositories._call import Apart, ApartBlocking, finish
 from gathering_pipeline.repositories.runs import AsyncRunRepository, EncodedReport, RunRepository, encode_report
@@ -77,6 +83,10 @@ class _Queue(Generic[F]):
                 answer.set_exception(PipelineError(message))
 
 
+def _refuse() -> NoReturn:
+    raise ForkedConnectionError
+
+
 def _answer(batch: Sequence[tuple[EncodedReport, F]], steps: Sequence[Step | None]) -> None:
     for (_, answer), step in zip(batch, steps, strict=True):
         if not answer.done():
@@ -101,7 +111,7 @@ class AsyncGroupCommit(AsyncRunRepository):
 
     Every call is a transaction of its own; its answer comes after the commit that holds it. A caller that is cancelled
     before its call is sent takes it out. If the connection breaks, exactly the calls that were sent raise
-    ``CommitIndeterminateError``.
+    ``CommitIndeterminateError``. In a forked child every call raises ``ForkedConnectionError``.
     """
 
     def __init__(self, open_session: OpenAsyncSession) -> None:
@@ -115,6 +125,16 @@ class AsyncGroupCommit(AsyncRunRepository):
         self._calls = 0
         self._senders: set[asyncio.Task[None]] = set()
         self._closed = asyncio.Event()
+        self._inherited: tuple[object, ...] = ()
+        renew_in_child(self, AsyncGroupCommit._give_up)
+
+    def _give_up(self) -> None:
+        """Leave everything to the parent process, and refuse calls."""
+        # kept: to drop the last reference to a session would end it here
+        self._inherited = self._lone, self._batches, self._opened, self._senders, self._queue, self._closed
+        self._lone = self._batches = None
+        self._opened, self._queue, self._senders, self._calls = AsyncExitStack(), _Queue(), set(), 0
+        self._transport = Apart(_refuse)
 
     async def __aenter__(self) -> Self:
         """Open a connection for gathered calls, and one for a lone call."""
@@ -149,7 +169,7 @@ class AsyncGroupCommit(AsyncRunRepository):
         report = encode_report(run_id, results, token)
         options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
         if self._lone is None:
-            raise PipelineError(_CLOSED)
+            raise ForkedConnectionError if self._inherited else PipelineError(_CLOSED)
         self._calls += 1
         try:
             step = None if retry or inputs else await self._gathered(self._lone, report)
@@ -212,6 +232,17 @@ class GroupCommit(RunRepository):
         self._batches: AsyncRunRepository | None = None
         self._is_lone = self._is_led = False
         self._changed = threading.Condition()
+        self._inherited: tuple[object, ...] = ()
+        renew_in_child(self, GroupCommit._give_up)
+
+    def _give_up(self) -> None:
+        """Leave everything to the parent process, and refuse calls."""
+        # kept: to drop the last reference to a session would end it here
+        self._inherited = self._lone, self._batches, self._opened, self._queue
+        self._lone = self._batches = None
+        self._opened, self._queue, self._changed = ExitStack(), _Queue(), threading.Condition()
+        self._is_lone = self._is_led = False
+        self._bind(ApartBlocking(_refuse))
 
     def __enter__(self) -> Self:
         """Open a connection for gathered calls, and one for a lone call."""
@@ -245,7 +276,7 @@ class GroupCommit(RunRepository):
         report = encode_report(run_id, results, token)
         options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
         if self._lone is None:
-            raise PipelineError(_CLOSED)
+            raise ForkedConnectionError if self._inherited else PipelineError(_CLOSED)
         step = None if retry or inputs else self._gathered(report)
         if step is not None:
             return step

@@ -18,8 +18,7 @@ NAIVE = datetime(2026, 1, 1, 12)  # noqa: DTZ001
 AWARE = NAIVE.replace(tzinfo=UTC)
 
 
-def change(session: Session, model: type[PipelineRun | PipelineNodeRun], time: datetime) -> None:
-    row = session.scalars(select(model)).first()
+def change(session: Session, row: PipelineRun | PipelineNodeRun | None, time: datetime) -> None:
     assert row is not None
     row.started_at = time
     session.flush()
@@ -32,8 +31,8 @@ def add(session: Session, time: datetime) -> None:
 
 WRITES: dict[str, Callable[[Session, datetime], object]] = {
     "add": add,
-    "change of a run": lambda session, time: change(session, PipelineRun, time),
-    "change of a node run": lambda session, time: change(session, PipelineNodeRun, time),
+    "change of a run": lambda session, time: change(session, session.get(PipelineRun, 1), time),
+    "change of a node run": lambda session, time: change(session, session.get(PipelineNodeRun, 1), time),
     "insert": lambda session, time: session.execute(insert(PipelineRun).values(pipeline_id=1, created_at=time)),
     "insert of rows": lambda session, time: session.execute(
         insert(PipelineRun), [{"pipeline_id": 1, "created_at": time}] * 2

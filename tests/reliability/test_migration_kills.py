@@ -99,7 +99,7 @@ def die_in_every_step(url: str, start: str, target: str, direction: str, steps: 
         else:  # the migrator may still have seen that its server is gone
             _, alive = psutil.wait_procs(server, timeout=30)
             assert alive == [], f"in step {at}"
-            running._server.ensure_postgres_running()
+            embedded.start(running.data_dir)
     migrate(url, target, direction)
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import Database, EventPage, EventRepository, RunRepository
+from gathering_pipeline import Database, EventPage, EventRepository, RunRepository, embedded
 from gathering_pipeline.errors import InvalidCursorError, LeaseLostError
 from tests.support import servers
 from tests.support.runs import LEASE, done, store
@@ -47,7 +47,7 @@ def test_rewound_server_refuses_cursors_and_tokens_of_the_undone_time() -> None:
         copy = server.data_dir.with_name("copy")
         shutil.copytree(server.data_dir, copy)
         stat = server.data_dir.stat()
-        server._server.ensure_postgres_running()
+        embedded.start(server.data_dir)
 
         with Database(server.url) as database, database.session(autocommit=True) as session:
             runs = RunRepository(session)
@@ -65,7 +65,7 @@ def test_rewound_server_refuses_cursors_and_tokens_of_the_undone_time() -> None:
             path.rename(server.data_dir / path.name)
         for path in (server.data_dir, *server.data_dir.rglob("*")):
             shutil.chown(path, stat.st_uid, stat.st_gid)
-        server._server.ensure_postgres_running()
+        embedded.start(server.data_dir)
 
         with Database(server.url) as database, database.session(autocommit=True) as session:
             runs, events = RunRepository(session), EventRepository(session)

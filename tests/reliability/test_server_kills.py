@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import psycopg
 
-from gathering_pipeline import Database, RunRead, RunRepository
+from gathering_pipeline import Database, RunRead, RunRepository, embedded
 from gathering_pipeline.errors import ConflictError, DatabaseError
 from tests.support import servers
 from tests.support.runs import store
@@ -133,7 +133,7 @@ def test_killed_server_keeps_acknowledged_calls(tmp_path: Path) -> None:
                     time.sleep(0.05)
                 time.sleep(chance.random() / 2)
                 kill(servers.postmaster(server))
-                server._server.ensure_postgres_running()
+                embedded.start(server.data_dir)
             (tmp_path / DONE).touch()
             time.sleep(LEASE.total_seconds())
             with connect(server.url) as raw:

@@ -68,6 +68,7 @@ PROMISED = [
     "AdoptionError",
     "CommitIndeterminateError",
     "TransactionAbortedError",
+    "ForkedConnectionError",
     "is_transient",
 ]
 
