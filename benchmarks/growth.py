@@ -104,8 +104,10 @@ def plot(sizes: Sequence[int], medians: dict[str, list[float]]) -> str:
         return x, height - 40 - seconds * 1000 / highest * (height - 40 - top)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="12">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+            ' font-family="sans-serif" font-size="12">'
+        ),
         f'<rect width="{width}" height="{height}" fill="white"/>',
         *(
             f'<text x="{point(place, 0)[0]:.0f}" y="{height - 20}" text-anchor="middle">{size:,} runs</text>'
