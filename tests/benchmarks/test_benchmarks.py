@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import breakdown, floor, suite
+from benchmarks import breakdown, floor, growth, suite
 from benchmarks.__main__ import main
 from benchmarks.databases import Databases, Server
 from benchmarks.graphs import chain
@@ -211,3 +212,18 @@ def test_program_refuses_an_unknown_benchmark(capsys: pytest.CaptureFixture[str]
 )
 def test_verdict_of_a_row_compares_its_ratio_with_its_bar(row: Row, verdict: str) -> None:
     assert row.verdict() == verdict
+
+
+def test_growth_prints_every_call_and_draws_it(
+    server: servers.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GATHERING_TEST_URL", server.url)
+    growth.main(["--tiny", "--plot", str(tmp_path / "growth.svg")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        *("create", "claim", "heartbeat", "start_node", "complete_node", "advance", "get and nodes", "search"),
+        *("counts", "statistics", "events", "recover and expire", "cancel", "record_run", "purge"),
+    ]
+    assert all(float(number) > 0 for line in lines[1:] for number in line[22:].split()[:4])
+    drawing = ET.parse(tmp_path / "growth.svg")  # noqa: S314 - our own
+    assert len(drawing.findall("{*}polyline")) == 15

@@ -14,7 +14,9 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from gathering_pipeline.database import Database
+from gathering_pipeline.errors import InvalidCursorError
 from gathering_pipeline.maintenance.doctor import doctor
+from gathering_pipeline.repositories.events import EventRepository
 from gathering_pipeline.repositories.runs import RunRepository
 from tests.support.databases import Connect, scalar, unguarded
 from tests.support.doctor import NODE_RUNS, NODES, RUNS, age, found, outcomes, pipeline
@@ -384,11 +386,16 @@ def test_events_of_another_cluster_are_repaired(database: Database, raw: psycopg
         for xid in ("'800'::xid8", "'1000000000'::xid8", "'801'::xid8", "'1000000001'::xid8", "pg_current_xact_id()")
     ]
     order = "SELECT id FROM circle.pipeline_events e ORDER BY e.xid, id"
-    own = "SELECT id, xid::text FROM circle.pipeline_events e ORDER BY e.id DESC LIMIT 1"
-    newest = raw.execute(own).fetchone()
+    with database.session() as session:
+        cursors = [event.cursor for event in EventRepository(session).read().items]
+    assert len(cursors) == 3
     assert raw.execute(order).fetchall() != written
     assert found(database) == [("foreign_events", "circle.pipeline_events")]
     assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
     assert found(database) == []
     assert raw.execute(order).fetchall() == written, "as they happened"
-    assert raw.execute(own).fetchone() == newest, "a reader may have seen it already"
+    with database.session() as session:
+        assert len(EventRepository(session).read().items) == 5
+        for cursor in cursors:  # events stand before it now that its reader has not seen
+            with pytest.raises(InvalidCursorError):
+                EventRepository(session).read(cursor)

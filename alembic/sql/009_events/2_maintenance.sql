@@ -17,14 +17,14 @@ BEGIN
             FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_events_notify();
     END IF;
 END $$;
--- Moves restored events before all others, in their order, after a restore into a cluster whose transactions have lower numbers.
--- Has to be called before events are read. Returns the number of changed events. Later events have higher ids.
+-- Moves all events before those to come, in the order of their ids, if one is ahead of the cluster's transactions: after a restore from
+-- another cluster, whose numbers are higher. Returns the number of changed events. No cursor from before stays valid.
 CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     changed bigint;
 BEGIN
-    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0' AND id <= (
-        SELECT max(id) FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
+    UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0'
+        AND EXISTS (SELECT FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
     GET DIAGNOSTICS changed = ROW_COUNT;
     RETURN changed;
 END $$;
