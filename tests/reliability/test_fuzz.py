@@ -33,7 +33,7 @@ from gathering_pipeline.repositories._call import translate
 from gathering_pipeline.validator import INCOMPLETE_CODES, find_json_issues
 from tests.support.write_paths import BY_HOOK, INSERTING, UPDATING, Row, Stage, refusal, sqlstate
 
-GRAPHS = int(os.environ.get("GATHERING_GRAPHS", "1000"))
+GRAPHS = int(os.environ.get("GATHERING_GRAPHS", "400"))
 SEED = int(os.environ.get("GATHERING_SEED") or 20261124)
 BATCH = 100
 

@@ -30,7 +30,7 @@ from gathering_pipeline.errors import PipelineError
 from tests.support.runs import done, store
 from tests.support.servers import connect
 
-EXAMPLES = int(os.environ.get("GATHERING_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("GATHERING_EXAMPLES", "15"))
 LEASE = timedelta(minutes=5)
 RETRIES = 1
 MAX_CLAIMS = 3

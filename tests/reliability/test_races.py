@@ -40,7 +40,7 @@ from gathering_pipeline.settings import DatabaseSettings
 from tests.support.graphs import chain, graph
 from tests.support.runs import done, store
 
-ROUNDS = int(os.environ.get("GATHERING_ROUNDS", "40"))
+ROUNDS = int(os.environ.get("GATHERING_ROUNDS", "25"))
 LEASE = timedelta(minutes=5)
 THREADS = 16
 

@@ -33,7 +33,7 @@ from gathering_pipeline.validator import (
 T = TypeVar("T")
 
 each = settings(
-    max_examples=int(os.environ.get("GATHERING_EXAMPLES", "100")),
+    max_examples=int(os.environ.get("GATHERING_EXAMPLES", "50")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
