@@ -6,16 +6,17 @@ import asyncio
 import os
 import re
 import select
+import socket
+import struct
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import psycopg
 from psycopg import generators, pq
-from psycopg.conninfo import make_conninfo
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -29,7 +30,7 @@ from gathering_pipeline.errors import (
     TransactionAbortedError,
     shorten,
 )
-from gathering_pipeline.forks import detach, renew_in_child
+from gathering_pipeline.forks import call_in_child, detach, renew_in_child
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ OLDEST_SERVER = 15
 PROBE_SECONDS = 3
 """Longest wait for the answer of a server that is probed."""
 
+_SSL_REQUEST = struct.pack("!ii", 8, 80877103)
+"""What a client sends that asks for encryption; the server answers by one byte, before any authentication."""
+
 
 # Engines
 
@@ -51,7 +55,7 @@ PROBE_SECONDS = 3
 def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
     """Make an engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     engine = create_engine(url, **_engine_arguments(url, settings))
-    event.listen(engine, "do_connect", _connect)
+    event.listen(engine, "do_connect", _Connector().connect)
     event.listen(engine, "checkout", _replace_dead)
     renew_in_child(engine, _renew_pool)
     return engine
@@ -70,7 +74,7 @@ def temporary_engine(url: URL, settings: DatabaseSettings) -> Iterator[Engine]:
 def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
     """Make an async engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     arguments = _engine_arguments(url, settings)
-    arguments["connect_args"]["async_creator_fn"] = _connect_async
+    arguments["connect_args"]["async_creator_fn"] = _Connector().connect_async
     engine = create_async_engine(url, **arguments)
     event.listen(engine.sync_engine, "checkout", _replace_dead)
     renew_in_child(engine.sync_engine, _renew_pool)
@@ -94,20 +98,18 @@ def _renew_pool(engine: Engine) -> None:
 def _replace_dead(connection: Any, entry: ConnectionPoolEntry, _fairy: PoolProxiedConnection) -> None:
     """Let the pool connect anew if a connection died while it was idle: nothing was sent, so nothing is lost.
 
-    No round trip: the socket of a connection that the server or the network closed can be read.
+    No round trip: the socket of a connection that the server or the network closed can be read. So can one on which the
+    server told something, such as a changed parameter; that one is given up, too, because the end may follow.
     """
     if not entry.info.get("used"):  # it is new
         entry.info["used"] = True
         return
     pgconn: pq.abc.PGconn = getattr(connection, "driver_connection", connection).pgconn
-    try:
-        ready = select.poll()
-        ready.register(pgconn.socket, select.POLLIN)
-        if ready.poll(0):
-            pgconn.consume_input()
-    except psycopg.Error as error:
-        raise DisconnectionError from error
     if pgconn.status != pq.ConnStatus.OK:
+        raise DisconnectionError
+    ready = select.poll()
+    ready.register(pgconn.socket, select.POLLIN)
+    if ready.poll(0):
         raise DisconnectionError
 
 
@@ -173,7 +175,7 @@ class _Watchdog:
                     since, probe = monotonic(), None
                 elif self.answer_timeout is not None and monotonic() - since > self.answer_timeout:
                     if probe is None:
-                        probe = _Probe(pgconn)
+                        probe = _Probe.of(pgconn)
                     elif probe.alive is True:
                         since, probe = monotonic(), None
                     elif probe.alive is False:
@@ -200,16 +202,64 @@ class _Watchdog:
 
 
 class _Probe:
-    """Pings the server of a connection in a thread; a ping needs no credentials."""
+    """Asks a server for a sign of life in a thread, by a socket of its own; no credentials are needed.
 
-    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+    libpq has a ping, too, but the whole process would stand still during it: its wrapper keeps the interpreter's lock.
+
+    Attributes:
+        alive: Whether the server answered; ``None`` as long as it isn't known.
+    """
+
+    _under_way: ClassVar[dict[tuple[str, int], _Probe]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, address: tuple[str, int]) -> None:
         self.alive: bool | None = None
-        host = (pgconn.hostaddr or pgconn.host).decode()
-        where = make_conninfo(host=host, port=pgconn.port.decode(), connect_timeout=PROBE_SECONDS)
-        threading.Thread(target=self._ping, args=(where.encode(),), daemon=True).start()
+        self._address = address
 
-    def _ping(self, where: bytes) -> None:
-        self.alive = pq.PGconn.ping(where) in (pq.Ping.OK, pq.Ping.REJECT)
+    @classmethod
+    def of(cls, pgconn: pq.abc.PGconn) -> _Probe:
+        """The probe of a connection's server; connections that wait for the same one share it."""
+        address = ((pgconn.hostaddr or pgconn.host).decode(), int(pgconn.port))
+        with cls._lock:
+            probe = cls._under_way.get(address)
+            if probe is None:
+                probe = cls._under_way[address] = cls(address)
+                threading.Thread(target=probe._ask, name="probe of a server", daemon=True).start()
+        return probe
+
+    @classmethod
+    def forget(cls) -> None:
+        """Begin anew in a forked child, which no thread follows into."""
+        cls._lock, cls._under_way = threading.Lock(), {}
+
+    def _ask(self) -> None:
+        try:
+            with self._open() as asked:
+                asked.sendall(_SSL_REQUEST)
+                alive = asked.recv(1) != b""
+        except OSError:
+            alive = False
+        with self._lock:
+            self._under_way.pop(self._address, None)
+        self.alive = alive
+
+    def _open(self) -> socket.socket:
+        host, port = self._address
+        if not host.startswith(("/", "@")):
+            return socket.create_connection((host, port), timeout=PROBE_SECONDS)
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        local.settimeout(PROBE_SECONDS)
+        path = f"{host}/.s.PGSQL.{port}"
+        try:
+            local.connect(path.replace("@", "\0", 1) if host.startswith("@") else path)
+        except OSError:
+            local.close()
+            raise
+        return local
+
+
+call_in_child(_Probe.forget)
 
 
 # The direct way: a statement is sent by libpq itself. psycopg's cursor takes longer than a short statement.
@@ -524,28 +574,61 @@ def _give_up(connection: Any) -> None:
 # Connecting
 
 
-def _connect(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> DirectConnection:
-    rest = dict(arguments)
-    watchdog = _Watchdog(rest.pop("answer_timeout"))
-    try:
-        connection = DirectConnection.connect(**rest)
-    except psycopg.Error as error:
-        raise _connect_error(error, rest) from error
-    _check(connection, watchdog)
-    connection.wait(connection.begin_session())
-    return connection
+class _Connector:
+    """Makes the connections of an engine.
+
+    Attributes:
+        connected: Whether one was made: from then on a refusal is no fault of the configuration.
+    """
+
+    def __init__(self) -> None:
+        self.connected = False
+
+    def connect(self, _dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> DirectConnection:
+        rest = dict(arguments)
+        watchdog = _Watchdog(rest.pop("answer_timeout"))
+        connection = None
+        try:
+            connection = DirectConnection.connect(**rest)
+            _check(connection, watchdog)
+            connection.wait(connection.begin_session())
+        except psycopg.Error as error:
+            raise self._failure(error, connection, rest) from error
+        except BaseException:
+            _close(connection)
+            raise
+        self.connected = True
+        return connection
+
+    async def connect_async(self, *_args: object, **arguments: Any) -> AsyncDirectConnection:
+        check_asyncio()
+        watchdog = _Watchdog(arguments.pop("answer_timeout"))
+        connection = None
+        try:
+            connection = await AsyncDirectConnection.connect(**arguments)
+            _check(connection, watchdog)
+            await connection.wait(connection.begin_session())
+        except psycopg.Error as error:
+            raise self._failure(error, connection, arguments) from error
+        except BaseException:
+            _close(connection)
+            raise
+        self.connected = True
+        return connection
+
+    def _failure(
+        self,
+        error: psycopg.Error,
+        connection: DirectConnection | AsyncDirectConnection | None,
+        arguments: dict[str, Any],
+    ) -> DatabaseError:
+        _close(connection)
+        return _connect_error(error, arguments, connected_before=self.connected)
 
 
-async def _connect_async(*_args: object, **arguments: Any) -> AsyncDirectConnection:
-    check_asyncio()
-    watchdog = _Watchdog(arguments.pop("answer_timeout"))
-    try:
-        connection = await AsyncDirectConnection.connect(**arguments)
-    except psycopg.Error as error:
-        raise await asyncio.to_thread(_connect_error, error, arguments) from error
-    _check(connection, watchdog)
-    await connection.wait(connection.begin_session())
-    return connection
+def _close(connection: DirectConnection | AsyncDirectConnection | None) -> None:
+    if connection is not None:
+        connection.pgconn.finish()
 
 
 def check_asyncio() -> None:
@@ -572,40 +655,49 @@ def _check(connection: DirectConnection | AsyncDirectConnection, watchdog: _Watc
     elif encoding != "UTF8":
         problem = f"the database's encoding is {encoding}: create it with ENCODING 'UTF8'"
     if problem is not None:
-        connection.pgconn.finish()
         raise ConfigurationError(problem)
     connection.watchdog = watchdog
     connection.add_notice_handler(watchdog.notice)
 
 
-def _connect_error(error: psycopg.Error, arguments: dict[str, Any]) -> DatabaseError:
+# What a server says that starts, stops or is promoted.
+_TEMPORARY = re.compile("starting up|shutting down|in recovery|not yet accepting|terminating connection")
+# What a server says of a role, password, database or rule that the URL has wrong. libpq gives no SQLSTATE of a refusal.
+_WRONG_URL = re.compile(
+    "authentication failed|does not exist|no pg_hba.conf entry|pg_hba.conf rejects|not permitted|permission denied"
+    "|no password supplied|no PostgreSQL user name|no such (user|database)|not currently accepting connections"
+    "|unsupported startup parameter|unsupported frontend protocol|server does not support SSL|certificate|no encryption"
+)
+
+
+def _connect_error(error: psycopg.Error, arguments: dict[str, Any], *, connected_before: bool) -> DatabaseError:
     """Return the error that says in one sentence why there is no connection.
 
-    libpq doesn't expose the SQLSTATE of a refused connection. Whether a server is there is known without its text: it
-    asked for a password, or it answers a ping.
+    Configuration is at fault only where that is sure: a server that starts, stops or is promoted refuses connections in
+    many words. In another language than English a refusal counts as temporary unless the server asked for a password.
     """
     if not isinstance(error, psycopg.OperationalError):
         return ConfigurationError(f"the database URL can't be used: {shorten(str(error).strip(), 200)}")
     host, port = arguments.get("host", "the local socket"), arguments.get("port", 5432)
     where = f"any of {host}" if ":" in str(port) or "," in str(host) else f"the PostgreSQL server at {host}:{port}"
-    answered = error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password)
-    if not answered and not isinstance(error, psycopg.errors.ConnectionTimeout):
-        address = {name: arguments[name] for name in ("host", "port", "hostaddr") if name in arguments}
-        ping = pq.PGconn.ping(make_conninfo(**address, connect_timeout=PROBE_SECONDS).encode())
-        if ping == pq.Ping.REJECT:
-            return DatabaseUnavailableError(f"{where} takes no connections now: it starts or stops, try again")
-        answered = ping == pq.Ping.OK
-    if not answered:
-        return DatabaseUnavailableError(f"no answer from {where}: start it, or correct the URL's host and port")
-    reason = shorten(str(error).strip().splitlines()[-1].rpartition("FATAL:")[2].strip(), 200)
+    lines = str(error).strip().splitlines() or [""]
+    _, answered, reason = lines[-1].rpartition("FATAL:")
+    reason = shorten(reason.strip(), 200)
     # a temporary condition; only the text identifies it
     if "too many" in reason or "connection slots" in reason:
         return DatabaseUnavailableError(
             f"{where} has no free connection ({reason}): try again, or make the pools smaller"
         )
-    return ConfigurationError(
-        f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
-    )
+    asked = error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password)
+    if not connected_before and (_WRONG_URL.search(reason) or (asked and answered and not _TEMPORARY.search(reason))):
+        return ConfigurationError(
+            f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
+        )
+    if answered:
+        return DatabaseUnavailableError(f"{where} takes no connections now ({reason}): try again")
+    if other_role := re.search("(session is |server is )(not )?(read-only|in hot standby)", reason):
+        return DatabaseUnavailableError(f"{where} has not the role that the URL asks for ({other_role[0]}): try again")
+    return DatabaseUnavailableError(f"no answer from {where}: start it, or correct the URL's host and port")
 
 
 TRANSLATED_SCHEMA = (

@@ -38,6 +38,7 @@ Errors that come from PostgreSQL are recognised by SQLSTATE and constraint name,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -494,6 +495,10 @@ _TRANSIENT_CLASSES = ("08", "53", "58")
 _PROTOCOL_VIOLATION = "08P01"
 
 
+_BROKEN = re.compile("the connection is (lost|closed)|closed the connection unexpectedly|consuming input failed")
+"""What libpq and psycopg say of a connection that broke; it has no SQLSTATE."""
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same transaction may succeed when it is retried from its beginning.
 
@@ -507,7 +512,10 @@ def is_transient(error: BaseException) -> bool:
             return True
         if getattr(cause, "connection_invalidated", False):
             return True
-        sqlstate = getattr(getattr(cause, "orig", cause), "sqlstate", None)
+        origin = getattr(cause, "orig", cause)
+        sqlstate = getattr(origin, "sqlstate", None)
+        if type(origin).__name__ == "OperationalError" and sqlstate is None and _BROKEN.search(str(origin)):
+            return True
         if isinstance(sqlstate, str):
             by_class = sqlstate.startswith(_TRANSIENT_CLASSES) and sqlstate != _PROTOCOL_VIOLATION
             return by_class or sqlstate in _TRANSIENT

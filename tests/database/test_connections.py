@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import re
 import signal
+import socketserver
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
@@ -22,9 +26,13 @@ from gathering_pipeline import embedded
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import (
     ConfigurationError,
+    DatabaseError,
     DatabaseUnavailableError,
+    PipelineError,
+    is_transient,
 )
 from gathering_pipeline.settings import DatabaseSettings
+from tests.support import servers
 from tests.support.servers import Server
 
 QUICK = DatabaseSettings(connect_timeout=timedelta(seconds=2), answer_timeout=timedelta(seconds=1))
@@ -105,6 +113,97 @@ def test_connect_beyond_connection_limit_raises_unavailable(server: Server, admi
         admin.execute("DROP ROLE gathering_test_plain")
 
 
+@contextmanager
+def _refusing_server(message: str) -> Iterator[int]:
+    """The port of a server that refuses every connection with an error."""
+
+    class Refusal(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while True:
+                size, code = struct.unpack("!ii", self.request.recv(8))
+                if code in (80877103, 80877104):  # asks for encryption
+                    self.request.sendall(b"N")
+                    continue
+                self.request.recv(size - 8)
+                fields = b"".join(f"{key}{value}\0".encode() for key, value in {"S": "FATAL", "M": message}.items())
+                self.request.sendall(b"E" + struct.pack("!i", len(fields) + 5) + fields + b"\0")
+                return
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+REFUSALS = {
+    "the database system is starting up": DatabaseUnavailableError,
+    "the database system is shutting down": DatabaseUnavailableError,
+    "the database system is not yet accepting connections": DatabaseUnavailableError,
+    "the database system is in recovery mode": DatabaseUnavailableError,
+    "terminating connection due to administrator command": DatabaseUnavailableError,
+    "das Datenbanksystem startet": DatabaseUnavailableError,
+    "server login has been failing, try again later (server_login_retry)": DatabaseUnavailableError,
+    "sorry, too many clients already": DatabaseUnavailableError,
+    'password authentication failed for user "u"': ConfigurationError,
+    'role "u" does not exist': ConfigurationError,
+    'database "d" does not exist': ConfigurationError,
+    'no pg_hba.conf entry for host "h", user "u", database "d", no encryption': ConfigurationError,
+    'permission denied for database "d"': ConfigurationError,
+    'role "u" is not permitted to log in': ConfigurationError,
+    "no such database: d": ConfigurationError,
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refused_connection_is_configuration_only_where_that_is_sure(message: str) -> None:
+    with _refusing_server(message) as port:
+        for attempt in _both(f"postgresql://u@127.0.0.1:{port}/d"):
+            with pytest.raises(DatabaseError, match=re.escape(message)) as caught:
+                attempt()
+            assert type(caught.value) is REFUSALS[message]
+            assert is_transient(caught.value) is (REFUSALS[message] is DatabaseUnavailableError)
+
+
+def test_refusal_after_a_connection_is_unavailable(server: Server) -> None:
+    name = server.create()
+    with Database(server.database_url(name)) as database:
+        with database.session() as session:
+            session.execute(text("SELECT 1"))
+        server.drop(name)
+        with pytest.raises(DatabaseUnavailableError, match="does not exist"), database.session() as session:
+            session.execute(text("SELECT 1"))
+
+
+def test_calls_while_the_server_restarts_are_transient(own_server: embedded.EmbeddedServer) -> None:
+    """Also of a Database that was never connected before."""
+    stop, failures = threading.Event(), list[BaseException]()
+
+    def call() -> None:
+        while not stop.is_set():
+            try:
+                for attempt in _both(own_server.url):
+                    attempt()
+            except (PipelineError, OperationalError) as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for mode in ("fast", "immediate", "fast"):
+        servers.restart(own_server, mode)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert failures
+    lasting = [error for error in failures if not is_transient(error)]
+    if lasting:
+        raise lasting[0]
+
+
 def test_connect_to_other_encoding_raises_configuration(server: Server, admin: psycopg.Connection) -> None:
     name = f"gathering_test_{os.getpid()}_latin"
     admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'".encode())
@@ -182,6 +281,36 @@ def test_statement_on_hanging_server_raises_unavailable(own_server: embedded.Emb
         asyncio.run(use(database))
         with database.session() as session:
             assert session.execute(text("SELECT 4")).scalar_one() == 4
+
+
+def test_many_calls_on_a_hanging_server_share_a_probe(own_server: embedded.EmbeddedServer) -> None:
+    """The event loop, and so every heartbeat, goes on."""
+    probes = list[int]()
+
+    async def use(database: Database) -> None:
+        async with AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(database.async_session()) for _ in range(20)]
+            for session in sessions:
+                await session.execute(text("SELECT 1"))
+            with _frozen(own_server):
+                start = previous = time.monotonic()
+                longest = 0.0
+                calls = [asyncio.ensure_future(session.execute(text("SELECT 2"))) for session in sessions]
+                while not all(call.done() for call in calls):
+                    await asyncio.sleep(0.02)
+                    longest, previous = max(longest, time.monotonic() - previous), time.monotonic()
+                    probes.append(sum(thread.name == "probe of a server" for thread in threading.enumerate()))
+                failures = await asyncio.gather(*calls, return_exceptions=True)
+                assert time.monotonic() - start < 15
+                assert {type(failure) for failure in failures} == {OperationalError}
+                assert longest < 2
+            for session in sessions:
+                await session.rollback()
+        await database.adispose()
+
+    with Database(own_server.url, settings=QUICK.model_copy(update={"pool_size": 20})) as database:
+        asyncio.run(use(database))
+    assert max(probes) == 1
 
 
 def test_settings_reach_the_session(database_url: str) -> None:

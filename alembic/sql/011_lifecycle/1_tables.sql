@@ -11,6 +11,7 @@ ALTER TABLE circle.pipeline_runs
     ADD COLUMN IF NOT EXISTS idempotency_key VARCHAR(255),
     ADD COLUMN IF NOT EXISTS lapsed_claims INTEGER NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS released_token BIGINT,
+    -- squawk-ignore prefer-bigint-over-smallint
     ADD COLUMN IF NOT EXISTS priority SMALLINT NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS run_at TIMESTAMPTZ,
     ADD COLUMN IF NOT EXISTS waits_until TIMESTAMPTZ;
