@@ -125,10 +125,16 @@ def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
     }
 
 
+def _number_of_hosts(url: URL) -> int:
+    """How many hosts the URL names; libpq waits ``connect_timeout`` for each of them."""
+    named = url.normalized_query.get("host") or (url.host or "",)
+    return sum(len(hosts.split(",")) for hosts in named)
+
+
 def connect_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
     """Return keyword arguments for psycopg: the settings, except those that the URL sets; its ``options`` come last."""
     arguments: dict[str, Any] = {
-        "connect_timeout": int(settings.connect_timeout.total_seconds()),
+        "connect_timeout": max(int(settings.connect_timeout.total_seconds()) // _number_of_hosts(url), 1),
         "tcp_user_timeout": int(settings.tcp_user_timeout.total_seconds() * 1000),
         "keepalives": 1,
         "keepalives_idle": 5,

@@ -63,7 +63,7 @@ class DatabaseSettings(BaseSettings):
         pool_size: Connections that are kept open.
         max_overflow: Further connections, opened under load and closed afterwards.
         pool_timeout: Longest wait for a free connection of the pool.
-        connect_timeout: Longest wait for a connection to one host.
+        connect_timeout: Longest wait for a connection; the hosts of a URL share it.
         answer_timeout: Silence after which the server is probed on a separate connection. A slow statement continues
             while the server answers the probe. None: never probe.
         tcp_user_timeout: Longest time that sent data may stay unacknowledged.

@@ -23,6 +23,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from gathering_pipeline import embedded
+from gathering_pipeline.connections import connect_arguments
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import (
     ConfigurationError,
@@ -352,3 +353,10 @@ def test_async_connections_are_disposed_from_other_loop(database: Database) -> N
         database.dispose()
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("hosts", ["h", "h,i,j", "?host=h:1&host=i:2&host=j:3", "?host=h,i,j"])
+def test_hosts_of_a_url_share_the_time_to_connect(hosts: str) -> None:
+    settings = DatabaseSettings(connect_timeout=timedelta(seconds=6))
+    url = make_url(f"postgresql://{hosts}/d" if "?" not in hosts else f"postgresql:///d{hosts}")
+    assert connect_arguments(url, settings)["connect_timeout"] == (6 if hosts == "h" else 2)
