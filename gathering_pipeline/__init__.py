@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from .events import EventPage, EventType, PipelineEvent
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+    from .maintenance.health import Health
     from .models import (
         NodeExecutionResult,
         NodeResult,
@@ -120,6 +121,7 @@ __all__ = [
     "EventRepository",
     "EventType",
     "ForkedConnectionError",
+    "Health",
     "IdsExhaustedError",
     "IllegalTransitionError",
     "IntegrityViolationError",

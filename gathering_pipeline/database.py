@@ -13,13 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import connections, listening, migrations, urls
-from gathering_pipeline.errors import ForkedConnectionError, TransactionAbortedError
+from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, TransactionAbortedError, shorten
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.maintenance import health
+from gathering_pipeline.maintenance.health import Health
 from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Engine
 
 E = TypeVar("E", "Engine", AsyncEngine)
+
+_UNHEALTHY = (DatabaseError, DBAPIError, PoolTimeout)
 
 
 class Database:
@@ -169,6 +174,50 @@ class Database:
         """
         with self.engine.connect() as connection:
             migrations.check(connection)
+
+    async def acheck(self) -> None:
+        """The async twin of ``check``."""
+        async with self.async_engine.connect() as connection:
+            await connection.run_sync(migrations.check)
+
+    async def aupgrade(self, revision: str = "head") -> None:
+        """``upgrade`` without blocking the event loop; a cancelled call lets the step that is under way end."""
+        await asyncio.to_thread(self.upgrade, revision)
+
+    def health(self) -> Health:
+        """Tell whether the database can be used now, for the health endpoint of a service; raises no ``DatabaseError``.
+
+        Takes as long as getting a connection; on a dead server or network at most about 20 s with the default limits.
+        """
+        engine = self.engine
+        try:
+            with engine.connect() as connection:
+                found = health.examine(connection)
+        except _UNHEALTHY as error:
+            return self._unreachable(engine, error)
+        return self._reachable(engine, found)
+
+    async def ahealth(self) -> Health:
+        """The async twin of ``health``."""
+        engine = self.async_engine
+        try:
+            async with engine.connect() as connection:
+                found = await connection.run_sync(health.examine)
+        except _UNHEALTHY as error:
+            return self._unreachable(engine.sync_engine, error)
+        return self._reachable(engine.sync_engine, found)
+
+    def _reachable(self, engine: Engine, found: dict[str, Any]) -> Health:
+        return Health(reachable=True, **found, **self._pool(engine), expected_revision=migrations.head())
+
+    def _unreachable(self, engine: Engine, error: Exception) -> Health:
+        reason = shorten(str(getattr(error, "orig", error)), 500)
+        return Health(reachable=False, error=reason, **self._pool(engine), expected_revision=migrations.head())
+
+    def _pool(self, engine: Engine) -> dict[str, int]:
+        allowed = self.settings.pool_size + self.settings.max_overflow
+        in_use: int = engine.pool.checkedout()  # type: ignore[attr-defined]  # of a QueuePool
+        return {"connections_in_use": in_use, "connections_allowed": allowed}
 
     def dispose(self) -> None:
         """Close all idle connections. The object can be used again."""
