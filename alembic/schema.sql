@@ -44,8 +44,10 @@ CREATE TABLE circle.pipelines (
     retry_backoff_max double precision NOT NULL DEFAULT 60.0,
     version integer NOT NULL DEFAULT 1,
     revision bigint NOT NULL DEFAULT 1,
+    max_running integer NOT NULL DEFAULT 0,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
     CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
+    CONSTRAINT ck_pipelines_max_running CHECK (max_running >= 0),
     CONSTRAINT pipelines_status_check CHECK (status = ANY (ARRAY['active', 'paused', 'draft']))
 );
 
@@ -57,7 +59,7 @@ CREATE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_after();
 CREATE TRIGGER pipelines_after_update AFTER UPDATE ON circle.pipelines
     FOR EACH ROW WHEN (old.version IS DISTINCT FROM new.version) EXECUTE FUNCTION circle.pipelines_after();
-CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base, retry_backoff_max, version, revision ON circle.pipelines
+CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base, retry_backoff_max, max_running, version, revision ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();  -- ALWAYS
 
 -- ---- table circle.pipeline_versions
@@ -950,7 +952,7 @@ BEGIN
             OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
             OR NEW.max_retries_per_node IS DISTINCT FROM OLD.max_retries_per_node
             OR NEW.retry_backoff_base IS DISTINCT FROM OLD.retry_backoff_base
-            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max)::integer;
+            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max OR NEW.max_running <> OLD.max_running)::integer;
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
         NEW.revision := 1;
@@ -2827,9 +2829,8 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/7_workers.sql
 
--- Claims the first runs of the queues of active pipelines, by priority, then by age. The first p_limit runs of all stand in the p_limit
--- queues with the first heads. Others may be claiming these very runs, so some more are looked at, and many more if all are locked.
--- Where a sort can be avoided only the right index remains, as in page_of_runs; without JIT, because others can't be.
+-- The running runs of a pipeline with max_running are counted under an advisory lock, which its claimers hold until they commit; one
+-- that doesn't get it passes by.
 CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL::bigint[])
  RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
@@ -2842,6 +2843,9 @@ CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval,
 AS $function$
 DECLARE
     now timestamptz := clock_timestamp();
+    head record;
+    room bigint;
+    queues integer;
     ids bigint[];
     picked bigint[];
     more integer;
@@ -2856,21 +2860,33 @@ BEGIN
             ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
     END IF;
     FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
-        WITH heads AS MATERIALIZED (
-            SELECT p.id AS pipeline_id, q.id, row_number() OVER (ORDER BY q.priority DESC, q.id) AS place FROM circle.pipelines p
+        ids := '{}';
+        queues := 0;
+        FOR head IN
+            SELECT p.id AS pipeline_id, p.max_running, q.id FROM circle.pipelines p
             CROSS JOIN LATERAL (
                 SELECT r.id, r.priority FROM circle.pipeline_runs r
                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) q
             WHERE p.status = 'active' AND (p_pipelines IS NULL OR p.id = ANY (p_pipelines))
-            ORDER BY place LIMIT p_limit::bigint + more
-        )
-        SELECT ARRAY(SELECT h.id FROM heads h WHERE h.place > p_limit UNION ALL
-                     SELECT q.id FROM heads h CROSS JOIN LATERAL (
-                         SELECT r.id FROM circle.pipeline_runs r
-                         WHERE r.pipeline_id = h.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
-                         ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit::bigint + more) q
-                     WHERE h.place <= p_limit) INTO ids;
+              AND (p.max_running = 0 OR NOT EXISTS (SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = p.id AND r.status = 'running'
+                                                    ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
+            ORDER BY q.priority DESC, q.id
+        LOOP
+            room := CASE WHEN queues < p_limit THEN p_limit::bigint + more ELSE 1 END;
+            IF head.max_running > 0 THEN
+                CONTINUE WHEN NOT pg_try_advisory_xact_lock(1734964329, hashint8(head.pipeline_id));
+                room := least(room, head.max_running - (
+                    SELECT count(*) FROM circle.pipeline_runs r WHERE r.pipeline_id = head.pipeline_id AND r.status = 'running'));
+                CONTINUE WHEN room <= 0;
+            END IF;
+            ids := ids || CASE WHEN room = 1 AND head.max_running = 0 THEN ARRAY[head.id] ELSE ARRAY(
+                SELECT r.id FROM circle.pipeline_runs r
+                WHERE r.pipeline_id = head.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT room) END;
+            queues := queues + 1;
+            EXIT WHEN queues >= p_limit::bigint + more;
+        END LOOP;
         picked := ARRAY(
             SELECT r.id FROM circle.pipeline_runs r WHERE r.id = ANY (ids) AND (r.status = 'pending') IS TRUE AND r.waits_until IS NULL
             ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);

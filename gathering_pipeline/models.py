@@ -292,6 +292,7 @@ class PipelineCreate(_Schema):
         max_retries_per_node: Retries, so 3 means up to 4 attempts.
         retry_backoff_base: First retry delay in seconds; it doubles with each retry.
         retry_backoff_max: Longest retry delay in seconds.
+        max_running: Most runs that ``claim`` lets run at the same time; 0: no limit.
     """
 
     name: Name
@@ -303,6 +304,7 @@ class PipelineCreate(_Schema):
     max_retries_per_node: Retries = 3
     retry_backoff_base: Seconds = 1.0
     retry_backoff_max: Seconds = 60.0
+    max_running: Retries = 0
 
 
 class PipelineUpdate(_Schema):
@@ -317,6 +319,7 @@ class PipelineUpdate(_Schema):
     max_retries_per_node: Retries | None = None
     retry_backoff_base: Seconds | None = None
     retry_backoff_max: Seconds | None = None
+    max_running: Retries | None = None
 
     @field_validator("*", mode="after")
     @classmethod
@@ -354,6 +357,7 @@ class PipelineRead(_Read):
     max_retries_per_node: int
     retry_backoff_base: float
     retry_backoff_max: float
+    max_running: int
     run_count: int
     success_count: int
     error_count: int

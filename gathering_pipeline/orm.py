@@ -176,6 +176,7 @@ class Pipeline(Base):
             " AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)",
             name=conv("ck_pipelines"),
         ),
+        CheckConstraint("max_running >= 0", name=conv("ck_pipelines_max_running")),
         Index("idx_pipelines_status", "status"),
     )
 
@@ -200,6 +201,7 @@ class Pipeline(Base):
     max_retries_per_node: Mapped[int] = mapped_column(Integer, server_default=text("3"))
     retry_backoff_base: Mapped[float] = mapped_column(Float, server_default=text("1.0"))
     retry_backoff_max: Mapped[float] = mapped_column(Float, server_default=text("60.0"))
+    max_running: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     version: Mapped[int] = mapped_column(Integer, server_default=text("1"), server_onupdate=FetchedValue())
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("1"), server_onupdate=FetchedValue())
 

@@ -40,6 +40,7 @@ def test_create_returns_what_is_stored(each: Session) -> None:
         "edges": EDGES,
         "version": 1,
         "revision": 1,
+        "max_running": 0,
         "timeout_seconds": None,
         "max_retries_per_node": 3,
         "retry_backoff_base": 1.0,

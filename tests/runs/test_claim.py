@@ -12,10 +12,10 @@ import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import EventRepository, PipelineRepository, RunRead, RunRepository
+from gathering_pipeline import EventRepository, PipelineRepository, PipelineUpdate, RunRead, RunRepository
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import InvalidDataError, InvalidPipelineError, LeaseLostError
-from tests.support.databases import unguarded
+from tests.support.databases import scalar, unguarded
 from tests.support.runs import LEASE, claimed, clock, done, lose_lease, statuses, store
 
 QUEUED = """
@@ -231,3 +231,54 @@ def test_create_with_bad_time_or_priority_raises_invalid_data(
 def test_claim_with_bad_pipelines_raises_invalid_data(runs: RunRepository, pipelines: Any) -> None:
     with pytest.raises(InvalidDataError, match="pipelines"):
         runs.claim("w", LEASE, pipelines=pipelines)
+
+
+def test_claim_keeps_to_max_running(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    limited, free = store(session, "a", max_running=2), store(session, "a")
+    made = [runs.create(limited, priority=1).id for _ in range(4)]
+    other = runs.create(free).id
+    assert ids(runs.claim("w", LEASE, 10)) == [*made[:2], other]
+    assert runs.claim("w", LEASE, 10) == []
+    runs.cancel(made[0])
+    assert ids(runs.claim("w", LEASE, 10)) == made[2:3]
+    runs.start(made[3])  # is not held up, and counts
+    PipelineRepository(session).update(limited, PipelineUpdate(max_running=4))
+    waiting = [runs.create(limited).id for _ in range(3)]
+    assert ids(runs.claim("w", LEASE, 10)) == waiting[:1]
+    with pytest.raises(psycopg.errors.CheckViolation):
+        raw.execute("UPDATE circle.pipelines SET max_running = -1")
+
+
+def test_claims_of_many_workers_keep_to_max_running(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, database: Database
+) -> None:
+    limited = [store(session, "a", max_running=limit) for limit in (1, 3)]
+    made = sorted(runs.create(pipeline).id for pipeline in limited for _ in range(40))
+    taken: list[int] = []
+    most: list[int] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        with database.session(autocommit=True) as own:
+            repository = RunRepository(own)
+            while len(taken) < len(made):
+                for run in repository.claim("w", LEASE, 2):
+                    taken.append(run.id)
+                    repository.advance(run.id, token=run.claim_token)
+                    repository.advance(run.id, [done("a")], token=run.claim_token)
+
+    def watch() -> None:
+        count = "SELECT count(*) FROM circle.pipeline_runs WHERE status = 'running'"
+        while not stop.is_set():
+            most.append(scalar(raw, count))
+
+    watcher = threading.Thread(target=watch)
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in (watcher, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stop.set()
+    watcher.join()
+    assert sorted(taken) == made
+    assert max(most) <= 4

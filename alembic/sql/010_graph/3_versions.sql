@@ -1,10 +1,24 @@
 -- Revision 010: the versions of a pipeline's graph, and the revisions of its row.
 
--- == pipelines: add version and revision
--- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused.
+-- == pipelines: add version, revision and max_running
+-- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused. max_running is the
+-- number of runs that workers may have claimed at the same time; 0 is any number.
 ALTER TABLE circle.pipelines
     ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1,
-    ADD COLUMN IF NOT EXISTS revision BIGINT NOT NULL DEFAULT 1;
+    ADD COLUMN IF NOT EXISTS revision BIGINT NOT NULL DEFAULT 1,
+    ADD COLUMN IF NOT EXISTS max_running INTEGER NOT NULL DEFAULT 0;
+
+-- == pipelines: add a check of max_running, NOT VALID
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipelines'::regclass
+                                               AND conname = 'ck_pipelines_max_running') THEN
+        ALTER TABLE circle.pipelines ADD CONSTRAINT ck_pipelines_max_running CHECK (max_running >= 0) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipelines: validate the check
+ALTER TABLE circle.pipelines VALIDATE CONSTRAINT ck_pipelines_max_running;
 
 -- == pipeline_runs: add the version
 ALTER TABLE circle.pipeline_runs ADD COLUMN IF NOT EXISTS pipeline_version INTEGER;

@@ -32,7 +32,7 @@ BEGIN
             OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
             OR NEW.max_retries_per_node IS DISTINCT FROM OLD.max_retries_per_node
             OR NEW.retry_backoff_base IS DISTINCT FROM OLD.retry_backoff_base
-            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max)::integer;
+            OR NEW.retry_backoff_max IS DISTINCT FROM OLD.retry_backoff_max OR NEW.max_running <> OLD.max_running)::integer;
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
         NEW.revision := 1;
@@ -122,7 +122,7 @@ ALTER TABLE circle.pipeline_versions ENABLE ALWAYS TRIGGER pipeline_versions_bef
 -- counter update.
 CREATE OR REPLACE TRIGGER pipelines_before
     BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base,
-        retry_backoff_max, version, revision
+        retry_backoff_max, max_running, version, revision
     ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();
 CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edges, status ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_accept();

@@ -4,11 +4,17 @@
 -- Claims the first runs of the queues of active pipelines, by priority, then by age. The first p_limit runs of all stand in the p_limit
 -- queues with the first heads. Others may be claiming these very runs, so some more are looked at, and many more if all are locked.
 -- Where a sort can be avoided only the right index remains, as in page_of_runs; without JIT, because others can't be.
+--
+-- The running runs of a pipeline with max_running are counted under an advisory lock, which its claimers hold until they commit; one
+-- that doesn't get it passes by.
 CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL)
 RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $$
 DECLARE
     now timestamptz := clock_timestamp();
+    head record;
+    room bigint;
+    queues integer;
     ids bigint[];
     picked bigint[];
     more integer;
@@ -23,21 +29,33 @@ BEGIN
             ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
     END IF;
     FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
-        WITH heads AS MATERIALIZED (
-            SELECT p.id AS pipeline_id, q.id, row_number() OVER (ORDER BY q.priority DESC, q.id) AS place FROM circle.pipelines p
+        ids := '{}';
+        queues := 0;
+        FOR head IN
+            SELECT p.id AS pipeline_id, p.max_running, q.id FROM circle.pipelines p
             CROSS JOIN LATERAL (
                 SELECT r.id, r.priority FROM circle.pipeline_runs r
                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) q
             WHERE p.status = 'active' AND (p_pipelines IS NULL OR p.id = ANY (p_pipelines))
-            ORDER BY place LIMIT p_limit::bigint + more
-        )
-        SELECT ARRAY(SELECT h.id FROM heads h WHERE h.place > p_limit UNION ALL
-                     SELECT q.id FROM heads h CROSS JOIN LATERAL (
-                         SELECT r.id FROM circle.pipeline_runs r
-                         WHERE r.pipeline_id = h.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
-                         ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit::bigint + more) q
-                     WHERE h.place <= p_limit) INTO ids;
+              AND (p.max_running = 0 OR NOT EXISTS (SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = p.id AND r.status = 'running'
+                                                    ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
+            ORDER BY q.priority DESC, q.id
+        LOOP
+            room := CASE WHEN queues < p_limit THEN p_limit::bigint + more ELSE 1 END;
+            IF head.max_running > 0 THEN
+                CONTINUE WHEN NOT pg_try_advisory_xact_lock(1734964329, hashint8(head.pipeline_id));
+                room := least(room, head.max_running - (
+                    SELECT count(*) FROM circle.pipeline_runs r WHERE r.pipeline_id = head.pipeline_id AND r.status = 'running'));
+                CONTINUE WHEN room <= 0;
+            END IF;
+            ids := ids || CASE WHEN room = 1 AND head.max_running = 0 THEN ARRAY[head.id] ELSE ARRAY(
+                SELECT r.id FROM circle.pipeline_runs r
+                WHERE r.pipeline_id = head.pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT room) END;
+            queues := queues + 1;
+            EXIT WHEN queues >= p_limit::bigint + more;
+        END LOOP;
         picked := ARRAY(
             SELECT r.id FROM circle.pipeline_runs r WHERE r.id = ANY (ids) AND (r.status = 'pending') IS TRUE AND r.waits_until IS NULL
             ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);

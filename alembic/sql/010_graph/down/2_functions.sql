@@ -26,5 +26,5 @@ DROP FUNCTION IF EXISTS circle.refuse_graph(text, text, jsonb, text, text);
 DROP FUNCTION IF EXISTS circle.refuse_issues(jsonb);
 DROP FUNCTION IF EXISTS circle.graph_issue(text, text, jsonb, text, text);
 
--- == pipelines: drop version and revision
-ALTER TABLE circle.pipelines DROP COLUMN IF EXISTS version, DROP COLUMN IF EXISTS revision;
+-- == pipelines: drop version, revision and max_running
+ALTER TABLE circle.pipelines DROP COLUMN IF EXISTS version, DROP COLUMN IF EXISTS revision, DROP COLUMN IF EXISTS max_running;
