@@ -1117,6 +1117,17 @@ BEGIN
         USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
 END $function$;
 
+-- PL006
+CREATE OR REPLACE FUNCTION circle.refuse_inactive(p_pipeline_id bigint, p_status text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p_status
+        USING ERRCODE = 'PL006', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p_status);
+END $function$;
+
 -- PL007: the caller doesn't hold the run; PL003: there is no such run.
 CREATE OR REPLACE FUNCTION circle.refuse_lease(p_run_id bigint)
  RETURNS void
@@ -1835,6 +1846,8 @@ CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
+DECLARE
+    pipeline_status text;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
@@ -1842,8 +1855,9 @@ BEGIN
     is_new := false;
     -- as the insert does: delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
-    -- the first run with this key is returned even if the pipeline has been paused since
-    FOR attempt IN 1 .. 2 LOOP
+    -- the first run with this key is returned even if the pipeline has been paused since; the bound is for hosts whose triggers
+    -- discard every row
+    FOR attempt IN 1 .. 100 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
             IF FOUND THEN
@@ -1859,6 +1873,12 @@ BEGIN
         RETURNING * INTO r;
         is_new := FOUND;
         EXIT WHEN is_new;
+        -- judged here, as the pipeline may be activated before refuse_create reads it
+        SELECT status INTO pipeline_status FROM circle.pipelines WHERE id = p_pipeline_id;
+        IF pipeline_status <> 'active' THEN
+            PERFORM circle.refuse_inactive(p_pipeline_id, pipeline_status);
+        END IF;
+        EXIT WHEN pipeline_status IS NULL;
     END LOOP;
     IF is_new THEN
         INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
@@ -1886,8 +1906,7 @@ BEGIN
             WHEN current_setting('session_replication_role') = 'replica'
             THEN 'session_replication_role is replica, so that no trigger compiles it: reset it, then ' ELSE '' END || 'save it again');
     END IF;
-    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
-        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
+    PERFORM circle.refuse_inactive(p_pipeline_id, p.status);
 END $function$;
 
 CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}'::jsonb, p_key text DEFAULT NULL::text, p_priority integer DEFAULT 0, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone)

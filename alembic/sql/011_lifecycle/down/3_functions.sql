@@ -52,6 +52,7 @@ DROP FUNCTION IF EXISTS circle.record_run(bigint,jsonb,text,jsonb);
 DROP FUNCTION IF EXISTS circle.recover_runs(integer,integer);
 DROP FUNCTION IF EXISTS circle.refuse_change(text,text);
 DROP FUNCTION IF EXISTS circle.refuse_create(bigint);
+DROP FUNCTION IF EXISTS circle.refuse_inactive(bigint,text);
 DROP FUNCTION IF EXISTS circle.refuse_isolation();
 DROP FUNCTION IF EXISTS circle.refuse_json(text,name);
 DROP FUNCTION IF EXISTS circle.refuse_lease(bigint);
