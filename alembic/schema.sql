@@ -3006,10 +3006,12 @@ BEGIN
     FROM sums s WHERE p.id = s.pipeline_id;
 END $function$;
 
--- A pipeline's row with what its counters add to it.
+-- A pipeline's row with what its counters add to it. STABLE, so that both are of one snapshot: fold_counters moves numbers from the
+-- counters to the row.
 CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines)
  RETURNS circle.pipelines
  LANGUAGE plpgsql
+ STABLE
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
@@ -3022,6 +3024,16 @@ BEGIN
     p.error_count := least(p.error_count + coalesce(c.error_count, 0), 2147483647);
     p.last_run := greatest(p.last_run, c.last_run);
     RETURN p;
+END $function$;
+
+-- The same in RETURNING, where the row is younger than the statement's snapshot if the statement waited for it.
+CREATE OR REPLACE FUNCTION circle.counted_now(p circle.pipelines)
+ RETURNS circle.pipelines
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN circle.counted(p);
 END $function$;
 
 -- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.

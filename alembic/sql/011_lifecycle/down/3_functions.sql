@@ -10,6 +10,7 @@ DROP FUNCTION IF EXISTS circle.complete_node(bigint,text,jsonb,integer,bigint);
 DROP FUNCTION IF EXISTS circle.conclude_run(bigint,text,text,bigint);
 DROP FUNCTION IF EXISTS circle.count_runs(integer,text,text,bigint);
 DROP FUNCTION IF EXISTS circle.counted(circle.pipelines);
+DROP FUNCTION IF EXISTS circle.counted_now(circle.pipelines);
 DROP FUNCTION IF EXISTS circle.create_run(bigint,jsonb,text,integer,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.delete_pipeline(bigint,boolean);
 DROP FUNCTION IF EXISTS circle.delete_runs(bigint[]);
