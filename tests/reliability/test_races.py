@@ -680,6 +680,28 @@ def test_raw_node_start_concurrent_with_release_leaves_no_running_node(
     assert row != ("pending", "running")
 
 
+def test_raw_node_start_that_waits_for_a_claim_has_its_event_after_it(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection, database: Database
+) -> None:
+    """Also if its transaction is older: it saw the run pending, and waited until it ran."""
+    run_id = runs.create(store(session, "a")).id
+    with database.session() as starting, database.session() as claiming:
+        starting.execute(text("SELECT pg_current_xact_id()"))
+        RunRepository(claiming).claim("w", LEASE)
+
+        def start(_session: Session) -> None:
+            starting.execute(text("UPDATE circle.pipeline_node_runs SET status = 'running'"))
+            starting.commit()
+
+        def commit(_session: Session) -> None:
+            wait_for_a_waiter(database)
+            claiming.commit()
+
+        race(start, commit)
+    events = raw.execute("SELECT type FROM circle.pipeline_events WHERE run_id = %s ORDER BY xid, id", [run_id])
+    assert events.fetchall() == [("pipeline_run.started",), ("pipeline_node.started",)]
+
+
 def test_concurrent_mixed_calls_end_every_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
     """Eight executors, cancellers and sweepers on the same few runs: typed errors only, and no deadlock."""
     pipeline = store(session, "t>a t>b a>j b>j", retry_backoff_base=0, max_retries_per_node=1_000)

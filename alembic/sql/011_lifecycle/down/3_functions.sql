@@ -17,6 +17,7 @@ DROP FUNCTION IF EXISTS circle.delete_runs(bigint[]);
 DROP FUNCTION IF EXISTS circle.elapsed_ms(integer,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.end_run(bigint,text,text);
 DROP FUNCTION IF EXISTS circle.end_run_if_done(bigint);
+DROP FUNCTION IF EXISTS circle.event_xid_now();
 DROP FUNCTION IF EXISTS circle.expire_runs(integer);
 DROP FUNCTION IF EXISTS circle.fail_attempts(bigint,text,text,boolean,integer,boolean);
 DROP FUNCTION IF EXISTS circle.fail_node(bigint,text,text,boolean,integer,bigint);
