@@ -176,8 +176,7 @@ def test_time_that_is_not_finite_is_refused_by_its_check(raw: psycopg.Connection
     for statement in (
         "UPDATE circle.pipeline_runs SET status = 'failed', completed_at = %s",
         "UPDATE circle.pipeline_node_runs SET status = 'completed', started_at = %s WHERE node_id = 'a'",
-        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at)"
-        f" VALUES ({running}, 'late', 'agent', 'completed', %s)",
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at) VALUES (1, 'late', 'agent', 'completed', %s)",
     ):
         with pytest.raises(psycopg.errors.CheckViolation):
             raw.execute(statement.encode(), [time])
