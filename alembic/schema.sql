@@ -1025,6 +1025,11 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_versions_after_delete', TG_RELID);
     ELSIF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id) THEN
         PERFORM pg_advisory_xact_lock(1734964328, hashint8(OLD.pipeline_id));
+        IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+            -- its snapshot doesn't see the runs that it waited for
+            RAISE EXCEPTION 'versions can''t be deleted at isolation level %', current_setting('transaction_isolation')
+                USING ERRCODE = 'PL011', DETAIL = jsonb_build_object('level', current_setting('transaction_isolation'));
+        END IF;
         IF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id AND version = OLD.version) THEN
             RAISE EXCEPTION 'version % is the current one of pipeline %', OLD.version, OLD.pipeline_id
                 USING ERRCODE = 'integrity_constraint_violation';
@@ -1117,6 +1122,17 @@ AS $function$
 BEGIN
     RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
         USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
+END $function$;
+
+-- PL006
+CREATE OR REPLACE FUNCTION circle.refuse_inactive(p_pipeline_id bigint, p_status text)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p_status
+        USING ERRCODE = 'PL006', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p_status);
 END $function$;
 
 -- PL007: the caller doesn't hold the run; PL003: there is no such run.
@@ -1330,7 +1346,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
+                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;
@@ -1479,7 +1497,7 @@ BEGIN
         NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
     ELSIF NEW.status <> 'pending' AND NEW.completed_at IS NULL THEN
         NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR isfinite(NEW.started_at) IS NOT TRUE THEN NEW.duration_ms
             ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
     END IF;
     RETURN NEW;
@@ -1525,7 +1543,7 @@ BEGIN
         NEW.started_at := CASE WHEN NEW.started_at IS DISTINCT FROM OLD.started_at THEN NEW.started_at ELSE clock_timestamp() END;
     ELSIF NEW.completed_at IS NULL THEN
         NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR isfinite(NEW.started_at) IS NOT TRUE THEN NEW.duration_ms
             ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
     END IF;
     RETURN NEW;
@@ -1618,6 +1636,16 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_insert() FROM PUBLIC;
 
+-- The number of an event in a statement that may have waited for its run: from a snapshot of its own, so that it isn't before that of
+-- the run's last holder. Its caller pins the search_path, which would take longer than the rest.
+CREATE OR REPLACE FUNCTION circle.event_xid_now()
+ RETURNS xid8
+ LANGUAGE plpgsql
+AS $function$
+BEGIN
+    RETURN circle.event_xid();
+END $function$;
+
 -- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
 -- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update()
@@ -1631,7 +1659,7 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_update', TG_RELID);
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-    SELECT circle.event_xid(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
+    SELECT circle.event_xid_now(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
         THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = m.id) ELSE '{}' END
     FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE
@@ -1837,6 +1865,8 @@ CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
+DECLARE
+    pipeline_status text;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
@@ -1844,8 +1874,9 @@ BEGIN
     is_new := false;
     -- as the insert does: delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
-    -- the first run with this key is returned even if the pipeline has been paused since
-    FOR attempt IN 1 .. 2 LOOP
+    -- the first run with this key is returned even if the pipeline has been paused since; the bound is for hosts whose triggers
+    -- discard every row
+    FOR attempt IN 1 .. 100 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
             IF FOUND THEN
@@ -1861,6 +1892,12 @@ BEGIN
         RETURNING * INTO r;
         is_new := FOUND;
         EXIT WHEN is_new;
+        -- judged here, as the pipeline may be activated before refuse_create reads it
+        SELECT status INTO pipeline_status FROM circle.pipelines WHERE id = p_pipeline_id;
+        IF pipeline_status <> 'active' THEN
+            PERFORM circle.refuse_inactive(p_pipeline_id, pipeline_status);
+        END IF;
+        EXIT WHEN pipeline_status IS NULL;
     END LOOP;
     IF is_new THEN
         INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
@@ -1888,8 +1925,7 @@ BEGIN
             WHEN current_setting('session_replication_role') = 'replica'
             THEN 'session_replication_role is replica, so that no trigger compiles it: reset it, then ' ELSE '' END || 'save it again');
     END IF;
-    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
-        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
+    PERFORM circle.refuse_inactive(p_pipeline_id, p.status);
 END $function$;
 
 CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}'::jsonb, p_key text DEFAULT NULL::text, p_priority integer DEFAULT 0, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone)
@@ -3003,10 +3039,12 @@ BEGIN
     FROM sums s WHERE p.id = s.pipeline_id;
 END $function$;
 
--- A pipeline's row with what its counters add to it.
+-- A pipeline's row with what its counters add to it. STABLE, so that both are of one snapshot: fold_counters moves numbers from the
+-- counters to the row.
 CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines)
  RETURNS circle.pipelines
  LANGUAGE plpgsql
+ STABLE
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 DECLARE
@@ -3019,6 +3057,16 @@ BEGIN
     p.error_count := least(p.error_count + coalesce(c.error_count, 0), 2147483647);
     p.last_run := greatest(p.last_run, c.last_run);
     RETURN p;
+END $function$;
+
+-- The same in RETURNING, where the row is younger than the statement's snapshot if the statement waited for it.
+CREATE OR REPLACE FUNCTION circle.counted_now(p circle.pipelines)
+ RETURNS circle.pipelines
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN circle.counted(p);
 END $function$;
 
 -- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.

@@ -42,7 +42,7 @@ ORDER BY p.id DESC LIMIT %(limit)s""",
 )
 DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)")
 
-_RETURNED: ColumnElement[str] = literal_column("pg_catalog.to_json(circle.counted(pipelines))::text")
+_RETURNED: ColumnElement[str] = literal_column("pg_catalog.to_json(circle.counted_now(pipelines))::text")
 """A changed row, as ``GET`` reads it."""
 
 

@@ -200,6 +200,7 @@ class AsyncRunRepository(AsyncRepository):
         Raises:
             RunNotFoundError: The run doesn't exist.
             IllegalTransitionError: It is not pending.
+            LeaseLostError: The token is not the run's.
         """
         return await self._run(START, run_id, token)
 

@@ -171,6 +171,17 @@ def test_poisoned_token_is_refused_and_stops_no_claim(raw: psycopg.Connection, s
     assert [run.id for run in runs.claim("worker", LEASE, 5)] == [run_id]
 
 
+@pytest.mark.parametrize("time", ["infinity", "-infinity"])
+def test_time_that_is_not_finite_is_refused_by_its_check(raw: psycopg.Connection, running: int, time: str) -> None:
+    for statement in (
+        "UPDATE circle.pipeline_runs SET status = 'failed', completed_at = %s",
+        "UPDATE circle.pipeline_node_runs SET status = 'completed', started_at = %s WHERE node_id = 'a'",
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at) VALUES (1, 'late', 'agent', 'completed', %s)",
+    ):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            raw.execute(statement.encode(), [time])
+
+
 def test_numbers_at_the_edge_stop_no_call(raw: psycopg.Connection, session: Session) -> None:
     runs = RunRepository(session)
     pipeline = store(session, "a")

@@ -14,6 +14,7 @@ from gathering_pipeline import (
     RunStatus,
     StaleVersionError,
 )
+from tests.support.databases import Connect
 from tests.support.graphs import DELAY, EDGES, NODES, TRIGGER
 from tests.support.pipelines import new
 
@@ -41,6 +42,25 @@ def test_update_stored_version_by_sql_is_refused(each: Session, raw: psycopg.Con
     # nor is the number set by hand
     raw.execute("UPDATE circle.pipelines SET version = 9")
     assert raw.execute("SELECT version FROM circle.pipelines").fetchone() == (1,)
+
+
+def test_delete_version_at_older_snapshot_than_its_run_is_refused(
+    database: Database, raw: psycopg.Connection, connect: Connect, database_url: str
+) -> None:
+    with database.session() as session:
+        pipeline = PipelineRepository(session).create(new(status="active")).id
+    older = connect(database_url)
+    with database.session() as creating:
+        run_id = RunRepository(creating).create(pipeline).id
+        with database.session() as session:
+            PipelineRepository(session).update(pipeline, PipelineUpdate(edges=[]))
+        older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        older.execute("SELECT count(*) FROM circle.pipeline_runs")
+    with pytest.raises(psycopg.Error) as refused:
+        older.execute("DELETE FROM circle.pipeline_versions WHERE version = 1")
+    assert refused.value.sqlstate == "PL011"
+    with database.session() as session:
+        assert len(RunRepository(session).definition(run_id).edges) == len(EDGES)
 
 
 def test_update_concurrently_with_one_revision_succeeds_once(database: Database) -> None:

@@ -359,6 +359,61 @@ def test_create_waits_for_uncommitted_run_with_its_key(
     assert RunRepository(session).get(other.id).id == other.id
 
 
+def test_create_while_pipeline_is_paused_and_activated_is_created_or_refused(session: Session, race: Racers) -> None:
+    """It isn't taken for a broken one if it was paused when the run was inserted, and active when the refusal was worded."""
+    pipeline = store(session, "a>b")
+    ended = Event()
+
+    def toggle(session: Session) -> None:
+        for _ in range(ROUNDS * 5):
+            PipelineRepository(session).pause(pipeline)
+            PipelineRepository(session).activate(pipeline)
+        ended.set()
+
+    def create(session: Session) -> Counter[str]:
+        outcomes: Counter[str] = Counter()
+        while not ended.is_set():
+            try:
+                RunRepository(session).create(pipeline)
+                outcomes["created"] += 1
+            except PipelineError as error:
+                session.rollback()
+                outcomes[type(error).__name__] += 1
+        return outcomes
+
+    _, *outcomes = race(toggle, *[create] * 6)
+    assert sum(outcomes, Counter[str]()).keys() == {"created", "PipelineInactiveError"}
+
+
+def test_run_count_never_decreases_while_counters_are_added_up(session: Session, race: Racers) -> None:
+    pipeline = store(session, "a")
+    ended = Event()
+
+    def create(session: Session) -> None:
+        while not ended.is_set():
+            RunRepository(session).create(pipeline)
+
+    def sweep(session: Session) -> None:
+        while not ended.is_set():
+            RunRepository(session).recover()
+
+    def edit(session: Session) -> list[int]:
+        counts = []
+        while not ended.is_set():
+            counts.append(PipelineRepository(session).update(pipeline, PipelineUpdate(name="p")).run_count)
+        return counts
+
+    def read(session: Session) -> list[int]:
+        counts = [PipelineRepository(session).get(pipeline).run_count for _ in range(ROUNDS * 15)]
+        ended.set()
+        return counts
+
+    _, _, edited, seen = race(create, sweep, edit, read)
+    assert seen == sorted(seen)
+    assert edited == sorted(edited)
+    assert seen[-1] > seen[0]
+
+
 def test_create_while_pipeline_is_deleted_is_found_or_refused(
     session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:
@@ -623,6 +678,28 @@ def test_raw_node_start_concurrent_with_release_leaves_no_running_node(
         "SELECT r.status, n.status FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id"
     ).fetchone()
     assert row != ("pending", "running")
+
+
+def test_raw_node_start_that_waits_for_a_claim_has_its_event_after_it(
+    runs: RunRepository, session: Session, race: Racers, raw: psycopg.Connection, database: Database
+) -> None:
+    """Also if its transaction is older: it saw the run pending, and waited until it ran."""
+    run_id = runs.create(store(session, "a")).id
+    with database.session() as starting, database.session() as claiming:
+        starting.execute(text("SELECT pg_current_xact_id()"))
+        RunRepository(claiming).claim("w", LEASE)
+
+        def start(_session: Session) -> None:
+            starting.execute(text("UPDATE circle.pipeline_node_runs SET status = 'running'"))
+            starting.commit()
+
+        def commit(_session: Session) -> None:
+            wait_for_a_waiter(database)
+            claiming.commit()
+
+        race(start, commit)
+    events = raw.execute("SELECT type FROM circle.pipeline_events WHERE run_id = %s ORDER BY xid, id", [run_id])
+    assert events.fetchall() == [("pipeline_run.started",), ("pipeline_node.started",)]
 
 
 def test_concurrent_mixed_calls_end_every_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:

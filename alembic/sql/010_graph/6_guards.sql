@@ -86,6 +86,11 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_versions_after_delete', TG_RELID);
     ELSIF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id) THEN
         PERFORM pg_advisory_xact_lock(1734964328, hashint8(OLD.pipeline_id));
+        IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+            -- its snapshot doesn't see the runs that it waited for
+            RAISE EXCEPTION 'versions can''t be deleted at isolation level %', current_setting('transaction_isolation')
+                USING ERRCODE = 'PL011', DETAIL = jsonb_build_object('level', current_setting('transaction_isolation'));
+        END IF;
         IF EXISTS (SELECT FROM circle.pipelines WHERE id = OLD.pipeline_id AND version = OLD.version) THEN
             RAISE EXCEPTION 'version % is the current one of pipeline %', OLD.version, OLD.pipeline_id
                 USING ERRCODE = 'integrity_constraint_violation';

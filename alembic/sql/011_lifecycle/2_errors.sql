@@ -34,6 +34,13 @@ BEGIN
     RAISE EXCEPTION 'pipeline % does not exist', p_pipeline_id
         USING ERRCODE = 'PL002', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id);
 END $$;
+-- PL006
+CREATE OR REPLACE FUNCTION circle.refuse_inactive(p_pipeline_id bigint, p_status text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p_status
+        USING ERRCODE = 'PL006', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p_status);
+END $$;
 -- PL007: the caller doesn't hold the run; PL003: there is no such run.
 CREATE OR REPLACE FUNCTION circle.refuse_lease(p_run_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -118,7 +118,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            NEW.duration_seconds := least(coalesce(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer;
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
+                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;
@@ -229,7 +231,7 @@ BEGIN
         NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
     ELSIF NEW.status <> 'pending' AND NEW.completed_at IS NULL THEN
         NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR isfinite(NEW.started_at) IS NOT TRUE THEN NEW.duration_ms
             ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
     END IF;
     RETURN NEW;
@@ -277,7 +279,7 @@ BEGIN
         NEW.started_at := CASE WHEN NEW.started_at IS DISTINCT FROM OLD.started_at THEN NEW.started_at ELSE clock_timestamp() END;
     ELSIF NEW.completed_at IS NULL THEN
         NEW.completed_at := greatest(clock_timestamp(), NEW.started_at);
-        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR NEW.started_at IS NULL THEN NEW.duration_ms
+        NEW.duration_ms := CASE WHEN NEW.duration_ms <> 0 OR isfinite(NEW.started_at) IS NOT TRUE THEN NEW.duration_ms
             ELSE least(extract(epoch FROM NEW.completed_at - NEW.started_at) * 1000, 2147483647)::integer END;
     END IF;
     RETURN NEW;
@@ -350,6 +352,12 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
+-- The number of an event in a statement that may have waited for its run: from a snapshot of its own, so that it isn't before that of
+-- the run's last holder. Its caller pins the search_path, which would take longer than the rest.
+CREATE OR REPLACE FUNCTION circle.event_xid_now() RETURNS xid8 LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN circle.event_xid();
+END $$;
 -- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
 -- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update() RETURNS trigger
@@ -359,7 +367,7 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_update', TG_RELID);
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-    SELECT circle.event_xid(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
+    SELECT circle.event_xid_now(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
         THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = m.id) ELSE '{}' END
     FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE

@@ -127,6 +127,8 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer,
                                              p_run_at timestamptz, OUT r circle.pipeline_runs, OUT is_new boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    pipeline_status text;
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
@@ -134,8 +136,9 @@ BEGIN
     is_new := false;
     -- as the insert does: delete_pipeline waits for this lock before it takes any other
     PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
-    -- the first run with this key is returned even if the pipeline has been paused since
-    FOR attempt IN 1 .. 2 LOOP
+    -- the first run with this key is returned even if the pipeline has been paused since; the bound is for hosts whose triggers
+    -- discard every row
+    FOR attempt IN 1 .. 100 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
             IF FOUND THEN
@@ -151,6 +154,12 @@ BEGIN
         RETURNING * INTO r;
         is_new := FOUND;
         EXIT WHEN is_new;
+        -- judged here, as the pipeline may be activated before refuse_create reads it
+        SELECT status INTO pipeline_status FROM circle.pipelines WHERE id = p_pipeline_id;
+        IF pipeline_status <> 'active' THEN
+            PERFORM circle.refuse_inactive(p_pipeline_id, pipeline_status);
+        END IF;
+        EXIT WHEN pipeline_status IS NULL;
     END LOOP;
     IF is_new THEN
         INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
@@ -174,8 +183,7 @@ BEGIN
             WHEN current_setting('session_replication_role') = 'replica'
             THEN 'session_replication_role is replica, so that no trigger compiles it: reset it, then ' ELSE '' END || 'save it again');
     END IF;
-    RAISE EXCEPTION 'pipeline % is %, not active', p_pipeline_id, p.status USING ERRCODE = 'PL006',
-        DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'status', p.status);
+    PERFORM circle.refuse_inactive(p_pipeline_id, p.status);
 END $$;
 CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}', p_key text DEFAULT NULL,
                                              p_priority integer DEFAULT 0, p_run_at timestamptz DEFAULT NULL)

@@ -146,9 +146,10 @@ BEGIN
         error_count = least(p.error_count + s.error_count, 2147483647), last_run = greatest(p.last_run, s.last_run)
     FROM sums s WHERE p.id = s.pipeline_id;
 END $$;
--- A pipeline's row with what its counters add to it.
+-- A pipeline's row with what its counters add to it. STABLE, so that both are of one snapshot: fold_counters moves numbers from the
+-- counters to the row.
 CREATE OR REPLACE FUNCTION circle.counted(p circle.pipelines) RETURNS circle.pipelines
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     c record;
 BEGIN
@@ -159,6 +160,12 @@ BEGIN
     p.error_count := least(p.error_count + coalesce(c.error_count, 0), 2147483647);
     p.last_run := greatest(p.last_run, c.last_run);
     RETURN p;
+END $$;
+-- The same in RETURNING, where the row is younger than the statement's snapshot if the statement waited for it.
+CREATE OR REPLACE FUNCTION circle.counted_now(p circle.pipelines) RETURNS circle.pipelines
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN circle.counted(p);
 END $$;
 -- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
