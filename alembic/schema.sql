@@ -115,7 +115,7 @@ CREATE TABLE circle.pipeline_runs (
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
 
-CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at) WHERE (completed_at IS NOT NULL);
+CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at, id) WHERE (completed_at IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_history ON circle.pipeline_runs USING btree (pipeline_id, id);
 CREATE UNIQUE INDEX idx_pipeline_runs_idempotency_key ON circle.pipeline_runs USING btree (pipeline_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_pipeline_id ON circle.pipeline_runs USING btree (pipeline_id);
@@ -277,7 +277,8 @@ BEGIN
 END $function$;
 
 -- Moves all events before those to come, in the order of their ids, if one is ahead of the cluster's transactions: after a restore from
--- another cluster, whose numbers are higher. Returns the number of changed events. No cursor from before stays valid.
+-- another cluster, whose numbers are higher. Returns the number of changed events, whose cursors are invalid
+-- then. Waits for the transactions that write events, so that none of theirs comes to stand before one that was read.
 CREATE OR REPLACE FUNCTION circle.reset_event_xids()
  RETURNS bigint
  LANGUAGE plpgsql
@@ -286,6 +287,7 @@ AS $function$
 DECLARE
     changed bigint;
 BEGIN
+    LOCK TABLE circle.pipeline_events IN SHARE ROW EXCLUSIVE MODE;
     UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0'
         AND EXISTS (SELECT FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
     GET DIAGNOSTICS changed = ROW_COUNT;
@@ -359,7 +361,7 @@ BEGIN
     END IF;
 END $function$;
 
--- Later events are younger, so only the first ones can be old enough. The newest one stays: a reader that has it misses nothing.
+-- Later events are younger, so only the first ones can be old enough. The last of them stays: a reader that has it misses nothing.
 CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer)
  RETURNS integer
  LANGUAGE plpgsql
@@ -372,12 +374,12 @@ DECLARE
     deleted integer;
 BEGIN
     WITH oldest AS MATERIALIZED (
-        SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
+        SELECT xid, id FROM (SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit::bigint + 1) e
+        WHERE created_at < clock_timestamp() - p_older_than
     )
     DELETE FROM circle.pipeline_events e USING oldest o
-    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than
-      AND (e.xid, e.id) < (SELECT n.xid, n.id FROM circle.pipeline_events n WHERE n.xid < pg_snapshot_xmin(pg_current_snapshot())
-                           ORDER BY n.xid DESC, n.id DESC LIMIT 1);
+    WHERE e.xid = o.xid AND e.id = o.id
+      AND (o.xid, o.id) < (SELECT n.xid, n.id FROM oldest n ORDER BY n.xid DESC, n.id DESC LIMIT 1);
     GET DIAGNOSTICS deleted = ROW_COUNT;
     RETURN deleted;
 END $function$;
@@ -1315,8 +1317,10 @@ BEGIN
            AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
             RETURN NEW;
         END IF;
-        IF NEW.id <> OLD.id OR NEW.pipeline_id <> OLD.pipeline_id
-           OR NEW.pipeline_version IS DISTINCT FROM OLD.pipeline_version THEN
+        -- a run from before there were versions gets one, once
+        IF NEW.id <> OLD.id OR NEW.pipeline_id <> OLD.pipeline_id OR NEW.pipeline_version IS DISTINCT FROM OLD.pipeline_version
+           AND (OLD.pipeline_version IS NOT NULL OR NOT EXISTS (
+               SELECT FROM circle.pipeline_versions WHERE pipeline_id = OLD.pipeline_id AND version = NEW.pipeline_version)) THEN
             PERFORM circle.refuse_change('run ' || OLD.id, 'id, pipeline_id and pipeline_version');
         ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.run_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
@@ -1422,7 +1426,7 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' AND NEW.claim_count > 0 THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' AND NEW.claim_count > OLD.claim_count THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -1779,7 +1783,7 @@ BEGIN
        OR r.status NOT IN ('pending', 'running') THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'running');
     ELSIF r.status = 'pending' THEN
-        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), waits_until = NULL
         WHERE id = p_run_id RETURNING * INTO r;
     END IF;
     RETURN r;
@@ -1795,7 +1799,7 @@ DECLARE
     r circle.pipeline_runs;
 BEGIN
     UPDATE circle.pipeline_runs SET status = p_status, error_message = coalesce(p_error, error_message),
-        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL,
+        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL, waits_until = NULL,
         duration_seconds = least(coalesce(extract(epoch FROM greatest(clock_timestamp(), started_at) - started_at), 0), 2147483647)
     WHERE id = p_run_id RETURNING * INTO r;
     IF p_status <> 'cancelled' THEN
@@ -1963,7 +1967,7 @@ AS $function$
 DECLARE
     r circle.pipeline_runs;
 BEGIN
-    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), waits_until = NULL
     WHERE id = p_run_id AND (status = 'pending') IS TRUE
       AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING * INTO r;
@@ -2893,9 +2897,9 @@ BEGIN
         ORDER BY waits_until LIMIT 1) <= now THEN
         UPDATE circle.pipeline_runs SET waits_until = NULL WHERE id = ANY (ARRAY(
             SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until <= now
-            ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
+            ORDER BY waits_until LIMIT p_limit::bigint + 32 FOR NO KEY UPDATE SKIP LOCKED));
     END IF;
-    FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
+    FOREACH more IN ARRAY '{32,1000,100000}'::integer[] LOOP
         ids := '{}';
         queues := 0;
         FOR head IN
@@ -2909,7 +2913,7 @@ BEGIN
                                                     ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
             ORDER BY q.priority DESC, q.id
         LOOP
-            room := CASE WHEN queues < p_limit THEN p_limit::bigint + more ELSE 1 END;
+            room := CASE WHEN queues < p_limit THEN p_limit::bigint - queues + more ELSE 1 END;   -- before it stand the heads of the others
             IF head.max_running > 0 THEN
                 CONTINUE WHEN NOT pg_try_advisory_xact_lock(1734964329, hashint8(head.pipeline_id));
                 room := least(room, head.max_running - (
@@ -2928,8 +2932,16 @@ BEGIN
             ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);
         EXIT WHEN picked <> '{}' OR ids = '{}';
     END LOOP;
-    PERFORM circle.fill_run(i.id) FROM unnest(picked) i (id)
-    WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0);
+    FOR head IN SELECT i.id FROM unnest(picked) i (id)
+                WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0) LOOP
+        BEGIN
+            PERFORM circle.fill_run(head.id);
+        EXCEPTION WHEN OTHERS THEN   -- one run with wrong rows stops no other: it is looked at again in an hour
+            RAISE WARNING 'run % can''t get its nodes: %', head.id, SQLERRM;
+            UPDATE circle.pipeline_runs SET waits_until = clock_timestamp() + interval '1 hour' WHERE id = head.id;
+            picked := array_remove(picked, head.id);
+        END;
+    END LOOP;
     RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
         claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         lease_expires_at = clock_timestamp() + p_lease
@@ -2962,6 +2974,9 @@ CREATE OR REPLACE FUNCTION circle.run_due(p_run_id bigint)
  SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 BEGIN
+    IF NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending' AND available_at > clock_timestamp()) THEN
+        RETURN NULL;
+    END IF;
     RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
             FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
             CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
@@ -2998,6 +3013,9 @@ BEGIN
             PERFORM circle.refuse_lease(p_run_id);
         END IF;
         PERFORM pg_current_xact_id();   -- as in insert_run
+        IF r.status <> 'pending' THEN   -- the token is not told that may be the next holder's
+            r.claim_token := p_token;
+        END IF;
         RETURN r;
     END IF;
     -- the release is deliberate: the attempts of its nodes don't count
@@ -3069,7 +3087,8 @@ BEGIN
     RETURN circle.counted(p);
 END $function$;
 
--- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.
+-- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower. They are sorted by an
+-- expression, so that no plan goes through the history in the order of the primary key.
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer)
  RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
@@ -3085,7 +3104,7 @@ BEGIN
     END IF;
     FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-             ORDER BY id LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
+             ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
@@ -3119,7 +3138,7 @@ BEGIN
     FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-             ORDER BY t.id LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+             ORDER BY t.id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
         BEGIN
             result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
         EXCEPTION WHEN OTHERS THEN   -- as in recover_runs
@@ -3146,32 +3165,45 @@ EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $function$;
 
--- Runs that are kept count, too: after ten times as many as may be deleted the call ends.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, OUT deleted integer, OUT kept bigint[])
+-- Deletes the runs after a position in the order of their ends, and returns the position that it has come to, NULL at the end. Each
+-- refusal takes subtransactions: a call ends after ten, and goes on from its position in the next one.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamp with time zone, p_after_id bigint, OUT deleted integer, OUT kept bigint[], OUT ended timestamp with time zone, OUT ended_id bigint)
  RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
  SET plan_cache_mode TO 'force_generic_plan'
  SET enable_sort TO 'off'
+ SET jit TO 'off'
 AS $function$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
-    since timestamptz := '-infinity';
     batch bigint[];
     refused bigint[];
+    deferred text;
 BEGIN
+    SELECT string_agg(format('%I.%I', n.nspname, c.conname), ', ') INTO deferred
+    FROM pg_constraint c JOIN pg_namespace n ON n.oid = c.connamespace
+    WHERE c.contype = 'f' AND c.condeferred AND c.confrelid IN ('circle.pipeline_runs'::regclass, 'circle.pipeline_node_runs'::regclass);
+    IF deferred IS NOT NULL THEN   -- keys of the host, which would refuse the commit
+        EXECUTE 'SET CONSTRAINTS ' || deferred || ' IMMEDIATE';
+    END IF;
     deleted := 0;
     kept := '{}';
+    ended := coalesce(p_after, '-infinity');
+    ended_id := coalesce(p_after_id, 0);
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= since AND id <> ALL (kept)
-            ORDER BY completed_at LIMIT p_limit - deleted FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs
+            WHERE completed_at < before AND completed_at >= ended AND (completed_at, id) > (ended, ended_id)
+            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id), max(completed_at) INTO batch, since FROM old;
+        SELECT array_agg(id ORDER BY completed_at, id), (array_agg(completed_at ORDER BY completed_at DESC, id DESC))[1],
+               (array_agg(id ORDER BY completed_at DESC, id DESC))[1]
+        INTO batch, ended, ended_id FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10 * p_limit::bigint;   -- else those behind them have their turn
+        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10;
     END LOOP;
 END $function$;

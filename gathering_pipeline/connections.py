@@ -277,13 +277,15 @@ class Statement:
     Attributes:
         sql: The statement, with parameters named ``%(name)s``, as SQLAlchemy and psycopg take it.
         read_only: It writes nothing: a connection that breaks during it leaves no outcome unknown.
+        deletes: It may delete rows of which the session has objects.
     """
 
-    __slots__ = ("_numbered", "_parameters", "read_only", "sql")
+    __slots__ = ("_numbered", "_parameters", "deletes", "read_only", "sql")
 
-    def __init__(self, sql: str, *, read_only: bool = False) -> None:
+    def __init__(self, sql: str, *, read_only: bool = False, deletes: bool = False) -> None:
         self.sql = sql
         self.read_only = read_only
+        self.deletes = deletes
         self._parameters = tuple(dict.fromkeys(re.findall(r"%\((\w+)\)s", sql)))
         numbers = {name: f"${number}" for number, name in enumerate(self._parameters, 1)}
         self._numbered = re.sub(r"%\((\w+)\)s", lambda match: numbers[match[1]], sql).encode()

@@ -571,8 +571,12 @@ class Migrator:
             return names[: at + 1]
         try:
             revision = self.directory.get_revision(target)
-        except CommandError:  # +1, or unknown: Alembic says so
-            return []
+        except CommandError:  # relative to a revision, or unknown, which Alembic says itself
+            try:
+                steps = self.directory._downgrade_revs(target, start)  # noqa: SLF001 - as the command resolves it
+            except CommandError:
+                return []
+            return [step.revision.revision for step in steps]
         return names[names.index(revision.revision) + 1 : at + 1]
 
     def _tables(self, revisions: list[str] | None) -> list[str]:

@@ -510,12 +510,14 @@ class PurgeResult(_Read):
     """What a call of ``RunRepository.purge`` did.
 
     Attributes:
-        deleted: Number of deleted runs; 0 once no more can be deleted.
+        deleted: Number of deleted runs.
         kept: Ids of old runs that could not be deleted, because rows of other tables refer to them.
+        next_cursor: The ``after=`` of the next call; ``None``: no older run is left.
     """
 
     deleted: int
     kept: tuple[int, ...]
+    next_cursor: str | None
 
 
 class Page(_Read, Generic[T]):

@@ -58,7 +58,8 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.naming import conv
-from sqlalchemy.types import TypeDecorator, UserDefinedType
+from sqlalchemy.sql.operators import OperatorType
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from . import hooks
 from .arguments import check_json
@@ -95,6 +96,10 @@ class Time(TypeDecorator[datetime]):
     def python_type(self) -> type[datetime]:
         """The type of its values."""
         return datetime
+
+    def coerce_compared_value(self, op: OperatorType | None, value: Any) -> TypeEngine[Any]:
+        """As of the implementation for what isn't a time, such as an interval."""
+        return self if isinstance(value, datetime) else self.impl_instance.coerce_compared_value(op, value)
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         """Refuse a time without an offset.
@@ -265,7 +270,9 @@ class PipelineRun(Base):
         Index("idx_pipeline_runs_running", "pipeline_id", "id", postgresql_where=text("status = 'running'")),
         Index("idx_pipeline_runs_history", "pipeline_id", "id"),
         Index("idx_pipeline_runs_status_history", "status", "id"),
-        Index("idx_pipeline_runs_completed_at", "completed_at", postgresql_where=text("completed_at IS NOT NULL")),
+        Index(
+            "idx_pipeline_runs_completed_at", "completed_at", "id", postgresql_where=text("completed_at IS NOT NULL")
+        ),
         Index(
             "idx_pipeline_runs_idempotency_key",
             "pipeline_id",
@@ -593,6 +600,8 @@ def _update_by_key(state: ORMExecuteState, rows: list[dict[str, Any]]) -> Result
     """
     statement, mapper = state.statement, state.bind_mapper
     assert isinstance(statement, Update)
+    if state.session.autoflush:
+        state.session.flush()  # as before any UPDATE by rows
     assert mapper is not None
     connection = state.session.connection(bind_arguments=state.bind_arguments)
     expressions = {key: value for key, value in _fixed(statement).items() if isinstance(value, ClauseElement)}

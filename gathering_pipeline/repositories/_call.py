@@ -184,7 +184,10 @@ class _Blocking:
         self._session = session
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
-        return _send(self._session, statement, parameters)
+        rows = _send(self._session, statement, parameters)
+        if changed := _changed(self._session, statement, parameters):
+            refresh(self._session, changed, deletes=statement.deletes)
+        return rows
 
     async def run(self, action: Callable[[Session], T]) -> T:
         """Run what needs the session itself, such as a statement of the ORM."""
@@ -205,17 +208,28 @@ class _Awaiting:
             connection = await session.run_sync(self._check_out)
         driver = direct(connection)
         if not isinstance(driver, AsyncDirectConnection):
-            return await session.run_sync(_send, statement, parameters)
+            rows = await session.run_sync(_send, statement, parameters)
+        else:
+            rows = await self._fetch(session, connection, driver, statement, parameters)
+        if changed := _changed(session.sync_session, statement, parameters):
+            await session.run_sync(refresh, changed, deletes=statement.deletes)
+        return rows
+
+    @staticmethod
+    async def _fetch(
+        session: AsyncSession,
+        connection: Connection,
+        driver: AsyncDirectConnection,
+        statement: Statement,
+        parameters: Mapping[str, Any],
+    ) -> Rows:
         try:
-            rows = await driver.fetch(statement, parameters)
+            return await driver.fetch(statement, parameters)
         except BaseException as error:
             failure = await session.run_sync(_failure, connection, driver, error, may_write=not statement.read_only)
             if failure is error:
                 raise
             raise failure from error
-        if changed := _changed(session.sync_session, statement, parameters):
-            await session.run_sync(refresh, changed)
-        return rows
 
     async def run(self, action: Callable[[Session], T]) -> T:
         return await self._current().run_sync(action)
@@ -283,8 +297,6 @@ def _send(session: Session | scoped_session[Session], statement: Statement, para
                 rows = [row[0] for row in connection.exec_driver_sql(statement.sql, dict(parameters))]
             except DBAPIError as error:
                 raise error.orig or error from error  # one statement has one error, whichever way it went
-    if changed := _changed(session, statement, parameters):
-        refresh(session, changed)
     return rows
 
 
@@ -393,52 +405,72 @@ def _begin_anew(session: Session | scoped_session[Session], driver: Any) -> None
 
 # --- objects of the session ------------------------------------------------------------------------------------------
 
-_ROWS: dict[type[Base], tuple[QueryableAttribute[int], str]] = {
-    Pipeline: (Pipeline.id, ""),
-    PipelineRun: (PipelineRun.id, "id"),
-    PipelineNodeRun: (PipelineNodeRun.id, "run_id"),
+_ROWS: dict[type[Base], QueryableAttribute[int]] = {
+    Pipeline: Pipeline.id,
+    PipelineRun: PipelineRun.id,
+    PipelineNodeRun: PipelineNodeRun.id,
 }
-"""The classes whose rows calls change: primary key, and name of the attribute with the run's id."""
+"""The ORM classes and their primary keys."""
 
 
 def _changed(
     session: Session | scoped_session[Session], statement: Statement, parameters: Mapping[str, Any]
 ) -> list[Base]:
-    """The session's objects whose rows a call may have changed."""
+    """The session's objects whose rows a call may have changed. No call on runs edits a pipeline.
+
+    What is expired is read anew in any case.
+    """
     # a call with trigger_data creates a run, and changes no other row
     if not session.identity_map or statement.read_only or "trigger_data" in parameters:
         return []
-    run_id = parameters.get("run_id")
+    run_id, deleted = parameters.get("run_id"), parameters.get("pipeline_id")
     changed: list[Base] = []
     for row in session.identity_map.values():
-        for class_, (_, key) in _ROWS.items():
-            # a run_id that is not loaded may be this one
-            if isinstance(row, class_) and (run_id is None or (key and row.__dict__.get(key, run_id) == run_id)):
-                changed.append(row)
+        loaded = row.__dict__
+        if (
+            (isinstance(row, Pipeline) and deleted is not None and loaded.get("id") == deleted)
+            or (isinstance(row, PipelineRun) and "id" in loaded and run_id in (None, loaded["id"]))
+            or (isinstance(row, PipelineNodeRun) and "run_id" in loaded and run_id in (None, loaded["run_id"]))
+        ):
+            changed.append(row)
     return changed
 
 
-def refresh(session: Session | scoped_session[Session], rows: Iterable[object]) -> None:
-    """Read objects of the session anew; those whose rows are gone leave the session.
+def refresh(session: Session | scoped_session[Session], rows: Iterable[Base], *, deletes: bool = False) -> None:
+    """Let objects of the session show their rows as they are after a call.
 
-    They are not expired: objects of async sessions, and detached ones, can't be read on access.
+    They are read at once, by a statement a class: objects of an async session, and detached ones, can't be read when
+    they are used. After a call that ``deletes`` an object leaves the session if its row isn't found.
+
+    Raises:
+        PipelineError: They could not be read, and so the transaction is lost. In autocommit the call had succeeded:
+            then they are expired.
     """
-    by_class: dict[type[Base], dict[int, object]] = {}
-    for row in rows:
-        for class_ in _ROWS:
-            if isinstance(row, class_) and (identity := inspect(row).identity):
-                by_class.setdefault(class_, {})[identity[0]] = row
-    for class_, by_id in by_class.items():
-        key, _ = _ROWS[class_]
-        statement = select(class_, key).where(key == any_(literal([*by_id], ARRAY(BigInteger))))
-        try:
-            found = {row[1] for row in session.execute(statement.execution_options(populate_existing=True))}
-        except DBAPIError:  # the call has succeeded, and a broken connection is the next call's error
-            for one in by_id.values():
-                session.expire(one)
-            continue
-        for number in by_id.keys() - found:
-            session.expunge(by_id[number])
+    if isinstance(session, scoped_session):
+        session = session()
+    left = {inspect(row).key: row for row in rows}
+    # a rollback to a savepoint undoes the change: SQLAlchemy then expires what it knows as altered
+    session._register_altered(inspect(row) for row in left.values())  # noqa: SLF001
+    try:
+        with connected(session, read_only=True):
+            for read in _read_anew(session, left):
+                left.pop(inspect(read).key, None)
+    except PipelineError:
+        if session.get_bind(Pipeline).get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            raise
+        deletes = False
+    for row in left.values():
+        if deletes:
+            session.expunge(row)
+        else:
+            session.expire(row)
+
+
+def _read_anew(session: Session | scoped_session[Session], rows: Mapping[Any, Base]) -> Iterator[Base]:
+    for class_, key in _ROWS.items():
+        if ids := [identity[0] for mapped, identity, _ in rows if issubclass(mapped, class_)]:
+            statement = select(class_).where(key == any_(literal(ids, ARRAY(BigInteger))))
+            yield from session.scalars(statement.execution_options(populate_existing=True))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,10 @@ SELECT pg_catalog.json_build_array(d.name, CASE
         SELECT FROM circle.pipeline_events e WHERE e.xid = %(xid)s::text::xid8 AND e.id = %(id)s::bigint
         AND (extract(epoch FROM e.created_at) * 1000000)::bigint = %(micros)s::bigint) THEN 'kept'
     WHEN pg_is_in_recovery() AND %(xid)s::text::xid8 >= pg_snapshot_xmax(pg_current_snapshot()) THEN 'ahead'
-    END, e)::text
+    END, e, d.name || (
+        SELECT {_CURSOR_OF} FROM circle.pipeline_events e
+        WHERE e.xid < pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY e.xid DESC, e.id DESC LIMIT 1))::text
 FROM database d LEFT JOIN LATERAL (
     SELECT e.*, d.name || {_CURSOR_OF} AS cursor
     FROM circle.page_of_events(%(run)s, %(xid)s::text::xid8, %(id)s, %(limit)s) e
@@ -79,7 +82,7 @@ class AsyncEventRepository(AsyncRepository):
         run = None if run_id is None else check_id(run_id, "run_id")
         position = {"xid": str(xid), "id": last_id, "micros": micros}
         rows = await self._values(READ, run=run, **position, limit=check_count(limit, "limit"))
-        current_database, state, _ = rows[0]
+        current_database, state, _, newest = rows[0]
         if database not in (None, current_database):
             raise InvalidCursorError(f"the cursor {after!r} is of another database: start again with after=None")
         if state is None:
@@ -87,7 +90,10 @@ class AsyncEventRepository(AsyncRepository):
                 f"the event of the cursor {after!r} is gone: it was purged, or undone by a restore or a failover: start"
                 " again with after=None"
             )
-        items = tuple(PipelineEvent.model_validate(event) for _, _, event in rows if event is not None)
+        items = tuple(PipelineEvent.model_validate(event) for _, _, event, _ in rows if event is not None)
+        if len(items) < limit and state == "kept" and newest is not None:
+            # all that there is was read; of one run the last event may be purged long before those of others
+            return EventPage(items=items, next_cursor=newest)
         return EventPage(items=items, next_cursor=items[-1].cursor if items else after or current_database + START)
 
     async def last(self) -> str:

@@ -40,7 +40,7 @@ WHERE p.id < %(after)s::bigint AND (%(status)s::text IS NULL OR p.status::text =
 ORDER BY p.id DESC LIMIT %(limit)s""",
     read_only=True,
 )
-DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)")
+DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)", deletes=True)
 
 _RETURNED: ColumnElement[str] = literal_column("pg_catalog.to_json(circle.counted_now(pipelines))::text")
 """A changed row, as ``GET`` reads it."""
@@ -190,9 +190,8 @@ class AsyncPipelineRepository(AsyncRepository):
         def execute(session: Session) -> Row[Any] | None:
             with connected(session):
                 row = session.execute(statement, execution_options=options).one_or_none()
-            if session.identity_map and pipeline_id is not None:
-                key = identity_key(Pipeline, pipeline_id)
-                refresh(session, [session.identity_map[key]] if key in session.identity_map else [])
+            if pipeline_id is not None and (loaded := session.identity_map.get(identity_key(Pipeline, pipeline_id))):
+                refresh(session, [loaded])
             return row
 
         return await self._transport.run(execute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
@@ -29,6 +30,7 @@ from gathering_pipeline.arguments import (
 from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import (
     IntegrityViolationError,
+    InvalidCursorError,
     InvalidDataError,
     InvalidPipelineError,
     Issue,
@@ -37,7 +39,7 @@ from gathering_pipeline.errors import (
     RunNotFoundError,
     shorten,
 )
-from gathering_pipeline.json_values import MAX_DEPTH, json_path
+from gathering_pipeline.json_values import MAX_DEPTH, json_path, quote
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import (
     NodeExecutionResult,
@@ -96,9 +98,13 @@ RECOVER = Statement(
 )
 EXPIRE = Statement("SELECT pg_catalog.to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
 APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)")
-PURGE = Statement("""
+PURGE = Statement(
+    """
 SELECT pg_catalog.to_json(p)::text
-FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s) p""")
+FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s, %(ended)s::timestamptz,
+                       %(ended_id)s) p""",
+    deletes=True,
+)
 
 GET = Statement(
     "SELECT pg_catalog.to_json(r)::text FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint", read_only=True
@@ -143,6 +149,10 @@ SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_i
                              %(limit)s)::text""",
     read_only=True,
 )
+
+
+_PURGED = re.compile(r"([0-9T:.+-]{10,40})/([0-9]{1,18})")
+"""The cursor of a purge: end and id of a run."""
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
@@ -553,18 +563,32 @@ class AsyncRunRepository(AsyncRepository):
         """
         return await self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
-    async def purge(self, older_than: timedelta, limit: int = 1000) -> PurgeResult:
-        """Delete runs that ended over ``older_than`` ago, oldest first; commit and repeat until none is ``deleted``.
+    async def purge(self, older_than: timedelta, limit: int = 1000, after: str | None = None) -> PurgeResult:
+        """Delete runs that ended over ``older_than`` ago, oldest first; commit, and repeat while there is a cursor.
 
         Runs that a table of yours refers to, by a foreign key that doesn't cascade, stay and are returned as
-        ``kept``; a call looks at ten times ``limit`` of them.
+        ``kept``. A call ends after ten of them.
 
         Args:
             older_than: Age since the end.
             limit: Most runs to delete.
+            after: ``next_cursor`` of the call before; ``None`` begins with the oldest run.
+
+        Raises:
+            InvalidCursorError: ``after`` is not such a cursor.
         """
-        age = check_duration(older_than, "older_than", allow_zero=True)
-        return (await self._read(PurgeResult, PURGE, older_than=age, limit=check_count(limit, "limit")))[0]
+        match = _PURGED.fullmatch(after) if isinstance(after, str) else None
+        if after is not None and match is None:
+            raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(after)}")
+        (found,) = await self._values(
+            PURGE,
+            older_than=check_duration(older_than, "older_than", allow_zero=True),
+            limit=check_count(limit, "limit"),
+            ended=match[1] if match else None,
+            ended_id=int(match[2]) if match else None,
+        )
+        cursor = None if found["ended"] is None else f"{found['ended']}/{found['ended_id']}"
+        return PurgeResult(deleted=found["deleted"], kept=found["kept"], next_cursor=cursor)
 
     # --- reads ---
 

@@ -44,7 +44,7 @@ OF_A_RUN = {
     "pipeline_node_runs_pkey",
 }
 QUEUE = {"idx_pipeline_runs_queue", "idx_pipeline_runs_waiting", "pipeline_runs_pkey"}
-RUNNING = {"idx_pipeline_runs_running", "idx_pipeline_runs_status_history"}
+RUNNING = {"idx_pipeline_runs_running", "idx_pipeline_runs_status", "idx_pipeline_runs_status_history"}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, create_engine, event, inspect, select
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import Engine, create_engine, event, inspect, select, text
+from sqlalchemy.orm import ORMExecuteState, Session, scoped_session, sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.pool import NullPool
 
 from gathering_pipeline import (
@@ -21,6 +22,7 @@ from gathering_pipeline import (
     PipelineUpdate,
     RunReport,
     RunRepository,
+    StatementCancelledError,
 )
 from tests.support.graphs import NODES
 from tests.support.pipelines import new
@@ -170,3 +172,67 @@ def engine_of_test(database_url: str) -> Any:
     made = create_engine(database_url, poolclass=NullPool)
     yield made
     made.dispose()
+
+
+def test_call_on_runs_leaves_the_revision_of_an_edit_alone(any_session: Session, database: Database, made: int) -> None:
+    """Another session has edited the pipeline: what this one makes of the old graph is refused."""
+    pipeline = any_session.get_one(Pipeline, made)
+    mine = [*pipeline.nodes, {**ONLY[0], "id": "mine"}]
+    with database.session() as other:
+        PipelineRepository(other).update(made, PipelineUpdate(nodes=ONLY, edges=[]))
+    runs = RunRepository(any_session)
+    runs.claim("w", LEASE)
+    runs.recover()
+    runs.purge(timedelta(days=1))
+    pipeline.nodes = mine
+    with pytest.raises(StaleDataError):
+        any_session.flush()
+    any_session.rollback()
+
+
+def test_rollback_to_savepoint_shows_in_the_session(database: Database, made: int) -> None:
+    with database.session() as session:
+        run = session.get_one(PipelineRun, RunRepository(session).create(made).id)
+        pipeline = session.get_one(Pipeline, made)
+        inner = session.begin_nested()
+        RunRepository(session).start(run.id)
+        PipelineRepository(session).update(made, PipelineUpdate(name="inner"))
+        assert (run.status, pipeline.name) == ("running", "inner")
+        inner.rollback()
+        assert (run.status, pipeline.name, pipeline.revision) == ("pending", "p", 1)
+        pipeline.name = "outer"
+        session.flush()
+
+
+def test_refresh_that_fails_is_an_error_of_the_call(database: Database, made: int, raw: psycopg.Connection) -> None:
+    """In a transaction, which it has ended."""
+    with database.session() as session:
+        RunRepository(session).create(made)
+    with pytest.raises(StatementCancelledError), database.session() as session:
+        run = session.get_one(PipelineRun, 1)
+        session.execute(text("SET LOCAL statement_timeout = '50ms'"))
+
+        @event.listens_for(session, "do_orm_execute")
+        def wait(_state: ORMExecuteState) -> None:
+            session.connection().exec_driver_sql("SELECT pg_sleep(1)")
+
+        RunRepository(session).claim("w", LEASE)
+    assert run.status == "pending"
+    assert raw.execute("SELECT status FROM circle.pipeline_runs").fetchall() == [("pending",)]
+
+
+def test_connection_that_breaks_before_the_refresh_is_replaced(
+    database: Database, made: int, raw: psycopg.Connection
+) -> None:
+    """In autocommit the call has succeeded by then."""
+    with database.session(autocommit=True) as session:
+        run = session.get_one(PipelineRun, RunRepository(session).create(made).id)
+        (pid,) = session.execute(text("SELECT pg_backend_pid()")).one()
+
+        @event.listens_for(session, "do_orm_execute", once=True)
+        def end(_state: ORMExecuteState) -> None:
+            raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+
+        assert [claimed.id for claimed in RunRepository(session).claim("w", LEASE)] == [run.id]
+        assert run.status == "running"
+        assert RunRepository(session).get(run.id).status == "running"

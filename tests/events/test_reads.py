@@ -185,13 +185,14 @@ def test_purge_deletes_old_events_only(raw: psycopg.Connection, session: Session
         " now() - interval '1 hour' * (100 - n) FROM generate_series(1, 100) n"
     )
     events = EventRepository(session)
-    assert [events.purge(timedelta(hours=40, minutes=30), limit=25) for _ in range(4)] == [25, 25, 9, 0]
+    assert [events.purge(timedelta(hours=40, minutes=30), limit=25) for _ in range(4)] == [25, 25, 8, 0]
     session.commit()
-    assert min(event.run_id for event in read_all(session)) == 60
+    assert min(event.run_id for event in read_all(session)) == 59
     with pytest.raises(InvalidDataError):
         events.purge(timedelta(seconds=-1))
     behind = events.read(limit=5).next_cursor
-    assert events.purge(timedelta(0)) == 40  # the newest stays, for the readers that have it
+    assert [events.purge(timedelta(0), limit=1) for _ in range(2)] == [1, 1]
+    assert events.purge(timedelta(0)) == 39  # the newest of the old ones stays, for the readers that have it
     session.commit()
     with pytest.raises(InvalidCursorError, match="is gone"):
         events.read(behind)
@@ -205,3 +206,20 @@ def test_read_after_run_is_purged_returns_its_events(raw: psycopg.Connection, se
     assert RunRepository(session).purge(timedelta(0)).deleted == 1
     session.commit()
     assert names(read_all(session, run_id)) == ["run started", "run cancelled"]
+
+
+def test_purge_leaves_readers_that_are_up_to_date_their_cursor(raw: psycopg.Connection, session: Session) -> None:
+    insert = (
+        "INSERT INTO circle.pipeline_events (xid, run_id, type, created_at)"
+        " VALUES (%s::xid8, %s, 'pipeline_run.started', now() - interval '1 hour' * %s)"
+    )
+    events = EventRepository(session)
+    for number, (run_id, hours) in enumerate([(1, 5), (2, 4), (2, 3)], 1):
+        raw.execute(insert, [str(number), run_id, hours])
+    readers = {run_id: events.read(run_id=run_id).next_cursor for run_id in (None, 1, 2, 3)}
+    session.commit()
+    raw.execute(insert, ["4", 1, 0])
+    assert events.purge(timedelta(hours=1)) == 2
+    session.commit()
+    for run_id, cursor in readers.items():
+        assert len(events.read(cursor, run_id=run_id).items) == (run_id in (None, 1))

@@ -125,7 +125,8 @@ def test_release_twice_answers_twice_and_a_stale_token_stays_refused(
     released = runs.release(run.id, token=run.claim_token)
     assert runs.release(run.id, token=run.claim_token) == released
     (again,) = runs.claim("w", LEASE)
-    assert runs.release(run.id, token=run.claim_token) == again  # changes nothing
+    repeated = runs.release(run.id, token=run.claim_token)
+    assert repeated == again.model_copy(update={"claim_token": run.claim_token})  # and tells nobody the holder's token
     with refuses(LeaseLostError):
         runs.advance(run.id, token=run.claim_token)
     with refuses(LeaseLostError):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    PurgeResult,
     RunRepository,
     RunStatus,
 )
+from gathering_pipeline.errors import InvalidCursorError
 from tests.support.databases import unguarded
 from tests.support.runs import LEASE, claimed, counters, done, lose_lease, started, statuses, store
 
@@ -137,7 +140,37 @@ def test_expire_after_second_claim_counts_from_first_start(
     assert [expired.id for expired in runs.expire()] == [run.id]
 
 
-@pytest.mark.parametrize("action", ["NO ACTION", "RESTRICT"])
+def purge_all(runs: RunRepository, limit: int) -> list[PurgeResult]:
+    answers = [runs.purge(timedelta(0), limit)]
+    while cursor := answers[-1].next_cursor:
+        answers.append(runs.purge(timedelta(0), limit, after=cursor))
+    return answers
+
+
+@pytest.mark.parametrize("protected", [20, 300])
+def test_purge_reaches_runs_behind_many_that_are_kept(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, protected: int
+) -> None:
+    pipeline = store(session, "a")
+    ids = [runs.cancel(runs.create(pipeline).id).id for _ in range(protected + 30)]
+    raw.execute("UPDATE circle.pipeline_runs SET created_at = '2026-01-01'")  # ends may be equal, too
+    raw.execute("CREATE TABLE mine (id bigint REFERENCES circle.pipeline_runs DEFERRABLE INITIALLY DEFERRED)")
+    try:
+        raw.execute("INSERT INTO mine SELECT unnest(%s::bigint[])", [ids[:protected]])
+        purged = purge_all(runs, limit=25)
+        assert sum(answer.deleted for answer in purged) == 30
+        assert sorted(run_id for answer in purged for run_id in answer.kept) == ids[:protected]
+    finally:
+        raw.execute("DROP TABLE mine")
+
+
+@pytest.mark.parametrize("cursor", ["", "x", 5, "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00/-1"])
+def test_purge_with_bad_cursor_raises_invalid_cursor(runs: RunRepository, cursor: Any) -> None:
+    with pytest.raises(InvalidCursorError):
+        runs.purge(timedelta(0), after=cursor)
+
+
+@pytest.mark.parametrize("action", ["NO ACTION", "RESTRICT", "NO ACTION DEFERRABLE INITIALLY DEFERRED"])
 @pytest.mark.parametrize(("table", "key"), [("pipeline_runs", "id"), ("pipeline_node_runs", "run_id")])
 def test_purge_keeps_and_reports_runs_that_a_host_refers_to(
     runs: RunRepository, session: Session, raw: psycopg.Connection, table: str, key: str, action: str
@@ -148,9 +181,9 @@ def test_purge_keeps_and_reports_runs_that_a_host_refers_to(
     try:
         kept = [*ids[:3], ids[7]]
         raw.execute(f"INSERT INTO mine SELECT id FROM circle.{table} WHERE {key} = ANY (%s)".encode(), [kept])
-        purged = [runs.purge(timedelta(0), limit=2) for _ in range(4)]
-        assert [answer.deleted for answer in purged] == [2, 2, 1, 0]
-        assert [answer.kept for answer in purged] == [tuple(ids[:3]), tuple(ids[:3]), tuple(kept), tuple(kept)]
+        purged = purge_all(runs, limit=2)
+        assert [answer.deleted for answer in purged] == [2, 2, 1]
+        assert sorted(kept) == sorted(run_id for answer in purged for run_id in answer.kept)
         assert [run.id for run in runs.search().items] == kept[::-1]
         raw.execute("DELETE FROM mine")
         answer = runs.purge(timedelta(0))

@@ -18,11 +18,13 @@ BEGIN
     END IF;
 END $$;
 -- Moves all events before those to come, in the order of their ids, if one is ahead of the cluster's transactions: after a restore from
--- another cluster, whose numbers are higher. Returns the number of changed events. No cursor from before stays valid.
+-- another cluster, whose numbers are higher. Returns the number of changed events, whose cursors are invalid
+-- then. Waits for the transactions that write events, so that none of theirs comes to stand before one that was read.
 CREATE OR REPLACE FUNCTION circle.reset_event_xids() RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     changed bigint;
 BEGIN
+    LOCK TABLE circle.pipeline_events IN SHARE ROW EXCLUSIVE MODE;
     UPDATE circle.pipeline_events SET xid = '0' WHERE xid <> '0'
         AND EXISTS (SELECT FROM circle.pipeline_events WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()));
     GET DIAGNOSTICS changed = ROW_COUNT;

@@ -43,19 +43,19 @@ BEGIN
         ORDER BY run_id, xid, id LIMIT p_limit;
     END IF;
 END $$;
--- Later events are younger, so only the first ones can be old enough. The newest one stays: a reader that has it misses nothing.
+-- Later events are younger, so only the first ones can be old enough. The last of them stays: a reader that has it misses nothing.
 CREATE OR REPLACE FUNCTION circle.purge_events(p_older_than interval, p_limit integer) RETURNS integer
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_sort = off AS $$
 DECLARE
     deleted integer;
 BEGIN
     WITH oldest AS MATERIALIZED (
-        SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit
+        SELECT xid, id FROM (SELECT xid, id, created_at FROM circle.pipeline_events ORDER BY xid, id LIMIT p_limit::bigint + 1) e
+        WHERE created_at < clock_timestamp() - p_older_than
     )
     DELETE FROM circle.pipeline_events e USING oldest o
-    WHERE e.xid = o.xid AND e.id = o.id AND o.created_at < clock_timestamp() - p_older_than
-      AND (e.xid, e.id) < (SELECT n.xid, n.id FROM circle.pipeline_events n WHERE n.xid < pg_snapshot_xmin(pg_current_snapshot())
-                           ORDER BY n.xid DESC, n.id DESC LIMIT 1);
+    WHERE e.xid = o.xid AND e.id = o.id
+      AND (o.xid, o.id) < (SELECT n.xid, n.id FROM oldest n ORDER BY n.xid DESC, n.id DESC LIMIT 1);
     GET DIAGNOSTICS deleted = ROW_COUNT;
     RETURN deleted;
 END $$;

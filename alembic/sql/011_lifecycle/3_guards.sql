@@ -87,8 +87,10 @@ BEGIN
            AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
             RETURN NEW;
         END IF;
-        IF NEW.id <> OLD.id OR NEW.pipeline_id <> OLD.pipeline_id
-           OR NEW.pipeline_version IS DISTINCT FROM OLD.pipeline_version THEN
+        -- a run from before there were versions gets one, once
+        IF NEW.id <> OLD.id OR NEW.pipeline_id <> OLD.pipeline_id OR NEW.pipeline_version IS DISTINCT FROM OLD.pipeline_version
+           AND (OLD.pipeline_version IS NOT NULL OR NOT EXISTS (
+               SELECT FROM circle.pipeline_versions WHERE pipeline_id = OLD.pipeline_id AND version = NEW.pipeline_version)) THEN
             PERFORM circle.refuse_change('run ' || OLD.id, 'id, pipeline_id and pipeline_version');
         ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.run_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
@@ -175,7 +177,7 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' AND NEW.claim_count > 0 THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' AND NEW.claim_count > OLD.claim_count THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (

@@ -55,7 +55,7 @@ BEGIN
        OR r.status NOT IN ('pending', 'running') THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'running');
     ELSIF r.status = 'pending' THEN
-        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+        UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), waits_until = NULL
         WHERE id = p_run_id RETURNING * INTO r;
     END IF;
     RETURN r;
@@ -67,7 +67,7 @@ DECLARE
     r circle.pipeline_runs;
 BEGIN
     UPDATE circle.pipeline_runs SET status = p_status, error_message = coalesce(p_error, error_message),
-        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL,
+        completed_at = greatest(clock_timestamp(), started_at), lease_expires_at = NULL, waits_until = NULL,
         duration_seconds = least(coalesce(extract(epoch FROM greatest(clock_timestamp(), started_at) - started_at), 0), 2147483647)
     WHERE id = p_run_id RETURNING * INTO r;
     IF p_status <> 'cancelled' THEN
@@ -212,7 +212,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = for
 DECLARE
     r circle.pipeline_runs;
 BEGIN
-    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp())
+    UPDATE circle.pipeline_runs SET status = 'running', started_at = coalesce(started_at, clock_timestamp()), waits_until = NULL
     WHERE id = p_run_id AND (status = 'pending') IS TRUE
       AND circle.holds_run(claim_token, lease_expires_at, p_token)
     RETURNING * INTO r;

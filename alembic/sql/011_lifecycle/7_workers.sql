@@ -3,6 +3,7 @@
 -- == create functions of workers and sweeps
 -- Claims the first runs of the queues of active pipelines, by priority, then by age. The first p_limit runs of all stand in the p_limit
 -- queues with the first heads. Others may be claiming these very runs, so some more are looked at, and many more if all are locked.
+-- Runs whose waiting time is over join their queues first, as many as one call can take.
 -- Where a sort can be avoided only the right index remains, as in page_of_runs; without JIT, because others can't be.
 --
 -- The running runs of a pipeline with max_running are counted under an advisory lock, which its claimers hold until they commit; one
@@ -26,9 +27,9 @@ BEGIN
         ORDER BY waits_until LIMIT 1) <= now THEN
         UPDATE circle.pipeline_runs SET waits_until = NULL WHERE id = ANY (ARRAY(
             SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until <= now
-            ORDER BY waits_until LIMIT 1000 FOR NO KEY UPDATE SKIP LOCKED));
+            ORDER BY waits_until LIMIT p_limit::bigint + 32 FOR NO KEY UPDATE SKIP LOCKED));
     END IF;
-    FOREACH more IN ARRAY '{32,1000}'::integer[] LOOP
+    FOREACH more IN ARRAY '{32,1000,100000}'::integer[] LOOP
         ids := '{}';
         queues := 0;
         FOR head IN
@@ -42,7 +43,7 @@ BEGIN
                                                     ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
             ORDER BY q.priority DESC, q.id
         LOOP
-            room := CASE WHEN queues < p_limit THEN p_limit::bigint + more ELSE 1 END;
+            room := CASE WHEN queues < p_limit THEN p_limit::bigint - queues + more ELSE 1 END;   -- before it stand the heads of the others
             IF head.max_running > 0 THEN
                 CONTINUE WHEN NOT pg_try_advisory_xact_lock(1734964329, hashint8(head.pipeline_id));
                 room := least(room, head.max_running - (
@@ -61,8 +62,16 @@ BEGIN
             ORDER BY r.priority DESC, r.id LIMIT p_limit FOR NO KEY UPDATE SKIP LOCKED);
         EXIT WHEN picked <> '{}' OR ids = '{}';
     END LOOP;
-    PERFORM circle.fill_run(i.id) FROM unnest(picked) i (id)
-    WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0);
+    FOR head IN SELECT i.id FROM unnest(picked) i (id)
+                WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0) LOOP
+        BEGIN
+            PERFORM circle.fill_run(head.id);
+        EXCEPTION WHEN OTHERS THEN   -- one run with wrong rows stops no other: it is looked at again in an hour
+            RAISE WARNING 'run % can''t get its nodes: %', head.id, SQLERRM;
+            UPDATE circle.pipeline_runs SET waits_until = clock_timestamp() + interval '1 hour' WHERE id = head.id;
+            picked := array_remove(picked, head.id);
+        END;
+    END LOOP;
     RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
         claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
         lease_expires_at = clock_timestamp() + p_lease
@@ -85,6 +94,9 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.run_due(p_run_id bigint) RETURNS timestamptz
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
+    IF NOT EXISTS (SELECT FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'pending' AND available_at > clock_timestamp()) THEN
+        RETURN NULL;
+    END IF;
     RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
             FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
             CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
@@ -112,6 +124,9 @@ BEGIN
             PERFORM circle.refuse_lease(p_run_id);
         END IF;
         PERFORM pg_current_xact_id();   -- as in insert_run
+        IF r.status <> 'pending' THEN   -- the token is not told that may be the next holder's
+            r.claim_token := p_token;
+        END IF;
         RETURN r;
     END IF;
     -- the release is deliberate: the attempts of its nodes don't count
@@ -167,7 +182,8 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN circle.counted(p);
 END $$;
--- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower.
+-- Each run in a subtransaction of its own, and at most 60 of them: beyond 64 every other session becomes slower. They are sorted by an
+-- expression, so that no plan goes through the history in the order of the primary key.
 CREATE OR REPLACE FUNCTION circle.recover_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -179,7 +195,7 @@ BEGIN
     END IF;
     FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
-             ORDER BY id LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
+             ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
@@ -208,7 +224,7 @@ BEGIN
     FOR r IN SELECT t.id, p.timeout_seconds FROM circle.pipeline_runs t JOIN circle.pipelines p ON p.id = t.pipeline_id
              WHERE t.status = 'running' AND p.timeout_seconds > 0
                AND coalesce(t.started_at, t.created_at) < clock_timestamp() - make_interval(secs => p.timeout_seconds)
-             ORDER BY t.id LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
+             ORDER BY t.id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE OF t SKIP LOCKED LOOP
         BEGIN
             result := circle.end_run(r.id, 'timeout', format('timed out after %s seconds', r.timeout_seconds));
         EXCEPTION WHEN OTHERS THEN   -- as in recover_runs
@@ -230,27 +246,40 @@ BEGIN
 EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $$;
--- Runs that are kept count, too: after ten times as many as may be deleted the call ends.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, OUT deleted integer, OUT kept bigint[])
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off AS $$
+-- Deletes the runs after a position in the order of their ends, and returns the position that it has come to, NULL at the end. Each
+-- refusal takes subtransactions: a call ends after ten, and goes on from its position in the next one.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamptz, p_after_id bigint,
+                                             OUT deleted integer, OUT kept bigint[], OUT ended timestamptz, OUT ended_id bigint)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off SET jit = off AS $$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
-    since timestamptz := '-infinity';
     batch bigint[];
     refused bigint[];
+    deferred text;
 BEGIN
+    SELECT string_agg(format('%I.%I', n.nspname, c.conname), ', ') INTO deferred
+    FROM pg_constraint c JOIN pg_namespace n ON n.oid = c.connamespace
+    WHERE c.contype = 'f' AND c.condeferred AND c.confrelid IN ('circle.pipeline_runs'::regclass, 'circle.pipeline_node_runs'::regclass);
+    IF deferred IS NOT NULL THEN   -- keys of the host, which would refuse the commit
+        EXECUTE 'SET CONSTRAINTS ' || deferred || ' IMMEDIATE';
+    END IF;
     deleted := 0;
     kept := '{}';
+    ended := coalesce(p_after, '-infinity');
+    ended_id := coalesce(p_after_id, 0);
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= since AND id <> ALL (kept)
-            ORDER BY completed_at LIMIT p_limit - deleted FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs
+            WHERE completed_at < before AND completed_at >= ended AND (completed_at, id) > (ended, ended_id)
+            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id), max(completed_at) INTO batch, since FROM old;
+        SELECT array_agg(id ORDER BY completed_at, id), (array_agg(completed_at ORDER BY completed_at DESC, id DESC))[1],
+               (array_agg(id ORDER BY completed_at DESC, id DESC))[1]
+        INTO batch, ended, ended_id FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10 * p_limit::bigint;   -- else those behind them have their turn
+        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10;
     END LOOP;
 END $$;

@@ -21,3 +21,8 @@ UPDATE circle.pipeline_runs r SET failed_node = (
     SELECT n.node_id FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND n.status = 'failed' ORDER BY n.position, n.id LIMIT 1)
 WHERE r.status IN ('pending', 'running') AND r.failed_node IS NULL
   AND EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND n.status = 'failed');
+
+-- == pipeline_runs: bind live runs to the graph of their pipeline, so that they can be claimed
+UPDATE circle.pipeline_runs r SET pipeline_version = v.version
+FROM circle.pipelines p JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
+WHERE r.pipeline_id = p.id AND r.status IN ('pending', 'running') AND r.pipeline_version IS NULL;
