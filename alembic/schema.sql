@@ -115,7 +115,7 @@ CREATE TABLE circle.pipeline_runs (
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
 
-CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at, id) WHERE (completed_at IS NOT NULL);
+CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at) WHERE (completed_at IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_history ON circle.pipeline_runs USING btree (pipeline_id, id);
 CREATE UNIQUE INDEX idx_pipeline_runs_idempotency_key ON circle.pipeline_runs USING btree (pipeline_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_pipeline_id ON circle.pipeline_runs USING btree (pipeline_id);
@@ -1640,11 +1640,12 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_insert() FROM PUBLIC;
 
--- The number of an event in a statement that may have waited for its run: from a snapshot of its own, so that it isn't before that of
--- the run's last holder. Its caller pins the search_path, which would take longer than the rest.
+-- The number of the events of a statement that may have waited for its runs: from a snapshot of its own, so that it isn't before that
+-- of a run's last holder.
 CREATE OR REPLACE FUNCTION circle.event_xid_now()
  RETURNS xid8
  LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
     RETURN circle.event_xid();
@@ -1663,9 +1664,10 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_update', TG_RELID);
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-    SELECT circle.event_xid_now(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
-        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = m.id) ELSE '{}' END
-    FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    -- one number for all, taken when the sort below has ended, and so every wait for a run
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), CASE WHEN e.status IN ('failed', 'pending')
+        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = e.id) ELSE '{}' END
+    FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE
         WHEN CASE m.status
                  WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
@@ -1676,7 +1678,7 @@ BEGIN
         WHEN m.status = 'cancelled' AND circle.is_read_committed()
              AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
-    ORDER BY m.run_id, m.id;   -- ids are given in execution order
+    ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_update() FROM PUBLIC;
@@ -3165,9 +3167,9 @@ EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $function$;
 
--- Deletes the runs after a position in the order of their ends, and returns the position that it has come to, NULL at the end. Each
--- refusal takes subtransactions: a call ends after ten, and goes on from its position in the next one.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamp with time zone, p_after_id bigint, OUT deleted integer, OUT kept bigint[], OUT ended timestamp with time zone, OUT ended_id bigint)
+-- Deletes runs that ended at p_after or later, oldest first, and returns the end that the next call goes on with; NULL: none is left.
+-- Each refusal takes subtransactions, so a call ends after ten.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamp with time zone, OUT deleted integer, OUT kept bigint[], OUT next_end timestamp with time zone)
  RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3189,21 +3191,21 @@ BEGIN
     END IF;
     deleted := 0;
     kept := '{}';
-    ended := coalesce(p_after, '-infinity');
-    ended_id := coalesce(p_after_id, 0);
+    next_end := coalesce(p_after, '-infinity');
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs
-            WHERE completed_at < before AND completed_at >= ended AND (completed_at, id) > (ended, ended_id)
-            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= next_end AND id <> ALL (kept)
+            ORDER BY completed_at LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id ORDER BY completed_at, id), (array_agg(completed_at ORDER BY completed_at DESC, id DESC))[1],
-               (array_agg(id ORDER BY completed_at DESC, id DESC))[1]
-        INTO batch, ended, ended_id FROM old;
+        SELECT array_agg(id), max(completed_at) INTO batch, next_end FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10;
+        IF cardinality(kept) >= 10 THEN
+            next_end := next_end + interval '1 microsecond';   -- past them
+            EXIT;
+        END IF;
+        EXIT WHEN deleted >= p_limit;
     END LOOP;
 END $function$;

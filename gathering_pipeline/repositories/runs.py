@@ -101,8 +101,7 @@ APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::json
 PURGE = Statement(
     """
 SELECT pg_catalog.to_json(p)::text
-FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s, %(ended)s::timestamptz,
-                       %(ended_id)s) p""",
+FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s, %(after)s::timestamptz) p""",
     deletes=True,
 )
 
@@ -151,8 +150,8 @@ SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_i
 )
 
 
-_PURGED = re.compile(r"([0-9T:.+-]{10,40})/([0-9]{1,18})")
-"""The cursor of a purge: end and id of a run."""
+_PURGED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}[+-][0-9:]{2,8}")
+"""The cursor of a purge: the end of a run."""
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
@@ -577,18 +576,11 @@ class AsyncRunRepository(AsyncRepository):
         Raises:
             InvalidCursorError: ``after`` is not such a cursor.
         """
-        match = _PURGED.fullmatch(after) if isinstance(after, str) else None
-        if after is not None and match is None:
+        if after is not None and not _PURGED.fullmatch(str(after)):
             raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(after)}")
-        (found,) = await self._values(
-            PURGE,
-            older_than=check_duration(older_than, "older_than", allow_zero=True),
-            limit=check_count(limit, "limit"),
-            ended=match[1] if match else None,
-            ended_id=int(match[2]) if match else None,
-        )
-        cursor = None if found["ended"] is None else f"{found['ended']}/{found['ended_id']}"
-        return PurgeResult(deleted=found["deleted"], kept=found["kept"], next_cursor=cursor)
+        age, most = check_duration(older_than, "older_than", allow_zero=True), check_count(limit, "limit")
+        (found,) = await self._values(PURGE, older_than=age, limit=most, after=after)
+        return PurgeResult(deleted=found["deleted"], kept=found["kept"], next_cursor=found["next_end"])
 
     # --- reads ---
 

@@ -214,8 +214,8 @@ def test_purge_leaves_readers_that_are_up_to_date_their_cursor(raw: psycopg.Conn
         " VALUES (%s::xid8, %s, 'pipeline_run.started', now() - interval '1 hour' * %s)"
     )
     events = EventRepository(session)
-    for number, (run_id, hours) in enumerate([(1, 5), (2, 4), (2, 3)], 1):
-        raw.execute(insert, [str(number), run_id, hours])
+    for number, (run, hours) in enumerate([(1, 5), (2, 4), (2, 3)], 1):
+        raw.execute(insert, [str(number), run, hours])
     readers = {run_id: events.read(run_id=run_id).next_cursor for run_id in (None, 1, 2, 3)}
     session.commit()
     raw.execute(insert, ["4", 1, 0])

@@ -35,8 +35,6 @@ INLINED = {
 CHECKS = {"is_valid_run", "is_valid_node_run"}
 """Called for every row by a CHECK, which a setting would slow down. Their operands have exactly the types of operators of
 ``pg_catalog``, which therefore come first."""
-OF_TRIGGERS = {"event_xid_now"}
-"""Called for every event by a trigger function, whose setting holds for it, too; one of its own would double the time."""
 FUNCTIONS = """
 SELECT p.proname, l.lanname, p.prosecdef, p.prorettype = 'trigger'::regtype,
        coalesce('search_path=pg_catalog, pg_temp' = ANY (p.proconfig), false),
@@ -115,7 +113,7 @@ def test_every_function_has_its_search_path(raw: psycopg.Connection) -> None:
     rows = raw.execute(FUNCTIONS).fetchall()
     assert len(rows) > 80
     without = {(name, language) for name, language, _, _, has_path, _ in rows if not has_path}
-    assert without == {(name, "sql") for name in INLINED} | {(name, "plpgsql") for name in CHECKS | OF_TRIGGERS}
+    assert without == {(name, "sql") for name in INLINED} | {(name, "plpgsql") for name in CHECKS}
 
 
 def test_function_with_rights_of_its_owner_is_not_for_everyone(raw: psycopg.Connection) -> None:

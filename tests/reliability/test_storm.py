@@ -1,6 +1,6 @@
 """All calls at once from many threads, then the same next to raw writers. Whatever is answered, the rows keep every rule.
 
-A storm makes ``GATHERING_CALLS`` calls, 1,800 unless that is set; ``GATHERING_SEED`` chooses them, not their interleaving.
+A storm makes ``GATHERING_CALLS`` calls, 1,200 unless that is set; ``GATHERING_SEED`` chooses them, not their interleaving.
 """
 
 # psycopg takes literal SQL; statements are put together here.
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ from tests.support.graphs import DIAMOND, chain, graph
 from tests.support.invariants import faults, repeated
 from tests.support.runs import store
 
-CALLS = int(os.environ.get("GATHERING_CALLS", "1800"))
+CALLS = int(os.environ.get("GATHERING_CALLS", "1200"))
 SEED = int(os.environ.get("GATHERING_SEED", "1"))
 THREADS = 12
 RAW_THREADS = 4
@@ -168,7 +169,11 @@ class Caller:
         self.calls += 1
         allowed = documented(call.__func__)  # type: ignore[attr-defined]
         try:
+            if self.number % 2 and self.chance.random() < 0.3:
+                # then transactions that are younger may change the run first
+                self.session.execute(text("SELECT pg_current_xact_id()"))
             answer = call(*arguments, **named)
+            self.commit()
         except PipelineError as error:
             self.session.rollback()
             self.outcomes[call.__name__, type(error).__name__] += 1
@@ -185,6 +190,12 @@ class Caller:
             if isinstance(run, RunRead):
                 self.note(run)
         return answer
+
+    def commit(self) -> None:
+        """Every other thread has a transaction for each call, and often keeps its locks for a while."""
+        if self.number % 2 and self.chance.random() < 0.5:
+            time.sleep(self.chance.random() * 0.004)
+        self.session.commit()
 
     def note(self, run: RunRead) -> None:
         """What a thread sees of a run never goes back, and its end never changes."""
@@ -320,6 +331,7 @@ class Caller:
         statement = f"UPDATE circle.pipeline_runs SET {change} WHERE id = :id AND {condition}"
         try:
             self.session.execute(text(statement), {"id": self.a_run()})
+            self.commit()
         except OperationalError as error:
             self.session.rollback()
             if not (self.storm.foreign and sqlstate(error) == DEADLOCK):  # a raw statement as those of RawWriter
@@ -473,6 +485,7 @@ class Caller:
         at = self.chance.randrange(len(PIPELINES))
         if self.call(self.pipelines.delete, self.storm.pipelines[at], self.chance.random() < 0.7) is None:
             self.storm.pipelines[at] = self.storm.store(self.session, at)
+            self.session.commit()
 
 
 # --- raw writers -------------------------------------------------------------------------------------------------------
@@ -619,7 +632,7 @@ def rage(storm: Storm, database: Database, writers: list[RawWriter]) -> list[Cal
     barrier, stop = Barrier(THREADS), Event()
 
     def call(number: int) -> Caller:
-        with database.session(autocommit=True) as session:
+        with database.session(autocommit=number % 2 == 0) as session:
             caller = Caller(storm, number, session)
             barrier.wait(timeout=60)
             caller.run(CALLS // THREADS)
@@ -719,7 +732,7 @@ def followed(callers: list[Caller], session: Session) -> list[str]:
     found = []
     log = [row[0] for row in session.execute(text("SELECT id FROM circle.pipeline_events ORDER BY xid, id"))]
     for caller in callers[:READERS]:
-        caller.events = EventRepository(session)
+        caller.session, caller.events = session, EventRepository(session)
         before = -1
         while before < len(caller.seen):
             before = len(caller.seen)

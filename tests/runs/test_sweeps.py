@@ -164,7 +164,7 @@ def test_purge_reaches_runs_behind_many_that_are_kept(
         raw.execute("DROP TABLE mine")
 
 
-@pytest.mark.parametrize("cursor", ["", "x", 5, "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00/-1"])
+@pytest.mark.parametrize("cursor", ["", "x", 5, "2026-01-01", "2026-01-01T00:00:00+00:00/-1"])
 def test_purge_with_bad_cursor_raises_invalid_cursor(runs: RunRepository, cursor: Any) -> None:
     with pytest.raises(InvalidCursorError):
         runs.purge(timedelta(0), after=cursor)

@@ -354,9 +354,10 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
--- The number of an event in a statement that may have waited for its run: from a snapshot of its own, so that it isn't before that of
--- the run's last holder. Its caller pins the search_path, which would take longer than the rest.
-CREATE OR REPLACE FUNCTION circle.event_xid_now() RETURNS xid8 LANGUAGE plpgsql VOLATILE AS $$
+-- The number of the events of a statement that may have waited for its runs: from a snapshot of its own, so that it isn't before that
+-- of a run's last holder.
+CREATE OR REPLACE FUNCTION circle.event_xid_now() RETURNS xid8
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN circle.event_xid();
 END $$;
@@ -369,9 +370,10 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_update', TG_RELID);
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-    SELECT circle.event_xid_now(), m.run_id, m.node_id, circle.node_event(m.status), CASE WHEN m.status IN ('failed', 'pending')
-        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = m.id) ELSE '{}' END
-    FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    -- one number for all, taken when the sort below has ended, and so every wait for a run
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), CASE WHEN e.status IN ('failed', 'pending')
+        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = e.id) ELSE '{}' END
+    FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE
         WHEN CASE m.status
                  WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
@@ -382,7 +384,7 @@ BEGIN
         WHEN m.status = 'cancelled' AND circle.is_read_committed()
              AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
-    ORDER BY m.run_id, m.id;   -- ids are given in execution order
+    ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $$;
 -- Node runs go with their run, or once it is over.

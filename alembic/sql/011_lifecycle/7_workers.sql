@@ -246,10 +246,10 @@ BEGIN
 EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $$;
--- Deletes the runs after a position in the order of their ends, and returns the position that it has come to, NULL at the end. Each
--- refusal takes subtransactions: a call ends after ten, and goes on from its position in the next one.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamptz, p_after_id bigint,
-                                             OUT deleted integer, OUT kept bigint[], OUT ended timestamptz, OUT ended_id bigint)
+-- Deletes runs that ended at p_after or later, oldest first, and returns the end that the next call goes on with; NULL: none is left.
+-- Each refusal takes subtransactions, so a call ends after ten.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamptz,
+                                             OUT deleted integer, OUT kept bigint[], OUT next_end timestamptz)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off SET jit = off AS $$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
@@ -265,21 +265,21 @@ BEGIN
     END IF;
     deleted := 0;
     kept := '{}';
-    ended := coalesce(p_after, '-infinity');
-    ended_id := coalesce(p_after_id, 0);
+    next_end := coalesce(p_after, '-infinity');
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs
-            WHERE completed_at < before AND completed_at >= ended AND (completed_at, id) > (ended, ended_id)
-            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= next_end AND id <> ALL (kept)
+            ORDER BY completed_at LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id ORDER BY completed_at, id), (array_agg(completed_at ORDER BY completed_at DESC, id DESC))[1],
-               (array_agg(id ORDER BY completed_at DESC, id DESC))[1]
-        INTO batch, ended, ended_id FROM old;
+        SELECT array_agg(id), max(completed_at) INTO batch, next_end FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        EXIT WHEN deleted >= p_limit OR cardinality(kept) >= 10;
+        IF cardinality(kept) >= 10 THEN
+            next_end := next_end + interval '1 microsecond';   -- past them
+            EXIT;
+        END IF;
+        EXIT WHEN deleted >= p_limit;
     END LOOP;
 END $$;
