@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import insert, select, update
@@ -53,3 +53,26 @@ def test_time_without_offset_raises_invalid_data(database: Database, name: str) 
             WRITES[name](session, NAIVE)
         session.rollback()
         WRITES[name](session, AWARE)
+
+
+def test_intervals_are_added_to_times(database: Database) -> None:
+    with database.session() as session:
+        assert store(session, "a") == 1
+        run = RunRepository(session).start(RunRepository(session).create(1).id)
+        later = PipelineRun.started_at + timedelta(minutes=5)
+        assert run.started_at is not None
+        assert session.scalars(select(later)).one() == run.started_at + timedelta(minutes=5)
+        assert session.scalars(select(PipelineRun.id).where(PipelineRun.created_at < later)).all() == [run.id]
+        session.execute(update(PipelineRun).values(run_at=later))
+        assert session.scalars(select(PipelineRun.run_at)).one() == run.started_at + timedelta(minutes=5)
+
+
+def test_update_by_rows_flushes_first(database: Database) -> None:
+    with database.session() as session:
+        assert store(session, "a") == 1
+        pipeline = session.get_one(Pipeline, 1)
+        pipeline.name = "mine"
+        session.execute(update(Pipeline), [{"id": 1, "timeout_seconds": 7}])
+        session.commit()
+        session.refresh(pipeline)
+        assert (pipeline.name, pipeline.timeout_seconds, pipeline.revision) == ("mine", 7, 3)

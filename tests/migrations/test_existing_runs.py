@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import psycopg
 
 from gathering_pipeline import Database, RunRepository, RunStatus, migrations
+from gathering_pipeline.maintenance.doctor import doctor
 from tests.support.databases import Connect, scalar
 from tests.support.runs import done, store
 
@@ -55,3 +58,30 @@ def test_upgrade_of_a_sequence_with_another_name(empty_database_url: str, connec
         scalar(raw, "SELECT seqtypid::regtype::text FROM pg_sequence WHERE seqrelid = 'circle.numbers'::regclass")
         == "bigint"
     )
+
+
+def test_live_runs_from_before_are_bound_to_their_graph(empty_database_url: str, connect: Connect) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    raw = connect(empty_database_url)
+    raw.execute(
+        """
+        INSERT INTO circle.pipelines (name, status, nodes, edges) VALUES
+            ('good', 'active', '[{"id": "a", "type": "trigger", "name": "A"}]', '[]'),
+            ('a cycle', 'active', '[{"id": "a", "type": "trigger", "name": "A"}]', '[{"id": "e", "from": "a", "to": "a"}]');
+        INSERT INTO circle.pipeline_runs (pipeline_id, status) VALUES (1, 'pending'), (1, 'running'), (2, 'pending')"""
+    )
+    migrations.upgrade(empty_database_url)
+    bound = raw.execute("SELECT pipeline_version FROM circle.pipeline_runs ORDER BY id").fetchall()
+    assert bound == [(1,), (1,), (None,)]
+    with Database(empty_database_url) as database, database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        (claimed,) = runs.claim("w", timedelta(minutes=1), 5)
+        assert [node.node_id for node in runs.nodes(claimed.id)] == ["a"]
+        assert [node.node_id for node in runs.advance(2).started] == ["a"]  # it does not succeed without its nodes
+        assert ("unversioned_runs", "circle.pipeline_runs") in [
+            (finding.code, finding.object) for finding in doctor(database.engine)
+        ]
+        raw.execute("UPDATE circle.pipelines SET edges = '[]'")
+        doctor(database.engine, repair=True)
+        assert "unversioned_runs" not in [finding.code for finding in doctor(database.engine)]
+        assert [run.id for run in runs.claim("w", timedelta(minutes=1), 5)] == [3]

@@ -283,3 +283,45 @@ def test_claims_of_many_workers_keep_to_max_running(
     watcher.join()
     assert sorted(taken) == made
     assert max(most) <= 4
+
+
+def test_run_whose_nodes_cannot_be_made_stops_no_claim(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    """It is passed by, and looked at again an hour later."""
+    pipeline = store(session, "a>b")
+    raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id, priority) VALUES (%s, 9)", [pipeline])
+    raw.execute(
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position)"
+        " SELECT id, 'foreign', 'agent', 1 FROM circle.pipeline_runs"
+    )
+    good = [runs.create(pipeline).id for _ in range(2)]
+    assert ids(runs.claim("w", LEASE, 2)) == good[:1]
+    assert ids(runs.claim("w", LEASE, 2)) == good[1:]
+    (poisoned,) = (run for run in runs.search().items if run.status == "pending")
+    assert poisoned.waits_until is not None
+    assert clock(raw) < poisoned.waits_until <= clock(raw) + timedelta(hours=1)
+    runs.cancel(poisoned.id)
+
+
+def test_claims_see_all_due_runs_while_another_claim_is_open(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, database: Database
+) -> None:
+    pipeline = store(session, "a")
+    made = [runs.create(pipeline, run_at=clock(raw) + timedelta(hours=1)).id for _ in range(300)]
+    raw.execute("UPDATE circle.pipeline_runs SET waits_until = clock_timestamp()")
+    with database.session() as other:
+        held = ids(RunRepository(other).claim("other", LEASE, 5))
+        mine = ids(runs.claim("w", LEASE, 5))
+        assert len(held) == len(mine) == 5
+        assert set(held).isdisjoint(mine)
+    assert set(held) | set(mine) <= set(made)
+
+
+def test_event_of_a_start_without_claim_has_no_number(runs: RunRepository, session: Session) -> None:
+    run = claimed(runs, session, "a")
+    runs.release(run.id, token=run.claim_token)
+    started = runs.start(run.id)
+    assert started.waits_until is None
+    events = EventRepository(session).read(run_id=run.id).items
+    assert [event.data for event in events if event.type == "pipeline_run.started"] == [{"claim": 1}, {}]
