@@ -11,7 +11,7 @@ ONCE := benchmarks cli documentation examples reliability unit
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer reliability migration-load fuzz bench bench-peers \
+.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load fuzz bench bench-peers \
 	format generated build clean
 
 help: ## This list
@@ -70,6 +70,13 @@ pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in tran
 	GATHERING_TEST_POOLER="$(PGBOUNCER)" $(PYTEST) \
 		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py
 
+lowest: setup ## The tests of calls and units with the lowest versions that are declared, in an environment of its own
+	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(BIN)/python -m tests.support.lowest > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-lowest/constraints.txt -e '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/unit tests/runs tests/pipelines tests/graphs \
+		tests/events tests/database tests/migrations/test_revisions.py
+
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 GATHERING_KILLS=50 GATHERING_CALLS=60000 \
 		$(BIN)/python -m pytest tests/reliability
@@ -99,6 +106,6 @@ build: setup ## The wheel and the source archive, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## What was made here, the virtual environment included
-	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(VENV)-lowest build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache \
 		.import_linter_cache .grimp_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
