@@ -214,7 +214,7 @@ class Database:
         reason = shorten(str(getattr(error, "orig", error)), 500)
         return Health(reachable=False, error=reason, **self._pool(engine), expected_revision=migrations.head())
 
-    def _pool(self, engine: Engine) -> dict[str, int]:
+    def _pool(self, engine: Engine) -> dict[str, Any]:
         allowed = self.settings.pool_size + self.settings.max_overflow
         in_use: int = engine.pool.checkedout()  # type: ignore[attr-defined]  # of a QueuePool
         return {"connections_in_use": in_use, "connections_allowed": allowed}

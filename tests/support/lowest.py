@@ -18,7 +18,7 @@ FOLLOWS = {"pydantic": "pydantic-core", "psycopg": "psycopg-binary"}
 def constraints() -> list[str]:
     """Lines of a constraints file."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lowest = dict(match.groups() for item in project["dependencies"] if (match := BOUND.match(item)))
+    lowest = {match[1]: match[2] for item in project["dependencies"] if (match := BOUND.match(item))}
     free = {*lowest, *(FOLLOWS[name] for name in lowest if name in FOLLOWS)}
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     kept = [line for line in pinned if re.split("[=<>~ ]", line.lower().replace("_", "-"))[0] not in free]
