@@ -138,18 +138,18 @@ _CHECKS = [
         "no worker claims them: the repair binds those to their pipeline's graph that have one; cancel the others",
         """
         SELECT 'circle.pipeline_runs',
-               format('%s live runs are bound to no version of their pipeline''s graph: ids %s%s', count(*),
+               format('%s pending runs are bound to no version of their pipeline''s graph: ids %s%s', count(*),
                    array_to_string((array_agg(r.id ORDER BY r.id))[:10], ', '),
                    CASE WHEN count(*) > 10 THEN ' and more' END),
                CASE WHEN bool_or(v.version IS NOT NULL) THEN
                    'UPDATE circle.pipeline_runs r SET pipeline_version = v.version
                     FROM circle.pipelines p
                     JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
-                    WHERE r.pipeline_id = p.id AND r.status IN (''pending'', ''running'')
+                    WHERE r.pipeline_id = p.id AND r.status = ''pending''
                       AND r.pipeline_version IS NULL' END
         FROM circle.pipeline_runs r JOIN circle.pipelines p ON p.id = r.pipeline_id
         LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
-        WHERE r.status IN ('pending', 'running') AND r.pipeline_version IS NULL HAVING count(*) > 0
+        WHERE r.status = 'pending' AND r.pipeline_version IS NULL HAVING count(*) > 0
         """,
     ),
     _Check(

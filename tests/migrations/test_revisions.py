@@ -73,5 +73,5 @@ def test_downgrade_to_007_keeps_rows(database_url: str, connect: Connect) -> Non
     assert raw.execute(query).fetchall() == before == [(1, "running", "pending", "a", "trigger")]
     migrations.upgrade(database_url)
     assert raw.execute(query).fetchall() == before
-    # no version: the run is older than what the upgrade compiled
+    # no version: the run was begun before the upgrade compiled one
     assert raw.execute("SELECT pipeline_version FROM circle.pipeline_runs").fetchall() == [(None,)]

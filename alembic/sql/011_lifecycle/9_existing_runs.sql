@@ -22,7 +22,8 @@ UPDATE circle.pipeline_runs r SET failed_node = (
 WHERE r.status IN ('pending', 'running') AND r.failed_node IS NULL
   AND EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND n.status = 'failed');
 
--- == pipeline_runs: bind live runs to the graph of their pipeline, so that they can be claimed
+-- == pipeline_runs: bind pending runs to the graph of their pipeline, so that they can be claimed
+-- Running ones were begun by a writer that may keep no nodes: it ends them as before.
 UPDATE circle.pipeline_runs r SET pipeline_version = v.version
 FROM circle.pipelines p JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
-WHERE r.pipeline_id = p.id AND r.status IN ('pending', 'running') AND r.pipeline_version IS NULL;
+WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.pipeline_version IS NULL;
