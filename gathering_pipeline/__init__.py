@@ -45,8 +45,8 @@ if TYPE_CHECKING:
         is_transient,
     )
     from .events import EventPage, EventType, PipelineEvent
+    from .health import Health
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
-    from .maintenance.health import Health
     from .models import (
         NodeExecutionResult,
         NodeResult,

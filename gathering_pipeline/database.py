@@ -17,12 +17,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import connections, listening, migrations, urls
+from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, TransactionAbortedError, shorten
 from gathering_pipeline.forks import renew_in_child
+from gathering_pipeline.health import Health
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
-from gathering_pipeline.maintenance import health
-from gathering_pipeline.maintenance.health import Health
 from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings

@@ -68,7 +68,7 @@ def test_following_all_runs_prints_new_events_until_an_interrupt(database: Datab
             assert process.stdout is not None
             assert process.stdout.readline().split()[2:] == ["run", str(new), "pipeline_run.started"]
             process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             watchdog.cancel()
             process.kill()

@@ -1,7 +1,7 @@
 """Each revision, up and down, on a database that is full and in use: how long a writer stands still at worst.
 
 Four writers send what GatheRing sends, all the time; a transaction of theirs that takes longer than it does without a
-migration was held up. ``GATHERING_MIGRATION_RUNS`` sets how many runs are there (30,000; ``make migration-load`` takes
+migration was held up. ``GATHERING_MIGRATION_RUNS`` sets how many runs are there (100,000; ``make migration-load`` takes
 5,000,000 and fails above 250 ms), with as many node runs. It prints a table.
 """
 
@@ -27,7 +27,7 @@ from tests.support import servers
 from tests.support.adoption import GATHERING, GOOD_EDGES, GOOD_NODES, INDEXES
 from tests.support.schema import revisions
 
-RUNS = int(os.environ.get("GATHERING_MIGRATION_RUNS", "30000"))
+RUNS = int(os.environ.get("GATHERING_MIGRATION_RUNS", "100000"))
 LONG = RUNS >= 1_000_000
 HOLD = 8.0 if LONG else 2.0
 """For how long, in seconds, another transaction keeps its locks and its snapshot."""

@@ -41,7 +41,7 @@ def read(nodes: object, edges: object) -> PipelineRead:
     return PipelineRead.model_validate(
         dict.fromkeys(PipelineRead.model_fields)
         | {"id": 1, "name": "p", "status": "draft", "nodes": nodes, "edges": edges, "version": 1, "revision": 1}
-        | {"max_retries_per_node": 3, "retry_backoff_base": 1.0, "retry_backoff_max": 60.0}
+        | {"max_retries_per_node": 3, "retry_backoff_base": 1.0, "retry_backoff_max": 60.0, "max_running": 0}
         | {"run_count": 0, "success_count": 0, "error_count": 0}
     )
 
@@ -249,6 +249,7 @@ class TestCreate:
             "max_retries_per_node": 3,
             "retry_backoff_base": 1.0,
             "retry_backoff_max": 60.0,
+            "max_running": 0,
         }
         assert expected == PipelineCreate(name="p").model_dump(mode="json")
 

@@ -156,7 +156,8 @@ BEGIN
         EXIT WHEN is_new;
         -- judged here, as the pipeline may be activated before refuse_create reads it
         SELECT status INTO pipeline_status FROM circle.pipelines WHERE id = p_pipeline_id;
-        IF pipeline_status <> 'active' THEN
+        IF pipeline_status <> 'active' AND NOT EXISTS (   -- the first run with the key may have been committed meanwhile
+            SELECT FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key) THEN
             PERFORM circle.refuse_inactive(p_pipeline_id, pipeline_status);
         END IF;
         EXIT WHEN pipeline_status IS NULL;
