@@ -7,6 +7,7 @@ tests create roles, use up the connections or change the configuration.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 def pytest_xdist_auto_num_workers() -> int:
     """``-n auto``: a worker a core; one alone on a server that was given, where they would meet one another's roles."""
     return 0 if servers.kind() == "url" else min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+# A shell's background job ignores interrupts, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
