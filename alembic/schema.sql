@@ -2939,7 +2939,7 @@ BEGIN
                 WHERE NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = i.id AND n.position = 0) LOOP
         BEGIN
             PERFORM circle.fill_run(head.id);
-        EXCEPTION WHEN OTHERS THEN   -- one run with wrong rows stops no other: it is looked at again in an hour
+        EXCEPTION WHEN integrity_constraint_violation THEN   -- one run with wrong rows stops no other: it is looked at again in an hour
             RAISE WARNING 'run % can''t get its nodes: %', head.id, SQLERRM;
             UPDATE circle.pipeline_runs SET waits_until = clock_timestamp() + interval '1 hour' WHERE id = head.id;
             picked := array_remove(picked, head.id);

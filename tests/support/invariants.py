@@ -74,7 +74,7 @@ ALWAYS = {
                          FROM unnest('{pending,running,completed,failed,cancelled,timeout}'::text[]) s (status)) AS counts) r
         WHERE coalesce(c.sums, '{0,0,0,0,0,0}') <> r.counts""",
 }
-"""Queries that find no row, whoever wrote: calls or raw statements."""
+"""Queries that find no row, after calls as well as after raw statements."""
 
 OF_CALLS = {
     "a run without exactly its version's nodes": """

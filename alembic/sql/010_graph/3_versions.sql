@@ -1,8 +1,8 @@
 -- Revision 010: the versions of a pipeline's graph, and the revisions of its row.
 
 -- == pipelines: add version, revision and max_running
--- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused. max_running is the
--- number of runs that workers may have claimed at the same time; 0 is any number.
+-- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused.
+-- max_running is the number of runs that workers may have claimed at the same time; 0 is any number.
 ALTER TABLE circle.pipelines
     ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1,
     ADD COLUMN IF NOT EXISTS revision BIGINT NOT NULL DEFAULT 1,

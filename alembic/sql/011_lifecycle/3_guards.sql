@@ -1,8 +1,10 @@
 -- Revision 011: the legal transitions, and the guards that refuse any other from every writer.
 --
 -- Each table has one BEFORE ROW function, which judges and completes a row, and one AFTER function for each kind of change, which
--- judges what needs other rows, writes the events and counts: by statement, but for the status of runs, because a trigger with a column
--- list has no transition tables, and without the list heartbeats would fire it. A BEFORE ROW trigger is ALWAYS: it holds for logical subscribers and
+-- judges what needs other rows, writes the events and counts: by statement, but for the status of runs, because a trigger with a
+-- column list has no transition tables, and without the list heartbeats would fire it.
+--
+-- A BEFORE ROW trigger is ALWAYS: it holds for logical subscribers and
 -- under replica role. The others aren't, because their effects arrive by replication. With triggers disabled the CHECKs hold.
 --
 -- These are hot paths. PL/pgSQL prepares an expression in every transaction, and PostgreSQL a WHEN or CHECK in every statement:

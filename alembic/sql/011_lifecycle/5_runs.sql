@@ -1,8 +1,9 @@
 -- Revision 011: functions on one run.
 --
 -- A function that reads other rows than the one it changes first locks the run (FOR NO KEY UPDATE), then acts; so each of its
--- statements sees what the transactions before it committed. Lock order: run, node runs; nobody waits for a counter. A raw UPDATE of a node run locks the node run before its run, so it can deadlock with these functions: PostgreSQL then
--- cancels one of the two with 40P01.
+-- statements sees what the transactions before it committed. Lock order: run, node runs; nobody waits for a counter. A raw UPDATE of
+-- a node run locks the node run before its run, so it can deadlock with these functions: PostgreSQL then cancels one of the two with
+-- 40P01.
 --
 -- Functions keep generic plans: planning a statement takes longer than running it, and every statement uses an index. The
 -- form (status = 'running') IS TRUE keeps plans off the partial indexes, whose dead entries grow with every transition.

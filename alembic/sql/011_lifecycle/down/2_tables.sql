@@ -33,7 +33,7 @@ ALTER TABLE circle.pipeline_runs VALIDATE CONSTRAINT ck_pipeline_runs;
 -- == pipeline_runs: drop the check of leases, indexes and columns
 ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS ck_pipeline_runs_leased;
 DROP INDEX IF EXISTS circle.idx_pipeline_runs_queue, circle.idx_pipeline_runs_waiting, circle.idx_pipeline_runs_running,
-    circle.idx_pipeline_runs_history,    circle.idx_pipeline_runs_status_history, circle.idx_pipeline_runs_completed_at;
+    circle.idx_pipeline_runs_history, circle.idx_pipeline_runs_status_history, circle.idx_pipeline_runs_completed_at;
 -- The functions that return a run depend on the table alone, not on its columns.
 ALTER TABLE circle.pipeline_runs
     DROP COLUMN IF EXISTS failed_node, DROP COLUMN IF EXISTS worker_id, DROP COLUMN IF EXISTS claim_token,
