@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from .errors import InvalidPipelineError, Issue, IssueCode, shorten
 from .json_values import quote
-from .models import END_ALIASES, MAX_INT32, PipelineEdge, PipelineNode, PipelineUpdate, list_issue
+from .models import END_ALIASES, MAX_INT32, PipelineEdge, PipelineNode, PipelineUpdate, end_issues, list_issue
 from .validator import INCOMPLETE_CODES, find_json_issues
 
 _OF_NODES = frozenset({IssueCode.NO_NODES, IssueCode.UNKNOWN_SOURCE, IssueCode.UNKNOWN_TARGET})
@@ -135,8 +135,5 @@ def _edge_json(edge: Any, index: int, issues: list[Issue]) -> Any:
     given = _fields(edge) if isinstance(edge, PipelineEdge) else edge
     if not isinstance(given, dict) or given.keys().isdisjoint(END_ALIASES):
         return given
-    for name, alias in END_ALIASES.items():
-        if name in given and given.get(alias, given[name]) != given[name]:
-            message = f"Invalid edge data: edges[{index}] has both {alias} and {name}, and they differ"
-            issues.append(Issue("error", IssueCode.INVALID_EDGE, message, loc=("edges", index, alias)))
+    issues += end_issues(index, given)
     return {END_ALIASES.get(key, key): value for key, value in given.items()}

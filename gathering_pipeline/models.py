@@ -59,6 +59,7 @@ __all__ = [
     "RunRead",
     "RunStatistics",
     "TriggerNodeConfig",
+    "end_issues",
     "list_issue",
     "shape_issues",
 ]
@@ -183,6 +184,20 @@ def list_issue(key: Literal["nodes", "edges"], value: object) -> list[Issue]:
     kind = "null" if value is None else type(value).__name__
     message = f"Invalid {key[:-1]} data: {key} must be a list, not {kind}"
     return [Issue("error", IssueCode.NOT_A_LIST, message, loc=(key,))]
+
+
+def end_issues(index: int, edge: dict[Any, Any]) -> list[Issue]:
+    """The issues of an edge whose ends are spelled both ways and differ."""
+    return [
+        Issue(
+            "error",
+            IssueCode.INVALID_EDGE,
+            f"Invalid edge data: edges[{index}] has both {alias} and {name}, and they differ",
+            loc=("edges", index, alias),
+        )
+        for name, alias in END_ALIASES.items()
+        if name in edge and edge.get(alias, edge[name]) != edge[name]
+    ]
 
 
 def shape_issues(error: ValidationError, lists: dict[str, Any], prefix: tuple[str | int, ...] = ()) -> list[Issue]:

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from .arguments import check_type
 from .errors import InvalidPipelineError, Issue, IssueCode, shorten
 from .json_values import MAX_DEPTH, json_issues, json_path, quote, scan, text_reason, text_size
-from .models import END_ALIASES, PipelineDefinition, PipelineEdge, PipelineNode, list_issue, shape_issues
+from .models import END_ALIASES, PipelineDefinition, PipelineEdge, PipelineNode, end_issues, list_issue, shape_issues
 from .node_types import CONFIG_MODELS, REQUIRED_KEYS, NodeConfig, RequiredKey
 
 logger = logging.getLogger(__name__)
@@ -235,6 +235,8 @@ def _parse(nodes: list[Any], edges: list[Any]) -> tuple[PipelineDefinition | Non
     except TypeError:  # an item of another type
         pass
     found, size = list[Issue](), 0
+    for index, edge in enumerate(edges):
+        found += end_issues(index, edge) if isinstance(edge, dict) else []
     lists: tuple[tuple[Literal["nodes", "edges"], list[Any]], ...] = (("nodes", nodes), ("edges", edges))
     for key, items in lists:
         unknown = [_unknown_keys(key, item) for item in items]

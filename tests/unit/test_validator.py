@@ -156,6 +156,15 @@ class TestRules:
         with pytest.raises(InvalidPipelineError, match=r"edges\[0\].from"):
             parse_pipeline_definition([node("a")], [{"id": "e", "from": id, "to": "a"}])
 
+    @pytest.mark.parametrize(("ends", "key"), [({"from_node": "b"}, "from"), ({"to_node": "a"}, "to")])
+    def test_both_spellings_of_an_end_have_to_agree(self, ends: dict[str, str], key: str) -> None:
+        nodes, edge = [node("a"), node("b")], {"id": "e", "from": "a", "to": "b"}
+        parse_pipeline_definition(nodes, [edge | {"from_node": "a", "to_node": "b"}])
+        with pytest.raises(InvalidPipelineError, match=f"edges.0. has both {key}") as caught:
+            parse_pipeline_definition(nodes, [edge | ends])
+        (issue,) = caught.value.issues
+        assert (issue.code, issue.loc) == ("invalid_edge", ("edges", 0, key))
+
 
 class TestConfig:
     @pytest.mark.parametrize(
