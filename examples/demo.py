@@ -159,7 +159,7 @@ def read_events(database: Database, run_id: int) -> tuple[PipelineEvent, ...]:
     with database.session(autocommit=True) as session:
         events = EventRepository(session)
         wait_until(
-            lambda: any(event.type in follow.TERMINAL for event in events.read(run_id=run_id).items),
+            lambda: any(event.ends_run for event in events.read(run_id=run_id).items),
             f"the last event of run {run_id} does not arrive",
         )
         return events.read(run_id=run_id).items

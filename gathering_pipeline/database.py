@@ -21,7 +21,7 @@ from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, TransactionAbortedError, shorten
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.health import Health
-from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.listening import POLL, AsyncEvents, Events, Feed
 from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings
@@ -60,6 +60,7 @@ class Database:
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
         self._autocommit: dict[type, tuple[Any, Any]] = {}
+        self._feed: Feed | None = None
         renew_in_child(self, Database._renew_lock)
 
     @property
@@ -138,7 +139,10 @@ class Database:
         return GroupCommits(self)
 
     def listen(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> Events:
-        """Yield every event once, forever, in the order of ``EventRepository.read``; survives restarts of the server.
+        """Yield every event once, in the order of ``EventRepository.read``; survives restarts of the server.
+
+        It keeps one connection of the pool. The events of one run end with the one that ends the run; those of all runs
+        have no end.
 
         Args:
             run_id: Only events of this run.
@@ -146,6 +150,7 @@ class Database:
             poll: Pause between reads; after ``SELECT circle.notify_events(true)`` a commit ends it early.
 
         Raises:
+            RunNotFoundError: The run doesn't exist, or is deleted before it ends (noticed within half a minute).
             InvalidCursorError: ``after`` is not a cursor of this database.
             DatabaseUnavailableError: There is no server at the first read; after that the loop waits for it.
             ForkedConnectionError: The process was forked since the first event; only the parent can go on.
@@ -153,8 +158,12 @@ class Database:
         return listening.listen(self.engine, run_id, after, poll)
 
     def alisten(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> AsyncEvents:
-        """The async twin of ``listen``."""
-        return listening.alisten(self.async_engine, run_id, after, poll)
+        """The async twin of ``listen``; any number of listeners share one connection, whose reader reads an event once.
+
+        A listener first reads what it has missed, through the pool; so does one that takes its events too slowly. No
+        listener waits for another one. The shortest ``poll`` counts.
+        """
+        return listening.alisten(self._find_feed, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:
         """Upgrade the schema to a revision; see ``migrations.upgrade`` for the errors."""
@@ -259,6 +268,13 @@ class Database:
             self._autocommit[type(engine)] = (engine, engine.execution_options(isolation_level="AUTOCOMMIT"))
         derived: E = self._autocommit[type(engine)][1]
         return derived
+
+    def _find_feed(self) -> Feed:
+        """What the async listeners of this process and event loop share."""
+        engine = self.async_engine
+        if self._feed is None or not self._feed.serves(engine):
+            self._feed = Feed(engine)
+        return self._feed
 
     def _resolve(self) -> URL:
         with self._lock:
