@@ -21,7 +21,7 @@ from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, TransactionAbortedError, shorten
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.health import Health
-from gathering_pipeline.listening import POLL, AsyncEvents, Events, Feed
+from gathering_pipeline.listening import POLL, AsyncEvents, Events
 from gathering_pipeline.repositories._call import commit_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.settings import DatabaseSettings
@@ -60,7 +60,6 @@ class Database:
         self._engine: Engine | None = None
         self._async_engine: AsyncEngine | None = None
         self._autocommit: dict[type, tuple[Any, Any]] = {}
-        self._feed: Feed | None = None
         renew_in_child(self, Database._renew_lock)
 
     @property
@@ -163,7 +162,7 @@ class Database:
         A listener first reads what it has missed, through the pool; so does one that takes its events too slowly. No
         listener waits for another one. The shortest ``poll`` counts.
         """
-        return listening.alisten(self._find_feed, run_id, after, poll)
+        return listening.alisten(self.async_engine, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:
         """Upgrade the schema to a revision; see ``migrations.upgrade`` for the errors."""
@@ -268,13 +267,6 @@ class Database:
             self._autocommit[type(engine)] = (engine, engine.execution_options(isolation_level="AUTOCOMMIT"))
         derived: E = self._autocommit[type(engine)][1]
         return derived
-
-    def _find_feed(self) -> Feed:
-        """What the async listeners of this process and event loop share."""
-        engine = self.async_engine
-        if self._feed is None or not self._feed.serves(engine):
-            self._feed = Feed(engine)
-        return self._feed
 
     def _resolve(self) -> URL:
         with self._lock:

@@ -17,10 +17,11 @@ import os
 import random
 import time
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 from sqlalchemy import exc
@@ -158,7 +159,6 @@ class Feed:
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
         self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._place = os.getpid(), asyncio.get_running_loop()
         self._own_reads = asyncio.Semaphore(READS)
@@ -171,9 +171,9 @@ class Feed:
         self._cursor = ""
         self._begin: tuple[int, int] = 0, 0
 
-    def serves(self, engine: AsyncEngine) -> bool:
-        """Whether it belongs to an engine, and to the process and event loop of the caller."""
-        return self._engine is engine and self._place == (os.getpid(), asyncio.get_running_loop())
+    def is_of_caller(self) -> bool:
+        """Whether it belongs to the process and event loop of the caller."""
+        return self._place == (os.getpid(), asyncio.get_running_loop())
 
     @asynccontextmanager
     async def joined(self, poll: float) -> AsyncIterator[None]:
@@ -283,11 +283,22 @@ class Feed:
         self._news = asyncio.Event()
 
 
-async def alisten(find_feed: Callable[[], Feed], run_id: int | None, after: str | None, poll: timedelta) -> AsyncEvents:
+_feeds: WeakKeyDictionary[AsyncEngine, Feed] = WeakKeyDictionary()
+
+
+def feed_of(engine: AsyncEngine) -> Feed:
+    """What the async listeners of an engine share in this process and event loop."""
+    feed = _feeds.get(engine)
+    if feed is None or not feed.is_of_caller():
+        feed = _feeds[engine] = Feed(engine)
+    return feed
+
+
+async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, poll: timedelta) -> AsyncEvents:
     """See ``Database.alisten``."""
     check_asyncio()
     position = _Position(run_id, after, poll)
-    feed = find_feed()
+    feed = feed_of(engine)
     async with feed.joined(position.wait):
         while True:
             try:

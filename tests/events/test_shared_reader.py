@@ -129,7 +129,7 @@ def test_alisten_slow_client_stops_no_other_and_misses_nothing(
                 await asyncio.to_thread(cancelled_run, database, pipeline)
             other += await take(quick, 80)
             first += await waiting
-            kept = len(database._find_feed()._events)
+            kept = len(listening.feed_of(database.async_engine)._events)
             first += await take(slow, 79)
             return first, other, kept
 
