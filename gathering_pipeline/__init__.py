@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         NodeNotReadyError,
         NodeRunNotFoundError,
         NotFoundError,
+        PermanentError,
         PipelineError,
         PipelineInactiveError,
         PipelineInUseError,
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     )
     from .settings import DatabaseSettings
     from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
+    from .worker import NodeContext, Worker
 
 # searched for a name in this order: the modules that load SQLAlchemy come last
 _MODULES = (
@@ -99,6 +101,7 @@ _MODULES = (
     "orm",
     "repositories",
     "database",
+    "worker",
 )
 
 __all__ = [
@@ -134,6 +137,7 @@ __all__ = [
     "LeaseLostError",
     "Limits",
     "NodeConfig",
+    "NodeContext",
     "NodeExecutionResult",
     "NodeNotReadyError",
     "NodeResult",
@@ -144,6 +148,7 @@ __all__ = [
     "NotFoundError",
     "Page",
     "ParallelNodeConfig",
+    "PermanentError",
     "Pipeline",
     "PipelineCreate",
     "PipelineDefinition",
@@ -176,6 +181,7 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",
+    "Worker",
     "find_issues",
     "get_execution_order",
     "is_transient",
