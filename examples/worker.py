@@ -24,12 +24,12 @@ from typing import Any
 
 from gathering_pipeline import (
     AsyncRunRepository,
+    ClaimedRun,
     Database,
     NodeResult,
     PipelineDefinition,
     PipelineError,
     PipelineNode,
-    RunRead,
     StartedNode,
     is_transient,
 )
@@ -119,7 +119,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(stopped, *executions, return_exceptions=True)
 
-    async def execute_leased(self, run: RunRead) -> None:
+    async def execute_leased(self, run: ClaimedRun) -> None:
         """Execute a run and extend its lease meanwhile; release the run when the task is cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -128,7 +128,7 @@ class Worker:
                 heartbeat.cancel()
         except asyncio.CancelledError:
             async with self.runs() as runs:
-                await runs.release(run.id, token=run.claim_token)
+                await runs.release(run.id, token=run.token)
             logger.info("run %s released", run.id)
             raise
         except ExceptionGroup as errors:
@@ -138,14 +138,14 @@ class Worker:
         else:
             logger.info("run %s done", run.id)
 
-    async def extend_lease(self, run: RunRead) -> None:
+    async def extend_lease(self, run: ClaimedRun) -> None:
         """Extend the lease until the task is cancelled."""
         while True:
             await asyncio.sleep(LEASE.total_seconds() / 3)
             async with self.runs() as runs:
-                await runs.heartbeat(run.id, LEASE, token=run.claim_token)
+                await runs.heartbeat(run.id, LEASE, token=run.token)
 
-    async def execute(self, run: RunRead, group: asyncio.TaskGroup) -> None:
+    async def execute(self, run: ClaimedRun, group: asyncio.TaskGroup) -> None:
         """Execute each node as soon as it is ready. ``advance`` starts these nodes and ends the run at last."""
         async with self.runs() as runs:
             graph = await runs.definition(run.id)
@@ -153,7 +153,7 @@ class Worker:
         attempts: dict[tuple[str, int], asyncio.Task[NodeResult]] = {}
         while True:
             async with self.runs() as runs:
-                step = await runs.advance(run.id, results, retry=True, inputs=True, token=run.claim_token)
+                step = await runs.advance(run.id, results, retry=True, inputs=True, token=run.token)
             for started in step.started:
                 if (started.node_id, started.attempt) not in attempts:
                     attempt = self.attempt(graph.node_map[started.node_id], started)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DatabaseError,
         DatabaseUnavailableError,
         ForkedConnectionError,
+        IdempotencyConflictError,
         IdsExhaustedError,
         IllegalTransitionError,
         IntegrityViolationError,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from .health import Health
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
+        ClaimedRun,
+        LogEntry,
         NodeExecutionResult,
         NodeResult,
         NodeRunRead,
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         RunRead,
         RunReport,
         RunStatistics,
+        RunSummary,
         StartedNode,
         Step,
     )
@@ -108,6 +112,7 @@ __all__ = [
     "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
+    "ClaimedRun",
     "CommitIndeterminateError",
     "ConditionNodeConfig",
     "ConfigurationError",
@@ -122,6 +127,7 @@ __all__ = [
     "EventType",
     "ForkedConnectionError",
     "Health",
+    "IdempotencyConflictError",
     "IdsExhaustedError",
     "IllegalTransitionError",
     "IntegrityViolationError",
@@ -133,6 +139,7 @@ __all__ = [
     "IssueCode",
     "LeaseLostError",
     "Limits",
+    "LogEntry",
     "NodeConfig",
     "NodeExecutionResult",
     "NodeNotReadyError",
@@ -168,6 +175,7 @@ __all__ = [
     "RunRepository",
     "RunStatistics",
     "RunStatus",
+    "RunSummary",
     "SchemaRevisionError",
     "StaleVersionError",
     "StartedNode",
