@@ -12,6 +12,7 @@
     ├── ConflictError                          the call is well formed, but the stored state refuses it
     │   ├── PipelineInactiveError              a run of a pipeline that is not ``active``
     │   ├── PipelineInUseError                 delete of a pipeline with live runs
+    │   ├── IdempotencyConflictError           the idempotency key was used with other data
     │   ├── StaleVersionError                  the graph has been changed since it was read
     │   ├── IllegalTransitionError             the transition is not in the tables of ``lifecycle``
     │   │   └── RunOverError                   the run is terminal
