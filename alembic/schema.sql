@@ -218,6 +218,39 @@ CREATE INDEX idx_pipeline_events_run ON circle.pipeline_events USING btree (run_
 CREATE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events
     FOR EACH ROW WHEN (new.xid <> '0'::xid8 OR new.id IS DISTINCT FROM old.id OR new.run_id IS DISTINCT FROM old.run_id OR new.node_id IS DISTINCT FROM old.node_id OR new.type IS DISTINCT FROM old.type OR new.data IS DISTINCT FROM old.data OR new.created_at IS DISTINCT FROM old.created_at) EXECUTE FUNCTION circle.pipeline_events_frozen();  -- ALWAYS
 
+-- ---- table circle.pipeline_run_logs
+
+CREATE TABLE circle.pipeline_run_logs (
+    run_id bigint NOT NULL,
+    id bigint NOT NULL GENERATED ALWAYS AS IDENTITY (INCREMENT BY 1),
+    entry jsonb NOT NULL,
+    created_at timestamp with time zone NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT pipeline_run_logs_pkey PRIMARY KEY (run_id, id),
+    CONSTRAINT pipeline_run_logs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
+    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
+);
+
+-- ---- table circle.pipeline_run_tags
+
+CREATE TABLE circle.pipeline_run_tags (
+    run_id bigint NOT NULL,
+    key character varying(100) NOT NULL,
+    value character varying(255) NOT NULL,
+    CONSTRAINT pipeline_run_tags_pkey PRIMARY KEY (run_id, key),
+    CONSTRAINT pipeline_run_tags_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE
+);
+
+CREATE INDEX idx_pipeline_run_tags_value ON circle.pipeline_run_tags USING btree (key, value, run_id);
+
+-- ---- table circle.pipeline_sweep
+
+CREATE TABLE circle.pipeline_sweep (
+    id boolean NOT NULL DEFAULT true,
+    next_at timestamp with time zone NOT NULL DEFAULT '2000-01-01 00:00:00+00'::timestamp with time zone,
+    CONSTRAINT pipeline_sweep_pkey PRIMARY KEY (id),
+    CONSTRAINT ck_pipeline_sweep CHECK (id)
+);
+
 -- ---- alembic/sql/008_valid_rows/2_triggers.sql
 
 CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
@@ -1864,9 +1897,9 @@ BEGIN
     RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);
 END $function$;
 
--- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
--- begun; record_run begins one at once.
-CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer, p_run_at timestamp with time zone, OUT r circle.pipeline_runs, OUT is_new boolean)
+-- Creates a run without node runs, or returns the one that has the key, or with p_unless_live the one that is live; NULL if the
+-- pipeline can't be run. A pending run has not begun; record_run begins one at once.
+CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer, p_run_at timestamp with time zone, p_unless_live boolean, OUT r circle.pipeline_runs, OUT is_new boolean)
  RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1879,14 +1912,31 @@ BEGIN
     END IF;
     is_new := false;
     -- as the insert does: delete_pipeline waits for this lock before it takes any other
-    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    IF p_unless_live THEN
+        PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));   -- one creator after the other
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    END IF;
     -- the first run with this key is returned even if the pipeline has been paused since; the bound is for hosts whose triggers
     -- discard every row
     FOR attempt IN 1 .. 100 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
             IF FOUND THEN
+                IF r.trigger_data IS DISTINCT FROM p_trigger_data THEN
+                    RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
+                        USING ERRCODE = 'PL013', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
+                END IF;
                 PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                RETURN;
+            END IF;
+        END IF;
+        -- the counters tell it without reading the history
+        IF p_unless_live AND (SELECT sum(pending) + sum(running) FROM circle.pipeline_counters WHERE pipeline_id = p_pipeline_id) > 0 THEN
+            SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND completed_at IS NULL
+            ORDER BY pipeline_id DESC, id DESC LIMIT 1;
+            IF FOUND THEN
+                PERFORM pg_current_xact_id();   -- as above
                 RETURN;
             END IF;
         END IF;
@@ -1935,7 +1985,7 @@ BEGIN
     PERFORM circle.refuse_inactive(p_pipeline_id, p.status);
 END $function$;
 
-CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}'::jsonb, p_key text DEFAULT NULL::text, p_priority integer DEFAULT 0, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone)
+CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}'::jsonb, p_key text DEFAULT NULL::text, p_priority integer DEFAULT 0, p_run_at timestamp with time zone DEFAULT NULL::timestamp with time zone, p_unless_live boolean DEFAULT false, p_tags jsonb DEFAULT NULL::jsonb)
  RETURNS circle.pipeline_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1944,7 +1994,7 @@ AS $function$
 DECLARE
     created record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at, p_unless_live);
     IF created.is_new THEN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
@@ -1954,6 +2004,8 @@ BEGIN
         ORDER BY c.place;
         IF NOT FOUND THEN
             PERFORM circle.refuse_create(p_pipeline_id);
+        ELSIF p_tags IS NOT NULL THEN
+            INSERT INTO circle.pipeline_run_tags (run_id, key, value) SELECT (created.r).id, t.key, t.value FROM jsonb_each_text(p_tags) t;
         END IF;
     ELSIF (created.r).id IS NULL THEN
         PERFORM circle.refuse_create(p_pipeline_id);
@@ -2042,11 +2094,12 @@ CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb,
  SET plan_cache_mode TO 'force_generic_plan'
 AS $function$
 BEGIN
-    UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
-    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
+    -- locked, so that the ids of a run's entries grow in the order of their commits
+    PERFORM FROM circle.pipeline_runs WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token) FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
     END IF;
+    INSERT INTO circle.pipeline_run_logs (run_id, entry) VALUES (p_run_id, p_entry);
 END $function$;
 
 -- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
@@ -2075,6 +2128,67 @@ BEGIN
     ELSE
         RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
     END IF;
+END $function$;
+
+-- A page of the history by more than one condition, newest first: of the runs that one index gives in the order of their ids, the first
+-- 10,000 after the cursor are looked at. So a page may hold fewer than p_limit runs, even none, while the next one holds some. No page
+-- follows 10,000 runs that were all created before p_since.
+CREATE OR REPLACE FUNCTION circle.filtered_runs(p_pipeline_id bigint, p_statuses text[], p_tags jsonb, p_since timestamp with time zone, p_until timestamp with time zone, p_after bigint, p_limit integer, OUT ids bigint[], OUT next_cursor bigint)
+ RETURNS record
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+ SET enable_hashjoin TO 'off'
+ SET enable_mergejoin TO 'off'
+AS $function$
+DECLARE
+    most CONSTANT integer := 10000;
+    tag record;
+    runs refcursor;
+    r record;
+    looked_at bigint := 0;
+    any_recent boolean := p_since IS NULL;
+BEGIN
+    ids := '{}';
+    SELECT key, value INTO tag FROM jsonb_each_text(p_tags) LIMIT 1;
+    IF FOUND THEN
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at
+            FROM (SELECT t.run_id FROM circle.pipeline_run_tags t
+                  WHERE t.key >= tag.key AND (t.key, t.value) >= (tag.key, tag.value) AND (t.key, t.value, t.run_id) < (tag.key, tag.value, p_after)
+                  ORDER BY t.key DESC, t.value DESC, t.run_id DESC) t
+            JOIN circle.pipeline_runs c ON c.id = t.run_id;
+    ELSIF p_pipeline_id IS NOT NULL THEN
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at FROM circle.pipeline_runs c
+            WHERE c.pipeline_id >= p_pipeline_id AND (c.pipeline_id, c.id) < (p_pipeline_id, p_after) ORDER BY c.pipeline_id DESC, c.id DESC;
+    ELSE
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at FROM circle.pipeline_runs c
+            WHERE c.id < p_after ORDER BY c.id DESC;
+    END IF;
+    LOOP
+        FETCH runs INTO r;
+        EXIT WHEN NOT FOUND;
+        any_recent := any_recent OR r.created_at >= p_since;
+        IF (p_pipeline_id IS NULL OR r.pipeline_id = p_pipeline_id) AND (p_statuses IS NULL OR r.status = ANY (p_statuses))
+           AND (p_since IS NULL OR r.created_at >= p_since) AND (p_until IS NULL OR r.created_at < p_until)
+           AND (p_tags IS NULL OR NOT EXISTS (SELECT FROM jsonb_each_text(p_tags) w WHERE NOT EXISTS (
+                    SELECT FROM circle.pipeline_run_tags t WHERE t.run_id = r.id AND t.key = w.key AND t.value = w.value))) THEN
+            IF cardinality(ids) = p_limit THEN
+                next_cursor := ids[p_limit];
+                EXIT;
+            END IF;
+            ids := ids || r.id;
+        END IF;
+        looked_at := looked_at + 1;
+        IF looked_at >= p_limit::bigint + most THEN
+            next_cursor := CASE WHEN any_recent THEN r.id END;
+            EXIT;
+        END IF;
+    END LOOP;
+    CLOSE runs;
 END $function$;
 
 -- The number of runs of a pipeline by status, and the median and the 95th percentile of the seconds that completed ones took: of the
@@ -2717,7 +2831,7 @@ DECLARE
     r circle.pipeline_runs;
     done record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key, 0, NULL);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key, 0, NULL, false);
     r := created.r;
     IF NOT created.is_new THEN
         IF r.id IS NULL THEN
@@ -2874,7 +2988,7 @@ END $function$;
 
 -- The running runs of a pipeline with max_running are counted under an advisory lock, which its claimers hold until they commit; one
 -- that doesn't get it passes by.
-CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL::bigint[])
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL::bigint[], p_max_claims integer DEFAULT NULL::integer)
  RETURNS SETOF circle.pipeline_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2895,6 +3009,9 @@ DECLARE
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
+    END IF;
+    IF p_max_claims IS NOT NULL THEN   -- for callers whose transaction ends now: while a sweep is under way, nobody else sweeps
+        PERFORM circle.sweep_runs(30, p_max_claims);
     END IF;
     IF (SELECT waits_until FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until IS NOT NULL
         ORDER BY waits_until LIMIT 1) <= now THEN
@@ -3151,6 +3268,33 @@ BEGIN
         RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
+END $function$;
+
+-- Recovers and expires runs, for all workers of the database in turns: where another caller sweeps, or the last sweep is not long ago,
+-- it does nothing. The next one may begin after a second and 20 times what this one took, or at once if this one left runs.
+CREATE OR REPLACE FUNCTION circle.sweep_runs(p_limit integer, p_max_claims integer)
+ RETURNS SETOF circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    began timestamptz := clock_timestamp();
+    most integer := least(p_limit, 30);   -- of each kind: more subtransactions would make every other session slower
+    recovered integer;
+    expired integer;
+BEGIN
+    PERFORM FROM circle.pipeline_sweep WHERE next_at <= began FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND AND EXISTS (SELECT FROM circle.pipeline_sweep) THEN   -- without its row every caller sweeps
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT * FROM circle.recover_runs(most, p_max_claims);
+    GET DIAGNOSTICS recovered = ROW_COUNT;
+    RETURN QUERY SELECT * FROM circle.expire_runs(most);
+    GET DIAGNOSTICS expired = ROW_COUNT;
+    UPDATE circle.pipeline_sweep SET next_at = CASE
+        WHEN most <= greatest(recovered, expired) THEN clock_timestamp()
+        ELSE clock_timestamp() + interval '1 s' + 20 * (clock_timestamp() - began) END;
 END $function$;
 
 -- Deletes runs, but for those to which a row of a table of the host refers, and returns these. A batch is halved where one is refused.

@@ -103,7 +103,7 @@ def _calls_per_second(database: Database, ids: list[int], size: Size) -> float:
             while True:
                 runs.create(ids[at])
                 for run in runs.claim(f"worker-{at}", LEASE):
-                    advance_through(runs, run.id, run.claim_token)
+                    advance_through(runs, run.id, run.token)
                     calls[at] += size.count(NODES) + 3
                 if perf_counter() - begin >= size.seconds(SECONDS):
                     return

@@ -57,7 +57,7 @@ class Caller:
         runs, events, pipeline = self._runs, self._events, self._pipeline
         run = self._time("create", lambda: runs.create(pipeline, {"branch": "main"}))
         (claimed,) = self._time("claim", lambda: runs.claim("worker", LEASE))
-        token, node = claimed.claim_token, self._nodes[0]
+        token, node = claimed.token, self._nodes[0]
         self._time("heartbeat", lambda: runs.heartbeat(run.id, LEASE, token=token))
         self._time("start_node", lambda: runs.start_node(run.id, node, token=token))
         self._time("complete_node", lambda: runs.complete_node(run.id, node, {"text": "done"}, token=token))

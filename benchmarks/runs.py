@@ -366,6 +366,6 @@ def _worker(
         def once() -> None:
             runs.create(pipeline_id)
             for run in runs.claim(f"worker-{at}", LEASE):
-                execute(runs, run.id, run.claim_token)
+                execute(runs, run.id, run.token)
 
         return _rate(once, size)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DatabaseError,
         DatabaseUnavailableError,
         ForkedConnectionError,
+        IdempotencyConflictError,
         IdsExhaustedError,
         IllegalTransitionError,
         IntegrityViolationError,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from .health import Health
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
+        ClaimedRun,
+        LogEntry,
         NodeExecutionResult,
         NodeResult,
         NodeRunRead,
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
         RunRead,
         RunReport,
         RunStatistics,
+        RunSummary,
         StartedNode,
         Step,
     )
@@ -111,6 +115,7 @@ __all__ = [
     "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
+    "ClaimedRun",
     "CommitIndeterminateError",
     "ConditionNodeConfig",
     "ConfigurationError",
@@ -125,6 +130,7 @@ __all__ = [
     "EventType",
     "ForkedConnectionError",
     "Health",
+    "IdempotencyConflictError",
     "IdsExhaustedError",
     "IllegalTransitionError",
     "IntegrityViolationError",
@@ -136,6 +142,7 @@ __all__ = [
     "IssueCode",
     "LeaseLostError",
     "Limits",
+    "LogEntry",
     "NodeConfig",
     "NodeContext",
     "NodeExecutionResult",
@@ -173,6 +180,7 @@ __all__ = [
     "RunRepository",
     "RunStatistics",
     "RunStatus",
+    "RunSummary",
     "SchemaRevisionError",
     "StaleVersionError",
     "StartedNode",

@@ -6,7 +6,7 @@ A check returns the value as the database takes it. No database library is impor
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -134,6 +134,31 @@ def check_status(value: str, statuses: type[StrEnum]) -> str:
         return statuses(value).value
     except ValueError:
         raise InvalidDataError(f"status must be one of {', '.join(statuses)}, not {quote(value)}") from None
+
+
+def check_statuses(value: Any, statuses: type[StrEnum]) -> list[str]:
+    """Check the name of a status, or a collection of them.
+
+    Raises:
+        InvalidDataError: One is not one of ``statuses``.
+    """
+    is_one = isinstance(value, (str, bytes)) or not isinstance(value, Collection)
+    given: Iterable[Any] = [value] if is_one else value
+    return [check_status(status, statuses) for status in given]
+
+
+def check_tags(tags: object) -> dict[str, str]:
+    """Check the tags of a run.
+
+    Raises:
+        InvalidDataError: They are no mapping, a key has not 1 to 100 characters, or a value not 1 to 255.
+    """
+    if not isinstance(tags, Mapping):
+        raise InvalidDataError(f"tags must be a mapping of texts, not {type(tags).__name__}")
+    return {
+        check_text(key, f"tags: the key {quote(key)}", 100): check_text(value, f"tags[{quote(key)}]", 255)
+        for key, value in tags.items()
+    }
 
 
 def check_flag(value: object, name: str) -> bool:

@@ -12,6 +12,7 @@
     ├── ConflictError                          the call is well formed, but the stored state refuses it
     │   ├── PipelineInactiveError              a run of a pipeline that is not ``active``
     │   ├── PipelineInUseError                 delete of a pipeline with live runs
+    │   ├── IdempotencyConflictError           the idempotency key was used with other data
     │   ├── StaleVersionError                  the graph has been changed since it was read
     │   ├── IllegalTransitionError             the transition is not in the tables of ``lifecycle``
     │   │   └── RunOverError                   the run is terminal
@@ -248,6 +249,24 @@ class PipelineInUseError(ConflictError):
         super().__init__(f"pipeline {pipeline_id} has {live_runs} live runs: cancel them, or delete with force=True")
 
 
+class IdempotencyConflictError(ConflictError):
+    """A run of the pipeline has the idempotency key, and other trigger data.
+
+    Attributes:
+        run_id: The run that has the key.
+        key: The key.
+    """
+
+    def __init__(self, pipeline_id: int, key: str, run_id: int) -> None:
+        self.pipeline_id = pipeline_id
+        self.key = key
+        self.run_id = run_id
+        super().__init__(
+            f"run {run_id} of pipeline {pipeline_id} has other trigger data and the idempotency key"
+            f" {shorten(key, 120)!r}: use a key of its own for each request"
+        )
+
+
 class StaleVersionError(ConflictError):
     """The pipeline was edited since the caller read it.
 
@@ -329,7 +348,7 @@ class LeaseLostError(ConflictError):
         self.status = status
         super().__init__(
             f"the lease on run {run_id} is lost: the run is {status}, and the token is missing or not its current one"
-            " (RunRead.claim_token of the claim)"
+            " (ClaimedRun.token of the claim)"
         )
 
 

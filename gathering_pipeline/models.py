@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -42,8 +43,10 @@ __all__ = [
     "MAX_SECONDS",
     "ActionNodeConfig",
     "AgentNodeConfig",
+    "ClaimedRun",
     "ConditionNodeConfig",
     "DelayNodeConfig",
+    "LogEntry",
     "NodeConfig",
     "NodeExecutionResult",
     "NodeRunRead",
@@ -58,6 +61,7 @@ __all__ = [
     "PipelineUpdate",
     "RunRead",
     "RunStatistics",
+    "RunSummary",
     "TriggerNodeConfig",
     "end_issues",
     "list_issue",
@@ -390,8 +394,8 @@ class PipelineRead(_Read):
         return PipelineDefinition.from_json(self.nodes, self.edges)
 
 
-class RunRead(_Read):
-    """A stored run; times are the database's, ``duration_seconds`` is rounded.
+class RunSummary(_Read):
+    """A run as a list shows it; times are the database's, ``duration_seconds`` is rounded.
 
     Attributes:
         claim_count: How often it was claimed.
@@ -405,23 +409,57 @@ class RunRead(_Read):
     pipeline_id: int
     pipeline_version: int | None
     status: RunStatus
-    trigger_data: Any
-    logs: Any
     current_node: str | None
     error_message: str | None
     failed_node: str | None
     duration_seconds: int
     worker_id: str | None
-    claim_token: int
     claim_count: int
     lapsed_claims: int
     lease_expires_at: datetime | None
     priority: int
     run_at: datetime | None
     waits_until: datetime | None
-    idempotency_key: str | None
     started_at: datetime | None
     completed_at: datetime | None
+    created_at: datetime | None
+
+
+class RunRead(RunSummary):
+    """A stored run.
+
+    Attributes:
+        trigger_data: The JSON input.
+        logs: The column ``logs``, which raw writers fill; ``RunRepository.logs`` reads all entries.
+        idempotency_key: The key that it was created with.
+    """
+
+    trigger_data: Any
+    logs: Any
+    idempotency_key: str | None
+
+
+class ClaimedRun(RunRead):
+    """A run that its worker has just claimed.
+
+    Attributes:
+        token: Names the claim: the worker's calls on the run need it.
+    """
+
+    token: int = Field(validation_alias=AliasChoices("claim_token", "token"), repr=False)
+
+
+class LogEntry(_Read):
+    """An entry of a run's log.
+
+    Attributes:
+        id: Its place in the log. Entries that raw writers put into the column ``logs`` have negative ones.
+        entry: JSON.
+        created_at: When it was appended; ``None`` for an entry of the column.
+    """
+
+    id: int
+    entry: Any
     created_at: datetime | None
 
 

@@ -389,6 +389,48 @@ class PipelineCounterRow(Base):
     last_run: Mapped[datetime | None]
 
 
+class PipelineRunTag(Base):
+    """A tag of a run."""
+
+    __tablename__ = "pipeline_run_tags"
+    __table_args__ = (
+        PrimaryKeyConstraint("run_id", "key"),
+        Index("idx_pipeline_run_tags_value", "key", "value", "run_id"),
+    )
+
+    run_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="CASCADE"))
+    key: Mapped[str] = mapped_column(String(100))
+    value: Mapped[str] = mapped_column(String(255))
+
+
+class PipelineRunLog(Base):
+    """An entry of a run's log that ``append_log`` wrote."""
+
+    __tablename__ = "pipeline_run_logs"
+    __table_args__ = (
+        PrimaryKeyConstraint("run_id", "id"),
+        CheckConstraint(
+            "(circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE",
+            name=conv("ck_pipeline_run_logs"),
+        ),
+    )
+
+    run_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="CASCADE"))
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True))
+    entry: Mapped[Any] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+
+
+class PipelineSweep(Base):
+    """The one row that says when the next sweep may begin."""
+
+    __tablename__ = "pipeline_sweep"
+    __table_args__ = (CheckConstraint("id", name=conv("ck_pipeline_sweep")),)
+
+    id: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    next_at: Mapped[datetime] = mapped_column(server_default=text("'2000-01-01 00:00:00+00'"))
+
+
 class XID8(UserDefinedType[str]):
     """The id of a transaction, never reused; SQLAlchemy has no type for it."""
 

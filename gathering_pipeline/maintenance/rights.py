@@ -12,8 +12,9 @@ from gathering_pipeline.migrator import SCHEMA
 Purpose = Literal["service", "read-only", "migrate"]
 
 _WRITTEN = ("pipelines", "pipeline_runs", "pipeline_node_runs")
+_INSERTED = ("pipeline_counters", "pipeline_run_tags", "pipeline_run_logs")
 _READ = (
-    *(*_WRITTEN, "pipeline_versions", "pipeline_events", "pipeline_counters"),
+    *(*_WRITTEN, *_INSERTED, "pipeline_versions", "pipeline_events"),
     *("startable_node_runs", "pending_node_runs", "alembic_version"),
 )
 
@@ -36,8 +37,9 @@ def rights(purpose: Purpose) -> list[Right]:
     found = [Right("USAGE", f"SCHEMA {SCHEMA}")]
     found += [Right("SELECT", f"{SCHEMA}.{name}") for name in _READ]
     if purpose == "service":
-        found += [Right("INSERT", f"{SCHEMA}.{name}") for name in (*_WRITTEN, "pipeline_counters")]
-        found += [Right("UPDATE", f"{SCHEMA}.{name}") for name in _WRITTEN]
+        found += [Right("SELECT", f"{SCHEMA}.pipeline_sweep")]
+        found += [Right("INSERT", f"{SCHEMA}.{name}") for name in (*_WRITTEN, *_INSERTED)]
+        found += [Right("UPDATE", f"{SCHEMA}.{name}") for name in (*_WRITTEN, "pipeline_sweep")]
         found += [Right("DELETE", f"{SCHEMA}.{name}") for name in ("pipelines", "pipeline_runs")]
         found += [Right("USAGE", f"SEQUENCE {SCHEMA}.{name}_id_seq") for name in _WRITTEN]
     return found

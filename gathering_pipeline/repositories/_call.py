@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -36,6 +36,7 @@ from gathering_pipeline.errors import (
     DatabaseError,
     DatabaseUnavailableError,
     ForkedConnectionError,
+    IdempotencyConflictError,
     IdsExhaustedError,
     IllegalTransitionError,
     IntegrityViolationError,
@@ -60,11 +61,11 @@ from gathering_pipeline.errors import (
     TransactionConflictError,
     shorten,
 )
-from gathering_pipeline.models import Page, PipelineRead, RunRead
+from gathering_pipeline.models import Page, PipelineRead, RunSummary
 from gathering_pipeline.orm import Base, Pipeline, PipelineNodeRun, PipelineRun
 
 M = TypeVar("M", bound=BaseModel)
-P = TypeVar("P", RunRead, PipelineRead)
+P = TypeVar("P", RunSummary, PipelineRead)
 A = ParamSpec("A")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -154,6 +155,25 @@ def blocking(method: Callable[Concatenate[Any, A], Coroutine[Any, Any, R]]) -> C
     return twin
 
 
+def iterating(
+    method: Callable[Concatenate[Any, A], AsyncIterator[R]],
+) -> Callable[Concatenate[Repository, A], Iterator[R]]:
+    """Make the sync twin of an async repository's method that yields."""
+
+    @wraps(method)
+    def twin(self: Repository, /, *args: A.args, **kwargs: A.kwargs) -> Iterator[R]:
+        items = method(self._calls, *args, **kwargs)
+        with suppress(StopAsyncIteration):
+            while True:
+                yield finish(_next(items))
+
+    return twin
+
+
+async def _next(items: AsyncIterator[T]) -> T:
+    return await anext(items)
+
+
 def finish(coroutine: Coroutine[Any, Any, R]) -> R:
     """Run a coroutine that never waits, because its statements are sent on a sync session."""
     try:
@@ -167,6 +187,11 @@ def finish(coroutine: Coroutine[Any, Any, R]) -> R:
 
 class _Transport(Protocol):
     """Sends statements on a session."""
+
+    @property
+    def autocommit(self) -> bool:
+        """Whether each statement is known to be a transaction of its own."""
+        ...
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
         """Send one statement, after a flush, and return its rows."""
@@ -182,6 +207,10 @@ class _Blocking:
 
     def __init__(self, session: Session | scoped_session[Session]) -> None:
         self._session = session
+
+    @property
+    def autocommit(self) -> bool:
+        return _is_autocommit(self._session)
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
         rows = _send(self._session, statement, parameters)
@@ -200,6 +229,10 @@ class _Awaiting:
     def __init__(self, session: AsyncSession | async_scoped_session[AsyncSession]) -> None:
         self._session = session
         self._checkout: tuple[Session, Connection] | None = None
+
+    @property
+    def autocommit(self) -> bool:
+        return _is_autocommit(self._current().sync_session)
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
         session = self._current()
@@ -256,6 +289,8 @@ class _Awaiting:
 class Apart:
     """Sends each statement on a session of its own, which is opened for it."""
 
+    autocommit = True
+
     def __init__(self, open_session: Callable[[], AbstractAsyncContextManager[AsyncSession]]) -> None:
         self._open_session = open_session
 
@@ -272,6 +307,8 @@ class Apart:
 
 class ApartBlocking:
     """The sync twin of ``Apart``."""
+
+    autocommit = True
 
     def __init__(self, open_session: Callable[[], AbstractContextManager[Session]]) -> None:
         self._open_session = open_session
@@ -325,6 +362,10 @@ def connected(session: Session | scoped_session[Session], *, read_only: bool = F
         if failure is error:
             raise
         raise failure from error
+
+
+def _is_autocommit(session: Session | scoped_session[Session]) -> bool:
+    return _bind(session).get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
 
 def _refuse_translated_schema(connection: Connection) -> None:
@@ -488,6 +529,7 @@ _BY_SQLSTATE: dict[str, type[PipelineError]] = {
     "PL010": PipelineInUseError,
     "PL011": IsolationLevelError,
     "PL012": RunOverError,
+    "PL013": IdempotencyConflictError,
 }
 _INVALID_PIPELINE = "PL008"  # DETAIL has the issues
 _TRANSACTION_ABORTED = "25P02"

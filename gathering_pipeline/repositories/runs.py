@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from gathering_pipeline.arguments import (
     check_attempt,
     check_count,
+    check_cursor,
     check_duration,
     check_flag,
     check_id,
@@ -20,7 +22,8 @@ from gathering_pipeline.arguments import (
     check_pipeline_id,
     check_priority,
     check_run_id,
-    check_status,
+    check_statuses,
+    check_tags,
     check_text,
     check_time,
     check_token,
@@ -42,6 +45,8 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.json_values import MAX_DEPTH, json_path, quote
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import (
+    ClaimedRun,
+    LogEntry,
     NodeExecutionResult,
     NodeResult,
     NodeRunRead,
@@ -52,15 +57,16 @@ from gathering_pipeline.models import (
     RunRead,
     RunReport,
     RunStatistics,
+    RunSummary,
     Step,
 )
-from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
+from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, iterating
 
 # --- statements; alembic/schema.sql has the functions ----------------------------------------------------------------
 
 CREATE = Statement(
     "SELECT pg_catalog.to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s, "
-    "%(priority)s, %(run_at)s::timestamptz))::text"
+    "%(priority)s, %(run_at)s::timestamptz, %(unless_live)s, %(tags)s::jsonb))::text"
 )
 START = Statement("SELECT pg_catalog.to_json(circle.start_run(%(run_id)s, %(token)s))::text")
 CONCLUDE = Statement(
@@ -86,7 +92,8 @@ FROM circle.advance_runs(%(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)
 RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s)")
 CLAIM = Statement("""
 SELECT pg_catalog.to_json(r)::text
-FROM circle.claim_runs(%(worker_id)s, pg_catalog.make_interval(secs => %(lease)s), %(limit)s, %(pipelines)s::bigint[]) r
+FROM circle.claim_runs(%(worker_id)s, pg_catalog.make_interval(secs => %(lease)s), %(limit)s, %(pipelines)s::bigint[],
+                       %(max_claims)s) r
 ORDER BY r.priority DESC, r.id""")
 HEARTBEAT = Statement(
     "SELECT pg_catalog.to_json("
@@ -97,6 +104,9 @@ RECOVER = Statement(
     "SELECT pg_catalog.to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
 )
 EXPIRE = Statement("SELECT pg_catalog.to_json(r)::text FROM circle.expire_runs(%(limit)s) r ORDER BY r.id")
+SWEEP = Statement(
+    "SELECT pg_catalog.to_json(r)::text FROM circle.sweep_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
+)
 APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::jsonb, %(token)s)")
 PURGE = Statement(
     """
@@ -128,10 +138,53 @@ LEFT JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.vers
 WHERE r.id = %(run_id)s::bigint""",
     read_only=True,
 )
+_SUMMARY = ", ".join(f"r.{name}" for name in RunSummary.model_fields)
 SEARCH = Statement(
+    f"""
+SELECT pg_catalog.to_json(s)::text FROM (
+    SELECT {_SUMMARY} FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r ORDER BY r.id DESC
+) s""",
+    read_only=True,
+)
+SEARCH_FILTERED = Statement(
+    f"""
+SELECT pg_catalog.json_build_object('next_cursor', f.next_cursor, 'items', ARRAY(
+    SELECT pg_catalog.to_json(s) FROM (
+        SELECT {_SUMMARY} FROM circle.pipeline_runs r WHERE r.id = ANY (f.ids) ORDER BY r.id DESC) s))::text
+FROM circle.filtered_runs(%(pipeline)s, %(statuses)s::text[], %(tags)s::jsonb, %(since)s::timestamptz,
+                          %(until)s::timestamptz, %(after)s, %(limit)s) f""",
+    read_only=True,
+)
+LOGS = Statement(
     """
-SELECT pg_catalog.to_json(r)::text FROM circle.page_of_runs(%(pipeline)s, %(status)s, %(after)s, %(limit)s) r
-ORDER BY r.id DESC""",
+SELECT pg_catalog.to_json(l)::text FROM (
+    SELECT c.id, c.entry, NULL::timestamptz AS created_at
+    FROM circle.pipeline_runs r CROSS JOIN LATERAL (
+        SELECT e.place - 2147483649 AS id, e.entry
+        FROM pg_catalog.jsonb_array_elements(
+            CASE pg_catalog.jsonb_typeof(r.logs) WHEN 'array' THEN r.logs ELSE pg_catalog.jsonb_build_array(r.logs) END
+        ) WITH ORDINALITY e (entry, place)
+        WHERE r.logs IS NOT NULL) c
+    WHERE r.id = %(run_id)s::bigint AND c.id > %(after)s::bigint
+    UNION ALL
+    SELECT t.id, t.entry, t.created_at FROM circle.pipeline_run_logs t
+    WHERE t.run_id = %(run_id)s::bigint AND t.id > %(after)s::bigint
+    ORDER BY id LIMIT %(limit)s::bigint) l""",
+    read_only=True,
+)
+TAGS = Statement(
+    """
+SELECT coalesce((SELECT pg_catalog.json_object_agg(t.key, t.value ORDER BY t.key)
+                 FROM circle.pipeline_run_tags t WHERE t.run_id = r.id), '{}')::text
+FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint""",
+    read_only=True,
+)
+OUTPUTS = Statement(
+    """
+SELECT coalesce((SELECT pg_catalog.json_object_agg(n.node_id, n.output_data ORDER BY n.position)
+                 FROM circle.pipeline_node_runs n
+                 WHERE n.run_id = r.id AND n.successors = '{}' AND n.status = 'completed'), '{}')::text
+FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint""",
     read_only=True,
 )
 COUNTS = Statement(
@@ -150,6 +203,7 @@ SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_i
 )
 
 
+_BEFORE_LOGS = -(2**62)
 _PURGED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}[+-][0-9:]{2,8}")
 """The cursor of a purge: the end of a run."""
 
@@ -164,7 +218,7 @@ class AsyncRunRepository(AsyncRepository):
     after any database error, the transaction must then be rolled back; with ``Database.session(autocommit=True)`` every
     call is a transaction of its own, and the next call works.
 
-    On a claimed run every call of its worker needs the ``token`` of the claim (``RunRead.claim_token``): without it, or
+    On a claimed run every call of its worker needs the ``token`` of the claim (``ClaimedRun.token``): without it, or
     with the token of an earlier claim, the call raises ``LeaseLostError``.
     """
 
@@ -178,21 +232,28 @@ class AsyncRunRepository(AsyncRepository):
         idempotency_key: str | None = None,
         priority: int = 0,
         run_at: datetime | None = None,
+        tags: Mapping[str, str] | None = None,
+        unless_live: bool = False,
     ) -> RunRead:
         """Create a ``pending`` run of an active pipeline, with a pending node run for each node of its graph.
 
         Args:
             pipeline_id: The pipeline.
             trigger_data: JSON input of the run; ``None`` stores ``{}``.
-            idempotency_key: At most 255 characters. A second call with the same key returns the run of the first.
+            idempotency_key: At most 255 characters. A second call with the same key and data returns the run of the
+                first.
             priority: Runs with a higher one are claimed first; at most 32,767, at least -32,767.
             run_at: No worker claims the run before this time, which needs an offset from UTC.
+            tags: Texts to find the run by: keys of at most 100 characters, values of at most 255.
+            unless_live: If the pipeline has a pending or running run, return the last of these instead. Callers that
+                create runs of the same pipeline wait until the transaction ends.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
             PipelineInactiveError: It is not ``active``.
             InvalidPipelineError: Its stored graph is broken or empty.
-            InvalidDataError: The data or the key can't be stored.
+            IdempotencyConflictError: A run of the pipeline has the key, and other data.
+            InvalidDataError: The data, the key or a tag can't be stored.
         """
         return await self._create(
             CREATE,
@@ -201,6 +262,8 @@ class AsyncRunRepository(AsyncRepository):
             idempotency_key,
             priority=check_priority(priority),
             run_at=None if run_at is None else check_time(run_at, "run_at"),
+            unless_live=check_flag(unless_live, "unless_live"),
+            tags=None if tags is None else json.dumps(check_tags(tags)),
         )
 
     async def start(self, run_id: int, *, token: int | None = None) -> RunRead:
@@ -257,7 +320,7 @@ class AsyncRunRepository(AsyncRepository):
         return await self._run(CONCLUDE, run_id, None, status="cancelled", error=text)
 
     async def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
-        """Append one JSON entry to the ``logs`` of a run in any status.
+        """Append one JSON entry to the log of a run in any status; ``logs`` reads them.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -477,8 +540,8 @@ class AsyncRunRepository(AsyncRepository):
             pipeline_id: The pipeline.
             results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
             trigger_data: JSON input of the run; ``None`` stores ``{}``.
-            idempotency_key: At most 255 characters. A second call with this pipeline and key returns the run of the
-                first, whatever its results are; a run that ``create`` made with it is refused.
+            idempotency_key: At most 255 characters. A second call with this pipeline, key and data returns the run of
+                the first, whatever its results are; a run that ``create`` made with it is refused.
 
         Raises:
             PipelineNotFoundError: The pipeline doesn't exist.
@@ -486,6 +549,7 @@ class AsyncRunRepository(AsyncRepository):
             InvalidPipelineError: Its stored graph is broken or empty.
             NodeRunNotFoundError: The graph has no such node.
             IllegalTransitionError: A node has two results, or one that could have started has none. Nothing is stored.
+            IdempotencyConflictError: A run of the pipeline has the key, and other data.
             InvalidDataError: The data, the key or an output can't be stored.
         """
         encoded = _as_list(_encode_results(results))
@@ -494,30 +558,37 @@ class AsyncRunRepository(AsyncRepository):
     # --- leases and sweeps ---
 
     async def claim(
-        self, worker_id: str, lease: timedelta, limit: int = 1, pipelines: Collection[int] | None = None
-    ) -> list[RunRead]:
+        self,
+        worker_id: str,
+        lease: timedelta,
+        limit: int = 1,
+        pipelines: Collection[int] | None = None,
+        *,
+        max_claims: int = 10,
+    ) -> list[ClaimedRun]:
         """Claim pending runs of active pipelines for a worker: they become running, and no other worker gets them.
 
         A run that waits for ``run_at`` or for a retry isn't claimed before, and one without a version of its
-        pipeline's graph never.
+        pipeline's graph never. In autocommit the call sweeps first, see ``sweep``.
 
         Args:
             worker_id: Name of the worker, at most 255 characters.
             lease: How long the claim lasts without ``heartbeat``; then ``recover`` may give the run to another worker.
             limit: Most runs to claim.
             pipelines: Only runs of these pipelines.
+            max_claims: For the sweep: a run whose lease ran out so often fails.
 
         Returns:
-            The claimed runs, highest priority first, then oldest first; the worker's calls on a run need its
-            ``claim_token``.
+            The claimed runs, highest priority first, then oldest first; the worker's calls on a run need its ``token``.
         """
         return await self._read(
-            RunRead,
+            ClaimedRun,
             CLAIM,
             worker_id=check_text(worker_id, "worker_id", 255),
             lease=check_duration(lease, "lease"),
             limit=check_count(limit, "limit"),
             pipelines=None if pipelines is None else _as_array(check_ids(pipelines, "pipelines")),
+            max_claims=check_count(max_claims, "max_claims") if self._transport.autocommit else None,
         )
 
     async def heartbeat(self, run_id: int, lease: timedelta, *, token: int) -> datetime:
@@ -562,6 +633,23 @@ class AsyncRunRepository(AsyncRepository):
         """
         return await self._read(RunRead, EXPIRE, limit=check_count(limit, "limit"))
 
+    async def sweep(self, limit: int = 30, max_claims: int = 10) -> list[RunRead]:
+        """Do as ``recover`` and ``expire``, for all workers of the database in turns.
+
+        The call does nothing while another caller sweeps, and within a second of the last sweep, or 20 times what that
+        one took, unless it left runs. ``claim`` calls it where it is a transaction of its own, so a database with
+        workers needs no other sweep.
+
+        Args:
+            limit: Most runs to recover, and most to expire; at most 30.
+            max_claims: A run whose lease ran out so often fails.
+
+        Returns:
+            The runs that were released or ended.
+        """
+        most, claims = check_count(limit, "limit"), check_count(max_claims, "max_claims")
+        return await self._read(RunRead, SWEEP, limit=most, max_claims=claims)
+
     async def purge(self, older_than: timedelta, limit: int = 1000, after: str | None = None) -> PurgeResult:
         """Delete runs that ended over ``older_than`` ago, oldest first; commit, and repeat while there is a cursor.
 
@@ -598,21 +686,110 @@ class AsyncRunRepository(AsyncRepository):
     async def search(
         self,
         pipeline_id: int | None = None,
-        status: RunStatus | None = None,
+        status: RunStatus | Collection[RunStatus] | None = None,
         after: int | None = None,
         limit: int = 50,
-    ) -> Page[RunRead]:
+        *,
+        tags: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> Page[RunSummary]:
         """Read a page of the run history, newest first.
+
+        With tags, times or several statuses a page is looked for among 10,000 runs: it may hold fewer than ``limit``,
+        even none, while ``next_cursor`` is set. No page follows 10,000 runs that were all created before
+        ``created_after``. ``iterate`` reads one page after the other.
 
         Args:
             pipeline_id: Only runs of this pipeline.
-            status: Only runs with this status.
+            status: Only runs with this status, or one of these.
             after: ``next_cursor`` of the page before.
             limit: Most runs of a page.
+            tags: Only runs that have all of these.
+            created_after: Only runs that were created at this time or later.
+            created_before: Only runs that were created earlier.
         """
-        name = None if status is None else check_status(status, RunStatus)
+        statuses = None if status is None else check_statuses(status, RunStatus)
         pipeline = None if pipeline_id is None else check_id(pipeline_id, "pipeline_id")
-        return await self._page(RunRead, SEARCH, after, limit, pipeline=pipeline, status=name)
+        since = None if created_after is None else check_time(created_after, "created_after")
+        until = None if created_before is None else check_time(created_before, "created_before")
+        wanted = {} if tags is None else check_tags(tags)
+        if not wanted and since is None and until is None and (statuses is None or len(statuses) == 1):
+            one = None if statuses is None else statuses[0]
+            return await self._page(RunSummary, SEARCH, after, limit, pipeline=pipeline, status=one)
+        (page,) = await self._read(
+            Page[RunSummary],
+            SEARCH_FILTERED,
+            pipeline=pipeline,
+            statuses=None if statuses is None else f"{{{','.join(statuses)}}}",
+            tags=json.dumps(wanted) if wanted else None,
+            since=since,
+            until=until,
+            after=check_cursor(after),
+            limit=check_count(limit, "limit"),
+        )
+        return page
+
+    async def iterate(
+        self,
+        pipeline_id: int | None = None,
+        status: RunStatus | Collection[RunStatus] | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        batch: int = 500,
+    ) -> AsyncIterator[RunSummary]:
+        """Read all runs that ``search`` finds, newest first; ``batch`` is the size of its pages."""
+        after = None
+        while True:
+            page = await self.search(
+                pipeline_id,
+                status,
+                after,
+                batch,
+                tags=tags,
+                created_after=created_after,
+                created_before=created_before,
+            )
+            for run in page.items:
+                yield run
+            if (after := page.next_cursor) is None:
+                return
+
+    async def logs(self, run_id: int, after: int | None = None, limit: int = 100) -> list[LogEntry]:
+        """Read the log of a run, oldest entry first: those of the column ``logs``, then those of ``append_log``.
+
+        Args:
+            run_id: The run.
+            after: The ``id`` of the last entry that was read.
+            limit: Most entries.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+        """
+        start = _BEFORE_LOGS if after is None else check_id(after, "after")
+        size = check_count(limit, "limit")
+        entries = await self._read(LogEntry, LOGS, run_id=check_run_id(run_id), after=start, limit=size)
+        if not entries:
+            await self.get(run_id)  # raises if the run doesn't exist
+        return entries
+
+    async def tags(self, run_id: int) -> dict[str, str]:
+        """Read the tags that a run was created with.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+        """
+        return await self._of_run(TAGS, run_id)
+
+    async def outputs(self, run_id: int) -> dict[str, Any]:
+        """Read the result of a run: the outputs of its completed nodes without successors, by node id.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+        """
+        return await self._of_run(OUTPUTS, run_id)
 
     async def nodes(self, run_id: int) -> list[NodeRunRead]:
         """Read a run's nodes in execution order.
@@ -724,6 +901,12 @@ class AsyncRunRepository(AsyncRepository):
         }
         return (await self._read(NodeState, statement, **parameters))[0]
 
+    async def _of_run(self, statement: Statement, run_id: int) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = await self._values(statement, run_id=check_run_id(run_id))
+        if not rows:
+            raise RunNotFoundError(run_id)
+        return rows[0]
+
     async def _nodes(self, statement: Statement, run_id: int) -> list[NodeRunRead]:
         nodes = await self._read(NodeRunRead, statement, run_id=check_run_id(run_id))
         if not nodes:
@@ -756,9 +939,14 @@ class RunRepository(Repository):
     release = blocking(AsyncRunRepository.release)
     recover = blocking(AsyncRunRepository.recover)
     expire = blocking(AsyncRunRepository.expire)
+    sweep = blocking(AsyncRunRepository.sweep)
     purge = blocking(AsyncRunRepository.purge)
     get = blocking(AsyncRunRepository.get)
     search = blocking(AsyncRunRepository.search)
+    iterate = iterating(AsyncRunRepository.iterate)
+    logs = blocking(AsyncRunRepository.logs)
+    tags = blocking(AsyncRunRepository.tags)
+    outputs = blocking(AsyncRunRepository.outputs)
     nodes = blocking(AsyncRunRepository.nodes)
     ready_nodes = blocking(AsyncRunRepository.ready_nodes)
     definition = blocking(AsyncRunRepository.definition)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from gathering_pipeline import (
     AsyncRunRepository,
+    ClaimedRun,
     Database,
     IllegalTransitionError,
     InvalidDataError,
@@ -24,7 +25,6 @@ from gathering_pipeline import (
     PipelineNode,
     RunNotFoundError,
     RunOverError,
-    RunRead,
     RunStatus,
     StartedNode,
     StatementCancelledError,
@@ -86,7 +86,7 @@ class Execution:
         retry_at: When the first of its retries is due, if it was released for that; by the monotonic clock.
     """
 
-    def __init__(self, shared: Shared, database: Database, run: RunRead) -> None:
+    def __init__(self, shared: Shared, database: Database, run: ClaimedRun) -> None:
         assert run.lease_expires_at is not None, "it was claimed"
         self.run = run
         self.retry_at = 0.0
@@ -123,7 +123,7 @@ class Execution:
         """Extend the lease; a run that is lost is dropped."""
 
         async def extend(runs: AsyncRunRepository) -> datetime:
-            return await runs.heartbeat(self.run.id, self._shared.lease, token=self.run.claim_token)
+            return await runs.heartbeat(self.run.id, self._shared.lease, token=self.run.token)
 
         try:
             await insist(self._database, extend, longest_pause)
@@ -200,7 +200,7 @@ class Execution:
         batch = self._results[:1] if self._one_by_one else self._results[:]
 
         async def advance(runs: AsyncRunRepository) -> Step:
-            return await runs.advance(self.run.id, batch, retry=True, inputs=True, token=self.run.claim_token)
+            return await runs.advance(self.run.id, batch, retry=True, inputs=True, token=self.run.token)
 
         try:
             step = await insist(self._database, advance)
@@ -270,7 +270,7 @@ class Execution:
             logger.warning("run %s is not released, its lease has to expire: %s", self.run.id, error)
 
     async def _give_up(self, runs: AsyncRunRepository) -> None:
-        await runs.release(self.run.id, token=self.run.claim_token)
+        await runs.release(self.run.id, token=self.run.token)
 
     # --- attempts ---
 

@@ -24,10 +24,6 @@ from gathering_pipeline.worker.handlers import NEEDED, Handler, Slots, check_han
 
 RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
-SWEEP_SECONDS = 5.0
-"""Longest time between two sweeps; they are as frequent as leases may expire."""
-SWEPT = 60
-"""Runs that ``recover`` and ``expire`` handle at most: more may be left then."""
 
 
 class Worker:
@@ -131,13 +127,11 @@ class Worker:
         asyncio.run(work())
 
     async def _claim_runs(self, tasks: asyncio.TaskGroup, *, once: bool) -> None:
-        sweep_at, pauses = monotonic(), pauses_between_attempts()
+        pauses = pauses_between_attempts()
         while not self._stopping.is_set():
             self._changed.clear()
             pause = jittered(self._poll.total_seconds())
             try:
-                if monotonic() >= sweep_at:
-                    sweep_at = monotonic() + await self._sweep()
                 await self._claim(tasks)
                 pauses = pauses_between_attempts()
             except Exception as error:
@@ -150,13 +144,15 @@ class Worker:
             await self._wait(pause)
 
     async def _claim(self, tasks: asyncio.TaskGroup) -> None:
-        """Claim as many runs as there is room for."""
+        """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
         room = self._shared.slots.room - sum(execution.needs_slot for execution in self._held)
         room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
-        if room <= 0:
-            return
         async with self.database.async_session(autocommit=True) as session:
-            claimed = await AsyncRunRepository(session).claim(self.name, self._lease, room, self._pipelines)
+            runs = AsyncRunRepository(session)
+            if room <= 0:
+                await runs.sweep()
+                return
+            claimed = await runs.claim(self.name, self._lease, room, self._pipelines)
         for run in claimed:
             execution = Execution(self._shared, self.database, run)
             self._held[execution] = tasks.create_task(self._follow(execution))
@@ -168,16 +164,6 @@ class Worker:
             del self._held[execution]
             self._retry_at = max(self._retry_at, execution.retry_at)
             self._changed.set()
-
-    async def _sweep(self) -> float:
-        """Take the runs of dead workers back, and end those past their timeout; the seconds until the next sweep."""
-        async with self.database.async_session(autocommit=True) as session:
-            runs = AsyncRunRepository(session)
-            swept = [await runs.recover(SWEPT), await runs.expire(SWEPT)]
-        for run in [*swept[0], *swept[1]]:
-            logger.warning("run %s was abandoned, or took too long: it is %s now", run.id, run.status)
-        is_full = any(len(found) == SWEPT for found in swept)
-        return 0 if is_full else jittered(min(SWEEP_SECONDS, self._lease.total_seconds()))
 
     async def _extend_leases(self) -> None:
         interval = self._lease.total_seconds() / 3

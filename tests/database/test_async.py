@@ -153,10 +153,10 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
             )
             pipeline = await pipelines.create(data)
             made = await runs.create(pipeline.id, {"by": "test"}, idempotency_key="k")
-            assert (await runs.create(pipeline.id, idempotency_key="k")).id == made.id
+            assert (await runs.create(pipeline.id, {"by": "test"}, idempotency_key="k")).id == made.id
             (claimed,) = await runs.claim("worker", timedelta(minutes=1))
             assert (claimed.id, claimed.status) == (made.id, RunStatus.RUNNING)
-            token = claimed.claim_token
+            token = claimed.token
             await runs.heartbeat(made.id, timedelta(minutes=2), token=token)
             await runs.start_node(made.id, "t", {"in": 1}, token=token)
             assert (await runs.complete_node(made.id, "t", {"out": 1}, token=token)).status is NodeStatus.COMPLETED
@@ -172,7 +172,9 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
             assert [node.node_id for node in started] == ["c"]
             assert (await runs.advance(made.id, [{"node_id": "c", "status": "completed"}], token=token)).started == ()
             ended = await runs.get(made.id)
-            assert (ended.status, ended.logs, ended.failed_node) == (RunStatus.COMPLETED, [{"m": "hello"}], None)
+            assert (ended.status, ended.failed_node) == (RunStatus.COMPLETED, None)
+            assert [entry.entry for entry in await runs.logs(made.id)] == [{"m": "hello"}]
+            assert [run.id async for run in runs.iterate(pipeline.id, batch=1)] == [made.id]
             assert {node.node_id: (node.status, node.retry_count) for node in await runs.nodes(made.id)} == {
                 "t": ("completed", 0),
                 "a": ("completed", 1),
@@ -184,7 +186,8 @@ def test_async_run_step_by_step_answers_like_sync(database: Database) -> None:
                 await runs.cancel(made.id)
             assert (await runs.counts())[RunStatus.COMPLETED] == 1
             assert (await runs.statistics(pipeline.id)).success_rate == 1
-            assert (await runs.search(status=RunStatus.COMPLETED)).items == (ended,)
+            found = (await runs.search(status=RunStatus.COMPLETED)).items
+            assert [run.id for run in found] == [ended.id]
             assert (await runs.recover(), await runs.expire()) == ([], [])
             assert (await runs.purge(timedelta(0))).deleted == 1
             with pytest.raises(RunNotFoundError):
@@ -209,10 +212,10 @@ def test_async_workers_in_one_loop_share_the_runs(database: Database) -> None:
                 runs = AsyncRunRepository(session)
                 while claimed := await runs.claim(name, timedelta(minutes=1)):
                     (mine,) = claimed
-                    started = (await runs.advance(mine.id, token=mine.claim_token)).started
+                    started = (await runs.advance(mine.id, token=mine.token)).started
                     while started:
                         results = [{"node_id": node.node_id, "status": "completed"} for node in started]
-                        started = (await runs.advance(mine.id, results, token=mine.claim_token)).started
+                        started = (await runs.advance(mine.id, results, token=mine.token)).started
                     done.append(mine.id)
             return done
 

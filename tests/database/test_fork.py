@@ -41,6 +41,8 @@ from tests.support.runs import store
 from tests.support.servers import connect
 from tests.support.sessions import driver_connection, names
 
+pytestmark = pytest.mark.once
+
 # Leaves a block in a child in one way, while the parent's transaction is open; the parent commits then.
 LEAVING = """
 import asyncio, gc, os, sys

@@ -17,6 +17,8 @@ from gathering_pipeline import (
 )
 from tests.support.sessions import Blocker, driver_connection, new_run, run_async
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("autocommit", [False, True])
 def test_interrupted_call_leaves_its_connection_usable(

@@ -438,7 +438,7 @@ def test_heartbeat_updates_are_hot(database: Database, raw: psycopg.Connection) 
         before = updates()
         for _ in range(10):
             for run in claimed:
-                runs.heartbeat(run.id, LEASE, token=run.claim_token)
+                runs.heartbeat(run.id, LEASE, token=run.token)
         session.execute(text("SELECT pg_stat_force_next_flush()"))
         after = updates()
     beats, hot = after[0] - before[0], after[1] - before[1]

@@ -197,7 +197,7 @@ def test_numbers_at_the_edge_stop_no_call(raw: psycopg.Connection, session: Sess
     (run,) = runs.claim("worker", LEASE)
     session.commit()
     raw.execute("UPDATE circle.pipeline_node_runs SET retry_count = 2147483646")
-    token = run.claim_token
+    token = run.token
     runs.start_node(run_id, "a", token=token)
     runs.fail_node(run_id, "a", "x", token=token)
     raw_due = "UPDATE circle.pipeline_node_runs SET available_at = NULL"

@@ -52,7 +52,7 @@ def serve(url: str) -> None:
         data = PipelineCreate(name="p", status=PipelineStatus.ACTIVE, nodes=nodes, edges=edges)
         pipeline = pipelines.create(data).id
         pipelines.update(pipeline, PipelineUpdate(edges=edges[:1]))
-        run_id = runs.create(pipeline, {"x": 1}).id
+        run_id = runs.create(pipeline, {"x": 1}, tags={"key": "value"}).id
         step = runs.advance(run_id, inputs=True)
         assert [node.node_id for node in step.started] == ["a", "c"]
         runs.fail_node(run_id, "a", "no")
@@ -62,11 +62,11 @@ def serve(url: str) -> None:
         runs.record_run(pipeline, [done(name) for name in "abc"])
         runs.create(pipeline)
         (claimed,) = runs.claim("worker", LEASE)
-        runs.heartbeat(claimed.id, LEASE, token=claimed.claim_token)
-        assert runs.advance_many([RunReport(claimed.id, [done(name) for name in "abc"], claimed.claim_token)])[0]
+        runs.heartbeat(claimed.id, LEASE, token=claimed.token)
+        assert runs.advance_many([RunReport(claimed.id, [done(name) for name in "abc"], claimed.token)])[0]
         runs.create(pipeline)
         (claimed,) = runs.claim("worker", LEASE)
-        runs.release(claimed.id, token=claimed.claim_token)
+        runs.release(claimed.id, token=claimed.token)
         runs.cancel(claimed.id)
         runs.recover()
         runs.expire()
@@ -91,6 +91,8 @@ def read(database: Database) -> None:
             runs.nodes(run.id)
             runs.ready_nodes(run.id)
             runs.definition(run.id)
+            runs.logs(run.id)
+            runs.tags(run.id)
         runs.counts()
         events.read()
         events.last()

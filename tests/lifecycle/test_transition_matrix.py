@@ -24,7 +24,7 @@ from gathering_pipeline.database import Database
 from gathering_pipeline.errors import IllegalTransitionError, LeaseLostError
 from gathering_pipeline.lifecycle import INITIAL_RUN_STATUSES, NODE_TRANSITIONS, RUN_TRANSITIONS
 from tests.support.databases import contents
-from tests.support.runs import done, store
+from tests.support.runs import claim_token, done, store
 from tests.support.servers import connect
 
 Row = type[Any]
@@ -368,12 +368,12 @@ def test_update_node_of_pending_run_is_refused(ways: Ways, raw: psycopg.Connecti
 # --- through the repository --------------------------------------------------------------------------------------------
 
 
-def run_calls(runs: RunRepository, run_id: int) -> dict[RunStatus, Callable[[], object]]:
+def run_calls(runs: RunRepository, raw: psycopg.Connection, run_id: int) -> dict[RunStatus, Callable[[], object]]:
     return {
-        RunStatus.PENDING: lambda: runs.release(run_id, token=runs.get(run_id).claim_token),
-        RunStatus.RUNNING: lambda: runs.start(run_id, token=runs.get(run_id).claim_token),
-        RunStatus.COMPLETED: lambda: runs.complete(run_id, token=runs.get(run_id).claim_token),
-        RunStatus.FAILED: lambda: runs.fail(run_id, "x", token=runs.get(run_id).claim_token),
+        RunStatus.PENDING: lambda: runs.release(run_id, token=claim_token(raw, run_id)),
+        RunStatus.RUNNING: lambda: runs.start(run_id, token=claim_token(raw, run_id)),
+        RunStatus.COMPLETED: lambda: runs.complete(run_id, token=claim_token(raw, run_id)),
+        RunStatus.FAILED: lambda: runs.fail(run_id, "x", token=claim_token(raw, run_id)),
         RunStatus.CANCELLED: lambda: runs.cancel(run_id),
         RunStatus.TIMEOUT: runs.expire,
     }
@@ -388,17 +388,17 @@ def test_run_call_from_each_status_follows_the_table(database: Database, raw: ps
             run_id = runs.create(pipeline).id
             if old != RunStatus.PENDING:
                 (run,) = runs.claim("w", timedelta(minutes=5))
-                runs.record(run_id, [done("a")], token=run.claim_token)
+                runs.record(run_id, [done("a")], token=run.token)
             raw.execute(
                 "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '1 h' WHERE id = %s AND %s",
                 [run_id, RunStatus.TIMEOUT in (old, new) and old != RunStatus.PENDING],
             )
             if old not in INITIAL_RUN_STATUSES:
-                run_calls(runs, run_id)[old]()
+                run_calls(runs, raw, run_id)[old]()
             before = runs.get(run_id)
             assert before.status == old
             try:
-                run_calls(runs, run_id)[new]()
+                run_calls(runs, raw, run_id)[new]()
             except IllegalTransitionError as error:
                 assert new not in (RunStatus.PENDING, RunStatus.TIMEOUT)
                 assert (error.entity, error.id, error.current, error.requested) == ("run", run_id, old, new)  # noqa: PT017
@@ -453,10 +453,10 @@ def test_node_call_from_each_status_follows_the_table(database: Database, kind: 
         for (old, new), legal in NODE_CELLS.items():
             run_id = runs.create(pipeline).id
             (run,) = runs.claim("w", timedelta(minutes=5))
-            calls = node_calls(runs, run_id, run.claim_token)
+            calls = node_calls(runs, run_id, run.token)
             if new not in calls[kind]:
                 continue
-            runs.start_node(run_id, "b", token=run.claim_token)
+            runs.start_node(run_id, "b", token=run.token)
             if old != NodeStatus.PENDING:
                 calls["one"].get(old, lambda: None)()
             before = runs.nodes(run_id)[0]

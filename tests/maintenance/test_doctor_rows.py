@@ -146,7 +146,7 @@ def test_expired_leases_are_repaired(database: Database, raw: psycopg.Connection
         kept = runs.claim("here", timedelta(minutes=5), limit=1)
     raw.execute(f"UPDATE {RUNS} SET claim_count = 50 WHERE id = %s", (claimed[9].id,))
     for run in claimed[:5]:
-        raw.execute("SELECT circle.advance_run(%s, '[]', %s, true, false)", (run.id, run.claim_token))
+        raw.execute("SELECT circle.advance_run(%s, '[]', %s, true, false)", (run.id, run.token))
     (finding,) = doctor(database.engine)
     assert (finding.code, finding.severity) == ("expired_leases", "warning")
     assert "on 230 running runs" in finding.message

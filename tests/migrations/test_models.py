@@ -14,13 +14,16 @@ from tests.support.schema import facts
 VIEWS_AND_TYPES = ("pending_node_runs.", "startable_node_runs.", "pipeline_version_nodes.", "node_result.")
 
 
+FUNCTIONS_OF_CHECKS = ("circle.is_valid_", "circle.nested_too_deep(", "circle.number_too_large(")
+
+
 def create_what_tables_use(raw: psycopg.Connection) -> None:
     """The schema, a type, and the functions of CHECKs, which ``create_all`` doesn't create."""
     raw.execute("CREATE SCHEMA circle")
     for item, definition in expected().items():
         if item.kind == "type" and item.name == "circle.compiled_node":
             raw.execute(f"CREATE TYPE {item.name} AS ({definition})".encode())
-        elif item.kind == "function" and item.name.startswith("circle.is_valid_"):
+        elif item.kind == "function" and item.name.startswith(FUNCTIONS_OF_CHECKS):
             raw.execute("".join(rebuild(item, expected())).encode())
 
 

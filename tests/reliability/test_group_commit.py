@@ -124,7 +124,7 @@ async def test_refused_call_raises_its_own_error_and_disturbs_none(
     chance = random.Random(20261127)
     ids = create(database, pipeline, RUNS)
     with database.session(autocommit=True) as session:
-        tokens = {run.id: run.claim_token for run in RunRepository(session).claim("worker", LEASE, RUNS // 2)}
+        tokens = {run.id: run.token for run in RunRepository(session).claim("worker", LEASE, RUNS // 2)}
     outcomes: Counter[str] = Counter()
 
     async def refused(kind: type[Exception], call: Any) -> None:
@@ -214,7 +214,7 @@ async def test_broken_connection_is_told_to_those_who_were_sent(
             results = [done(node.node_id, output={"by": run_id}) for node in started]
 
     async with database.group_commit() as runs, asyncio.timeout(60):
-        tasks = [asyncio.create_task(execute(runs, run.id, run.claim_token)) for run in claimed]
+        tasks = [asyncio.create_task(execute(runs, run.id, run.token)) for run in claimed]
         while outcomes["CommitIndeterminateError"] < 3 and not all(task.done() for task in tasks):
             await asyncio.sleep(0.005)
             await asyncio.to_thread(kill, raw)

@@ -19,6 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    ClaimedRun,
     NodeStatus,
     PipelineRepository,
     PipelineStatus,
@@ -230,7 +231,7 @@ def test_concurrent_ends_of_a_run_succeed_once(
     for at in range(ROUNDS):
         run_id = runs.create(pipeline).id
         (run,) = runs.claim("w", LEASE)
-        token = run.claim_token
+        token = run.token
         runs.advance(run_id, token=token)
         live = at % 3 == 0  # then it can't be completed
         runs.record(run_id, [done("a")] if live else [done("a"), done("b")], token=token)
@@ -317,6 +318,22 @@ def test_create_while_graph_is_edited_has_all_nodes_of_its_version(
         seen.add(run.pipeline_version)
     assert len(seen) > 1
     check_counters(raw)
+
+
+def test_concurrent_create_unless_live_creates_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a")
+    runs = RunRepository(session)
+    for at in range(ROUNDS):
+        create = on(lambda runs: runs.create(pipeline, unless_live=True).id)
+        if at % 2:  # a worker ends the run of the round before meanwhile
+            ended = runs.search(pipeline, RunStatus.PENDING).items[0].id
+            *created, _ = race(create, create, create, on(lambda runs, run_id: runs.cancel(run_id), ended))
+        else:
+            created = race(create, create, create)
+        assert all(isinstance(run_id, int) for run_id in created)
+        assert len(runs.search(pipeline, RunStatus.PENDING).items) <= 1
+        for live in runs.search(pipeline, RunStatus.PENDING).items if at % 2 else ():
+            runs.cancel(live.id)
 
 
 def test_concurrent_create_with_one_key_creates_one_run(
@@ -500,18 +517,18 @@ def test_stale_worker_never_writes_after_recovery(
     for at in range(ROUNDS):
         run_id = runs.create(pipeline).id
         (stale,) = runs.claim("stale", LEASE)
-        old = stale.claim_token
+        old = stale.token
         runs.advance(run_id, token=old)
         raw.execute("UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [run_id])
 
-        def take_over(session: Session) -> RunRead:
+        def take_over(session: Session) -> ClaimedRun:
             runs = RunRepository(session)
             while not (claimed := runs.claim("next", LEASE)):
                 runs.recover()  # passes by what the stale worker has locked right now
             (run,) = claimed
             if runs.ready_nodes(run.id)[0].node_id == "a":
-                runs.start_node(run.id, "a", token=run.claim_token)
-                runs.complete_node(run.id, "a", {"by": "next"}, token=run.claim_token)
+                runs.start_node(run.id, "a", token=run.token)
+                runs.complete_node(run.id, "a", {"by": "next"}, token=run.token)
             return run
 
         writes: list[Callable[[RunRepository, int, int], object]] = [
@@ -520,7 +537,7 @@ def test_stale_worker_never_writes_after_recovery(
         ]
         write = writes[at % 2]
         late, run = race(on(write, run_id, old), take_over)
-        assert isinstance(run, RunRead)
+        assert isinstance(run, ClaimedRun)
         by = "next" if isinstance(late, LeaseLostError) else "stale"
         assert isinstance(late, LeaseLostError) or not isinstance(late, PipelineError)
         node = runs.nodes(run_id)[0]
@@ -529,7 +546,7 @@ def test_stale_worker_never_writes_after_recovery(
         for refused in stale_writes:
             with pytest.raises(LeaseLostError):
                 refused(run_id, old)
-        runs.advance(run_id, [done("b")], token=run.claim_token)
+        runs.advance(run_id, [done("b")], token=run.token)
         assert runs.get(run_id).status == RunStatus.COMPLETED
     check_counters(raw)
 
@@ -559,7 +576,7 @@ def test_concurrent_sweeps_take_each_run_once(session: Session, race: Racers, ra
     runs = RunRepository(session)
     ids = {runs.create(pipeline).id for _ in range(60)}
     for run in runs.claim("w", LEASE, 60):
-        runs.advance(run.id, token=run.claim_token)
+        runs.advance(run.id, token=run.token)
     raw.execute("UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s'")
 
     def sweep(session: Session) -> list[int]:
@@ -632,11 +649,11 @@ def test_call_that_waited_for_a_start_is_not_before_it(
     calls: dict[str, Callable[[RunRepository], object]] = {
         "cancel": lambda runs: runs.cancel(run_id),
         "expire": lambda runs: runs.expire(),
-        "complete_node": lambda runs: runs.complete_node(run_id, "a", token=run.claim_token),
-        "release": lambda runs: runs.release(run_id, token=run.claim_token),
+        "complete_node": lambda runs: runs.complete_node(run_id, "a", token=run.token),
+        "release": lambda runs: runs.release(run_id, token=run.token),
     }
     with database.session() as starting:
-        RunRepository(starting).start_node(run_id, "a", token=run.claim_token)
+        RunRepository(starting).start_node(run_id, "a", token=run.token)
 
         def commit(_session: Session) -> None:
             if late != "expire":  # sweeps don't wait
@@ -665,7 +682,7 @@ def test_raw_node_start_concurrent_with_release_leaves_no_running_node(
 
         def release(session: Session) -> RunRead:
             try:
-                return RunRepository(session).release(run_id, token=run.claim_token)
+                return RunRepository(session).release(run_id, token=run.token)
             finally:
                 given.set()
 

@@ -71,9 +71,9 @@ def test_rewound_server_refuses_cursors_and_tokens_of_the_undone_time() -> None:
             runs, events = RunRepository(session), EventRepository(session)
             (again,) = runs.claim("B", LEASE)
             assert again.id == waiting
-            assert again.claim_token > lost.claim_token
+            assert again.token > lost.token
             with pytest.raises(LeaseLostError):
-                runs.advance(waiting, token=lost.claim_token)
+                runs.advance(waiting, token=lost.token)
 
             def refused() -> None:
                 for cursor in (undone.next_cursor, *(event.cursor for event in undone.items)):

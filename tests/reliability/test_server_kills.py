@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import psycopg
 
-from gathering_pipeline import Database, RunRead, RunRepository, embedded
+from gathering_pipeline import ClaimedRun, Database, RunRepository, embedded
 from gathering_pipeline.errors import ConflictError, DatabaseError
 from tests.support import servers
 from tests.support.runs import store
@@ -54,7 +54,7 @@ def work(url: str, name: str, path: str) -> None:
                         number += 1
                     claimed = runs.claim(name, LEASE, limit=2)
                     for run in claimed:
-                        acknowledge("started", run.id, "", run.claim_token)
+                        acknowledge("started", run.id, "", run.token)
                         execute(runs, run, acknowledge, chance)
                 if not claimed:
                     time.sleep(0.05)
@@ -62,8 +62,8 @@ def work(url: str, name: str, path: str) -> None:
                 time.sleep(0.05)
 
 
-def execute(runs: RunRepository, run: RunRead, acknowledge: Acknowledge, chance: random.Random) -> None:
-    token = run.claim_token
+def execute(runs: RunRepository, run: ClaimedRun, acknowledge: Acknowledge, chance: random.Random) -> None:
+    token = run.token
     open_nodes = list(runs.advance(run.id, token=token).started)
     while open_nodes:
         node = open_nodes.pop()

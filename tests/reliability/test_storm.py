@@ -30,10 +30,10 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    ClaimedRun,
     EventRepository,
     PipelineRepository,
     PipelineUpdate,
-    RunRead,
     RunReport,
     RunRepository,
     RunStatus,
@@ -187,7 +187,7 @@ class Caller:
             return error
         self.outcomes[call.__name__, "done"] += 1
         for run in answer if isinstance(answer, list) else [answer]:
-            if isinstance(run, RunRead) and not self.repeats_a_release(call.__name__, run):
+            if isinstance(run, ClaimedRun) and not self.repeats_a_release(call.__name__, run):
                 self.note(run)
         return answer
 
@@ -198,13 +198,13 @@ class Caller:
         self.session.commit()
 
     @staticmethod
-    def repeats_a_release(name: str, run: RunRead) -> bool:
+    def repeats_a_release(name: str, run: ClaimedRun) -> bool:
         """A repeat tells the token that was given up, not that of the run's next holder."""
         return name == "release" and run.status != "pending"
 
-    def note(self, run: RunRead) -> None:
+    def note(self, run: ClaimedRun) -> None:
         """What a thread sees of a run never goes back, and its end never changes."""
-        self.grows("token of run", run.id, run.claim_token)
+        self.grows("token of run", run.id, run.token)
         self.grows("claims of run", run.id, run.claim_count)
         if run.status.is_terminal:
             end = (run.status, run.completed_at, run.error_message)
@@ -272,7 +272,7 @@ class Caller:
             self.started += [(run_id, node.node_id, node.attempt, token) for node in step.started]
 
     def created(self, run: object) -> None:
-        if isinstance(run, RunRead):
+        if isinstance(run, ClaimedRun):
             assert run.pipeline_version is not None
             if run.id not in self.made:
                 self.storm.names[run.id] = self.storm.spec_of[run.pipeline_id]
@@ -763,7 +763,7 @@ def end_all(session: Session, pipelines: list[int]) -> list[str]:
     )
     while runs.recover(max_claims=1000):
         pass
-    claimed = {run.id: run.claim_token for run in runs.claim("last", LEASE, 100_000)}
+    claimed = {run.id: run.token for run in runs.claim("last", LEASE, 100_000)}
     left = session.execute(text("SELECT id FROM circle.pipeline_runs WHERE status IN ('pending', 'running')")).scalars()
     return [f"run {run_id} never ends" for run_id in left.all() if not ends(runs, run_id, claimed.get(run_id))]
 

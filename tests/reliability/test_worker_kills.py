@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psycopg
 
-from gathering_pipeline import RunRead, RunRepository, RunStatus, StartedNode
+from gathering_pipeline import ClaimedRun, RunRepository, RunStatus, StartedNode
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import IllegalTransitionError, LeaseLostError
 
@@ -47,14 +47,14 @@ def work(url: str, name: str) -> None:
                 except (LeaseLostError, IllegalTransitionError):
                     with database.session() as session:
                         session.connection().exec_driver_sql(
-                            "INSERT INTO refused VALUES (%s, %s, %s)", (run.id, run.claim_token, name)
+                            "INSERT INTO refused VALUES (%s, %s, %s)", (run.id, run.token, name)
                         )
             if not claimed:
                 time.sleep(0.05)
 
 
-def execute(database: Database, run: RunRead, name: str, chance: random.Random) -> None:
-    token = run.claim_token
+def execute(database: Database, run: ClaimedRun, name: str, chance: random.Random) -> None:
+    token = run.token
     with database.session(autocommit=True) as session:
         open_nodes = list(RunRepository(session).advance(run.id, token=token).started)
     while open_nodes:

@@ -72,7 +72,7 @@ def test_advance_many_leaves_out_what_is_not_plain(
             RunReport(twice, [done("a"), done("a")]),
             RunReport(polling),
             RunReport(over, [done("a")]),
-            RunReport(claimed.id, [done("a")], claimed.claim_token + 1),
+            RunReport(claimed.id, [done("a")], claimed.token + 1),
             RunReport(repeated, [done("a"), done("b")]),
             RunReport(stale, [{"node_id": "a", "status": "completed", "attempt": 2}]),
             RunReport(10**9, [done("a")]),
@@ -84,7 +84,7 @@ def test_advance_many_leaves_out_what_is_not_plain(
     assert steps[-1].status == RunStatus.RUNNING
     assert statuses(runs, plain) == {"a": "completed", "b": "running"}
     assert {run_id: (runs.get(run_id), runs.nodes(run_id)) for run_id in before} == left
-    (alone,) = runs.advance_many([RunReport(claimed.id, [done("a")], claimed.claim_token)])
+    (alone,) = runs.advance_many([RunReport(claimed.id, [done("a")], claimed.token)])
     assert alone is not None
 
 
@@ -141,9 +141,9 @@ def test_advance_many_with_node_that_is_locked_raises_transient_and_changes_noth
 def test_advance_many_leaves_out_a_run_that_was_released(runs: RunRepository, session: Session) -> None:
     runs.create(store(session, "a>b c"))
     (run,) = runs.claim("worker", LEASE)
-    runs.advance(run.id, token=run.claim_token)
-    runs.advance(run.id, [done("a"), done("c")], token=run.claim_token)
-    runs.release(run.id, token=run.claim_token)
+    runs.advance(run.id, token=run.token)
+    runs.advance(run.id, [done("a"), done("c")], token=run.token)
+    runs.release(run.id, token=run.token)
     assert runs.advance_many([RunReport(run.id)]) == [None]
     assert [node.node_id for node in runs.advance(run.id).started] == ["b"]
 

@@ -197,7 +197,7 @@ def test_call_with_argument_out_of_range_raises_invalid_data(
 ) -> None:
     pipeline = store(session, "a")
     run = claimed(runs, session, "a")
-    token = run.claim_token
+    token = run.token
     result = {"node_id": "a", "status": "completed"}
     ages: list[Any] = [timedelta(seconds=-1), timedelta.max, 0]
     limits: list[Any] = [0, -1, True, 1.5, "1", None, 2**31, 10**30]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -25,7 +25,7 @@ WHERE r.status = 'pending' AND p.status = 'active' AND (r.waits_until IS NULL OR
 ORDER BY r.priority DESC, r.id LIMIT %(limit)s"""
 
 
-def ids(found: list[RunRead]) -> list[int]:
+def ids(found: Sequence[RunRead]) -> list[int]:
     return [run.id for run in found]
 
 
@@ -93,10 +93,10 @@ def test_run_that_waits_for_a_retry_is_claimed_when_it_is_due(
     runs: RunRepository, session: Session, raw: psycopg.Connection, leave: str
 ) -> None:
     run = claimed(runs, session, "a", retry_backoff_base=600, retry_backoff_max=600)
-    runs.start_node(run.id, "a", token=run.claim_token)
-    due = runs.fail_node(run.id, "a", "busy", token=run.claim_token).available_at
+    runs.start_node(run.id, "a", token=run.token)
+    due = runs.fail_node(run.id, "a", "busy", token=run.token).available_at
     if leave == "release":
-        waiting = runs.release(run.id, token=run.claim_token)
+        waiting = runs.release(run.id, token=run.token)
     else:
         lose_lease(raw, run.id)
         (waiting,) = runs.recover()
@@ -107,14 +107,14 @@ def test_run_that_waits_for_a_retry_is_claimed_when_it_is_due(
     raw.execute("UPDATE circle.pipeline_node_runs SET available_at = clock_timestamp()")
     raw.execute("UPDATE circle.pipeline_runs SET waits_until = clock_timestamp()")
     (again,) = runs.claim("w", LEASE)
-    assert [node.attempt for node in runs.advance(run.id, token=again.claim_token).started] == [2]
+    assert [node.attempt for node in runs.advance(run.id, token=again.token).started] == [2]
 
 
 def test_release_of_run_with_another_ready_node_waits_for_nothing(runs: RunRepository, session: Session) -> None:
     run = claimed(runs, session, "a>c b", retry_backoff_base=600, retry_backoff_max=600)
-    runs.start_node(run.id, "a", token=run.claim_token)
-    runs.fail_node(run.id, "a", "busy", token=run.claim_token)
-    assert runs.release(run.id, token=run.claim_token).waits_until is None
+    runs.start_node(run.id, "a", token=run.token)
+    runs.fail_node(run.id, "a", "busy", token=run.token)
+    assert runs.release(run.id, token=run.token).waits_until is None
     assert ids(runs.claim("w", LEASE)) == [run.id]
 
 
@@ -122,22 +122,22 @@ def test_release_twice_answers_twice_and_a_stale_token_stays_refused(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a")
-    released = runs.release(run.id, token=run.claim_token)
-    assert runs.release(run.id, token=run.claim_token) == released
+    released = runs.release(run.id, token=run.token)
+    assert runs.release(run.id, token=run.token) == released
     (again,) = runs.claim("w", LEASE)
-    repeated = runs.release(run.id, token=run.claim_token)
-    assert repeated == again.model_copy(update={"claim_token": run.claim_token})  # and tells nobody the holder's token
+    repeated = runs.release(run.id, token=run.token)
+    assert repeated == RunRead.model_validate(again.model_dump())  # which tells nobody the holder's token
     with refuses(LeaseLostError):
-        runs.advance(run.id, token=run.claim_token)
+        runs.advance(run.id, token=run.token)
     with refuses(LeaseLostError):
-        runs.release(run.id, token=again.claim_token + 1)
+        runs.release(run.id, token=again.token + 1)
 
 
 def test_each_claim_is_one_started_event_with_its_number(
     runs: RunRepository, session: Session, raw: psycopg.Connection
 ) -> None:
     run = claimed(runs, session, "a")
-    runs.release(run.id, token=run.claim_token)
+    runs.release(run.id, token=run.token)
     runs.claim("w", LEASE)
     lose_lease(raw, run.id)
     runs.recover()
@@ -152,7 +152,7 @@ def test_claim_of_a_raw_run_gives_it_its_nodes(runs: RunRepository, session: Ses
     raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (%s), (%s)", [pipeline, pipeline])
     first, second = runs.claim("w", LEASE, 2)
     assert [statuses(runs, run.id) for run in (first, second)] == [{"a": "pending", "b": "pending"}] * 2
-    runs.start_node(first.id, "a", token=first.claim_token)
+    runs.start_node(first.id, "a", token=first.token)
     raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (%s)", [pipeline])
     runs.start(second.id + 1)
     assert statuses(runs, second.id + 1) == {"a": "pending", "b": "pending"}
@@ -198,8 +198,8 @@ def test_claim_by_many_workers_hands_out_each_run_once(
             while found := repository.claim("w", LEASE, limit):
                 taken.extend(ids(found))
                 for run in found:
-                    repository.advance(run.id, token=run.claim_token)
-                    repository.advance(run.id, [done("a")], token=run.claim_token)
+                    repository.advance(run.id, token=run.token)
+                    repository.advance(run.id, [done("a")], token=run.token)
 
     threads = [threading.Thread(target=work, args=(1 + place % 4,)) for place in range(8)]
     for thread in threads:
@@ -265,8 +265,8 @@ def test_claims_of_many_workers_keep_to_max_running(
             while len(taken) < len(made):
                 for run in repository.claim("w", LEASE, 2):
                     taken.append(run.id)
-                    repository.advance(run.id, token=run.claim_token)
-                    repository.advance(run.id, [done("a")], token=run.claim_token)
+                    repository.advance(run.id, token=run.token)
+                    repository.advance(run.id, [done("a")], token=run.token)
 
     def watch() -> None:
         count = "SELECT count(*) FROM circle.pipeline_runs WHERE status = 'running'"
@@ -320,7 +320,7 @@ def test_claims_see_all_due_runs_while_another_claim_is_open(
 
 def test_event_of_a_start_without_claim_has_no_number(runs: RunRepository, session: Session) -> None:
     run = claimed(runs, session, "a")
-    runs.release(run.id, token=run.claim_token)
+    runs.release(run.id, token=run.token)
     started = runs.start(run.id)
     assert started.waits_until is None
     events = EventRepository(session).read(run_id=run.id).items

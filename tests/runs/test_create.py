@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -18,13 +20,16 @@ from gathering_pipeline import (
     RunStatus,
 )
 from gathering_pipeline.errors import (
+    IdempotencyConflictError,
+    InvalidDataError,
     InvalidPipelineError,
     PipelineInactiveError,
     PipelineNotFoundError,
+    RunNotFoundError,
 )
-from tests.support.databases import unguarded
+from tests.support.databases import scalar, unguarded
 from tests.support.graphs import graph
-from tests.support.runs import clock, counters, store
+from tests.support.runs import claim_token, clock, counters, done, store
 
 
 def test_create_active_pipeline_returns_pending_run_with_all_nodes(
@@ -35,7 +40,7 @@ def test_create_active_pipeline_returns_pending_run_with_all_nodes(
     data = {"n": 1, "text": "ü€😀", "list": [1.5, None, {"x": False}]}
     run = runs.create(pipeline, data)
     assert (run.status, run.pipeline_id, run.pipeline_version, run.trigger_data) == ("pending", pipeline, 1, data)
-    assert (run.logs, run.claim_token, run.lease_expires_at, run.started_at, run.completed_at) == (
+    assert (run.logs, claim_token(raw, run.id), run.lease_expires_at, run.started_at, run.completed_at) == (
         [],
         0,
         None,
@@ -133,11 +138,11 @@ def test_create_with_used_idempotency_key_returns_first_run(
 ) -> None:
     pipeline, other = store(session), store(session)
     first = runs.create(pipeline, {"n": 1}, idempotency_key="k")
-    assert runs.create(pipeline, {"n": 2}, idempotency_key="k") == first
+    assert runs.create(pipeline, {"n": 1.0}, idempotency_key="k", priority=3) == first
     runs.start(first.id)
-    assert runs.create(pipeline, idempotency_key="k").status == RunStatus.RUNNING
+    assert runs.create(pipeline, {"n": 1}, idempotency_key="k").status == RunStatus.RUNNING
     PipelineRepository(session).pause(pipeline)
-    assert runs.create(pipeline, idempotency_key="k").id == first.id
+    assert runs.create(pipeline, {"n": 1}, idempotency_key="k").id == first.id
     with pytest.raises(PipelineInactiveError):
         runs.create(pipeline, idempotency_key="another")
     assert runs.create(other, idempotency_key="k").id != first.id
@@ -145,3 +150,83 @@ def test_create_with_used_idempotency_key_returns_first_run(
     assert len(runs.nodes(first.id)) == 4
     longest = "k" * 255
     assert runs.create(other, idempotency_key=longest).idempotency_key == longest
+
+
+def test_create_with_the_key_of_other_data_is_refused(
+    runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
+) -> None:
+    pipeline = store(session, "a")
+    first = runs.create(pipeline, {"n": 1}, idempotency_key="k")
+    session.commit()
+    calls: list[Callable[[], object]] = [
+        lambda: runs.create(pipeline, {"n": 2}, idempotency_key="k"),
+        lambda: runs.create(pipeline, idempotency_key="k"),
+        lambda: runs.create(pipeline, {"n": 2}, idempotency_key="k", unless_live=True),
+        lambda: runs.record_run(pipeline, [done("a")], {"n": 2}, idempotency_key="k"),
+    ]
+    for call in calls:
+        with refuses(IdempotencyConflictError) as caught:
+            call()
+        assert (caught.value.run_id, caught.value.pipeline_id, caught.value.key) == (first.id, pipeline, "k")
+    with pytest.raises(psycopg.Error) as raised:
+        raw.execute("SELECT circle.create_run(%s, '{}', 'k')", [pipeline])
+    assert raised.value.sqlstate == "PL013"
+
+
+def test_create_unless_live_returns_the_live_run(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
+    pipeline, other = store(session, "a"), store(session, "a")
+    runs.create(other)
+    runs.cancel(runs.create(pipeline).id)
+    first = runs.create(pipeline, {"n": 1}, unless_live=True)
+    assert runs.create(pipeline, {"n": 2}, unless_live=True) == first
+    runs.advance(first.id)
+    PipelineRepository(session).pause(pipeline)
+    assert runs.create(pipeline, unless_live=True).status == RunStatus.RUNNING
+    PipelineRepository(session).activate(pipeline)
+    runs.advance(first.id, [done("a")])
+    second = runs.create(pipeline, unless_live=True, run_at=clock(raw) + timedelta(hours=1))
+    assert second.id != first.id
+    assert runs.create(pipeline, unless_live=True) == second
+    assert runs.create(pipeline, unless_live=True, idempotency_key="k") == second
+    assert runs.create(pipeline).id != second.id
+    assert counters(raw, pipeline) == (4, 1, 0)
+
+
+def test_create_with_tags_stores_them(runs: RunRepository, session: Session, refuses: Callable[..., Any]) -> None:
+    pipeline = store(session, "a")
+    tags = {"customer": "Ü 7", "k" * 100: "v" * 255}
+    assert runs.tags(runs.create(pipeline, tags=tags).id) == tags
+    assert runs.tags(runs.create(pipeline, tags={}).id) == {}
+    assert runs.tags(runs.create(pipeline).id) == {}
+    with pytest.raises(RunNotFoundError):
+        runs.tags(-1)
+    session.commit()
+    wrong: list[tuple[Any, str]] = [
+        ({"": "v"}, "must have 1 to 100 characters"),
+        ({"k" * 101: "v"}, "must have 1 to 100 characters"),
+        ({"k": ""}, r"tags\['k'\] must have 1 to 255 characters"),
+        ({"k": "v" * 256}, r"tags\['k'\] must have 1 to 255 characters"),
+        ({"k": 1}, r"tags\['k'\] must be a string, not int"),
+        ({1: "v"}, "must be a string, not int"),
+        ({"k": "\0"}, "NUL"),
+        (["k"], "tags must be a mapping of texts, not list"),
+    ]
+    for given, message in wrong:
+        with refuses(InvalidDataError) as caught:
+            runs.create(pipeline, tags=given)
+        assert re.search(message, str(caught.value)), (given, caught.value)
+
+
+def test_tags_end_with_their_run(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
+    run = runs.create(store(session, "a"), tags={"k": "v"})
+    runs.append_log(run.id, "entry")
+    runs.cancel(run.id)
+    session.commit()
+    assert runs.purge(timedelta(0)).deleted == 1
+    session.commit()
+    assert (
+        scalar(raw, "SELECT (SELECT count(*) FROM circle.pipeline_run_tags) + count(*) FROM circle.pipeline_run_logs")
+        == 0
+    )

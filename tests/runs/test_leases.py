@@ -17,7 +17,7 @@ from gathering_pipeline.errors import (
     IllegalTransitionError,
     LeaseLostError,
 )
-from tests.support.runs import LEASE, claimed, clock, done, lose_lease, raised, started, statuses, store
+from tests.support.runs import LEASE, claim_token, claimed, clock, done, lose_lease, raised, started, statuses, store
 
 
 def test_claim_takes_oldest_pending_runs(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
@@ -30,7 +30,7 @@ def test_claim_takes_oldest_pending_runs(runs: RunRepository, session: Session, 
     assert [run.id for run in first] == [ids[1]]
     (run,) = first
     assert (run.status, run.worker_id, run.claim_count) == ("running", "one", 1)
-    assert since <= datetime.fromtimestamp(run.claim_token / 1_000_000, UTC) <= clock(raw)
+    assert since <= datetime.fromtimestamp(run.token / 1_000_000, UTC) <= clock(raw)
     assert run.lease_expires_at is not None
     assert since + LEASE <= run.lease_expires_at <= clock(raw) + LEASE
     assert run.started_at is not None
@@ -42,11 +42,11 @@ def test_claim_takes_oldest_pending_runs(runs: RunRepository, session: Session, 
 def test_heartbeat_extends_lease(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session)
     since = clock(raw)
-    ends = runs.heartbeat(run.id, timedelta(hours=1), token=run.claim_token)
+    ends = runs.heartbeat(run.id, timedelta(hours=1), token=run.token)
     assert since + timedelta(hours=1) <= ends <= clock(raw) + timedelta(hours=1)
     assert runs.get(run.id).lease_expires_at == ends
     lose_lease(raw, run.id)  # the token decides, not the clock
-    runs.heartbeat(run.id, LEASE, token=run.claim_token)
+    runs.heartbeat(run.id, LEASE, token=run.token)
     assert runs.recover() == []
 
 
@@ -54,14 +54,14 @@ def test_heartbeat_with_wrong_token_raises_lease_lost_with_status(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a")
-    for token in (0, run.claim_token + 1, -1, 2**40):
+    for token in (0, run.token + 1, -1, 2**40):
         with refuses(LeaseLostError) as caught:
             runs.heartbeat(run.id, LEASE, token=token)
         assert (caught.value.run_id, caught.value.status) == (run.id, "running")
     runs.cancel(run.id)
     for call in (
-        lambda: runs.heartbeat(run.id, LEASE, token=run.claim_token),
-        lambda: runs.release(run.id, token=run.claim_token),
+        lambda: runs.heartbeat(run.id, LEASE, token=run.token),
+        lambda: runs.release(run.id, token=run.token),
     ):
         with refuses(LeaseLostError) as caught:
             call()
@@ -72,21 +72,24 @@ def test_heartbeat_with_wrong_token_raises_lease_lost_with_status(
     assert caught.value.status == "running"
 
 
-def test_release_returns_run_to_pending_and_keeps_finished_nodes(runs: RunRepository, session: Session) -> None:
+def test_release_returns_run_to_pending_and_keeps_finished_nodes(
+    runs: RunRepository, session: Session, raw: psycopg.Connection
+) -> None:
     run = claimed(runs, session)
-    runs.advance(run.id, token=run.claim_token)
-    runs.advance(run.id, [done("a")], token=run.claim_token)
-    given = runs.release(run.id, token=run.claim_token)
+    runs.advance(run.id, token=run.token)
+    runs.advance(run.id, [done("a")], token=run.token)
+    given = runs.release(run.id, token=run.token)
     assert (given.status, given.worker_id, given.lease_expires_at, given.claim_count) == ("pending", None, None, 1)
-    assert given.claim_token > run.claim_token
+    given_token = claim_token(raw, run.id)
+    assert given_token > run.token
     assert (given.started_at, given.lapsed_claims) == (run.started_at, 0)
-    assert runs.release(run.id, token=run.claim_token) == given  # its answer may have been lost
+    assert runs.release(run.id, token=run.token) == given  # its answer may have been lost
     assert statuses(runs, run.id) == {"a": "completed", "b": "pending", "c": "pending", "d": "pending"}
     assert [node.retry_count for node in runs.nodes(run.id)] == [0] * 4
     (again,) = runs.claim("another", LEASE)
     assert (again.id, again.started_at) == (run.id, run.started_at)
-    assert again.claim_token > given.claim_token
-    assert [node.node_id for node in runs.advance(run.id, token=again.claim_token).started] == ["b", "c"]
+    assert again.token > given_token
+    assert [node.node_id for node in runs.advance(run.id, token=again.token).started] == ["b", "c"]
 
 
 WRITES: dict[str, Callable[[RunRepository, int, Any], object]] = {
@@ -113,25 +116,25 @@ def test_write_with_stale_token_raises_lease_lost(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any], name: str
 ) -> None:
     stale = claimed(runs, session, "a b")
-    runs.start_node(stale.id, "a", token=stale.claim_token)
+    runs.start_node(stale.id, "a", token=stale.token)
     lose_lease(raw, stale.id)
     assert [run.id for run in runs.recover()] == [stale.id]
     with refuses(LeaseLostError) as caught:  # before the next owner has come
-        WRITES[name](runs, stale.id, stale.claim_token)
+        WRITES[name](runs, stale.id, stale.token)
     assert (caught.value.run_id, caught.value.status) == (stale.id, "pending")
     (run,) = runs.claim("next", LEASE)
     raw.execute("UPDATE circle.pipeline_node_runs SET available_at = NULL")
-    runs.start_node(run.id, "a", token=run.claim_token)
-    wrong = (None, 0, stale.claim_token, run.claim_token - 1, run.claim_token + 1, -1, 2**63 - 1)
+    runs.start_node(run.id, "a", token=run.token)
+    wrong = (None, 0, stale.token, run.token - 1, run.token + 1, -1, 2**63 - 1)
     for token in wrong:
         with refuses(LeaseLostError) as caught:
             WRITES[name](runs, run.id, token)
         assert (caught.value.run_id, caught.value.status) == (run.id, "running")
     if name not in ("complete", "finish"):  # not legal now, but not for want of a lease
-        WRITES[name](runs, run.id, run.claim_token)
+        WRITES[name](runs, run.id, run.token)
     else:
         with refuses(IllegalTransitionError):
-            WRITES[name](runs, run.id, run.claim_token)
+            WRITES[name](runs, run.id, run.token)
 
 
 def test_write_with_token_beyond_bigint_raises_lease_lost(runs: RunRepository, session: Session) -> None:

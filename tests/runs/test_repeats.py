@@ -22,7 +22,7 @@ def make_due(raw: psycopg.Connection) -> None:
 
 def test_repeated_report_changes_nothing(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session, "a>d b c>e", max_retries_per_node=1)
-    token = run.claim_token
+    token = run.token
     calls: list[Callable[[], Any]] = [
         lambda: runs.start_node(run.id, "a", token=token),
         lambda: runs.complete_node(run.id, "a", {"x": 1}, token=token),
@@ -51,7 +51,7 @@ def test_repeat_with_another_result_is_refused(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a b", max_retries_per_node=3)
-    token = run.claim_token
+    token = run.token
     runs.start_node(run.id, "a", token=token)
     runs.fail_node(run.id, "a", "first", token=token)
     make_due(raw)
@@ -98,15 +98,15 @@ def test_failed_attempt_that_waits_can_fail_for_good(runs: RunRepository, sessio
     assert runs.fail_node(unclaimed, "a", "no").status == NodeStatus.PENDING
     assert runs.fail_node(unclaimed, "a", "no").status == NodeStatus.FAILED  # without a token it is a second report
     run = claimed(runs, session, "a", retry_backoff_base=60)
-    runs.start_node(run.id, "a", token=run.claim_token)
-    assert runs.fail_node(run.id, "a", "no", token=run.claim_token).status == NodeStatus.PENDING
-    assert runs.fail_node(run.id, "a", "no", token=run.claim_token).status == NodeStatus.PENDING
-    assert runs.fail_node(run.id, "a", "for good", retryable=False, token=run.claim_token).status == NodeStatus.FAILED
+    runs.start_node(run.id, "a", token=run.token)
+    assert runs.fail_node(run.id, "a", "no", token=run.token).status == NodeStatus.PENDING
+    assert runs.fail_node(run.id, "a", "no", token=run.token).status == NodeStatus.PENDING
+    assert runs.fail_node(run.id, "a", "for good", retryable=False, token=run.token).status == NodeStatus.FAILED
 
 
 def test_repeated_advance_tells_what_is_running(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session, "a>b a>c x")
-    token = run.claim_token
+    token = run.token
     first = runs.advance(run.id, token=token)
     assert [node.node_id for node in first.started] == ["a", "x"]
     second = runs.advance(run.id, [done("a", output={"v": 1})], token=token)
@@ -124,7 +124,7 @@ def test_terminal_run_repeats_the_call_that_ended_it(
     runs: RunRepository, session: Session, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a")
-    token = run.claim_token
+    token = run.token
     runs.advance(run.id, token=token)
     ended = runs.advance(run.id, [done("a", output={"x": 1})], token=token)
     assert ended.status == RunStatus.COMPLETED
@@ -149,14 +149,14 @@ def test_stale_worker_is_refused_even_if_its_report_matches(
     runs: RunRepository, session: Session, raw: psycopg.Connection, refuses: Callable[..., Any]
 ) -> None:
     run = claimed(runs, session, "a b")
-    runs.complete_node(run.id, "a", {"x": 1}, token=run.claim_token)
+    runs.complete_node(run.id, "a", {"x": 1}, token=run.token)
     lose_lease(raw, run.id)
     runs.recover()
     for call in (
-        lambda: runs.complete_node(run.id, "a", {"x": 1}, token=run.claim_token),
-        lambda: runs.advance(run.id, [done("a", output={"x": 1})], token=run.claim_token),
-        lambda: runs.skip_node(run.id, "a", token=run.claim_token),
-        lambda: runs.release(run.id, token=run.claim_token),
+        lambda: runs.complete_node(run.id, "a", {"x": 1}, token=run.token),
+        lambda: runs.advance(run.id, [done("a", output={"x": 1})], token=run.token),
+        lambda: runs.skip_node(run.id, "a", token=run.token),
+        lambda: runs.release(run.id, token=run.token),
     ):
         with refuses(LeaseLostError):
             call()
@@ -202,7 +202,7 @@ def test_bad_attempt_raises_invalid_data(runs: RunRepository, session: Session, 
 
 def test_calls_on_the_run_repeat_too(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
     run = claimed(runs, session, "a b")
-    token = run.claim_token
+    token = run.token
     assert runs.start(run.id, token=token) == runs.get(run.id)
     results = [done("a"), done("b", "cancelled")]
     runs.record(run.id, results, token=token)
@@ -221,13 +221,13 @@ def test_repeat_waits_for_the_standby_like_a_write(database: Database) -> None:
         pipeline = store(session, "a")
         runs.create(pipeline, idempotency_key="k")
         run = claimed(runs, session, "a")
-        runs.complete_node(run.id, "a", token=run.claim_token)
+        runs.complete_node(run.id, "a", token=run.token)
         recorded = runs.record_run(pipeline, [done("a")], idempotency_key="r")
     calls: list[Callable[[RunRepository], object]] = [
         lambda runs: runs.create(pipeline, idempotency_key="k"),
         lambda runs: runs.record_run(pipeline, [done("a")], idempotency_key="r"),
-        lambda runs: runs.complete_node(run.id, "a", token=run.claim_token),
-        lambda runs: runs.start(run.id, token=run.claim_token),
+        lambda runs: runs.complete_node(run.id, "a", token=run.token),
+        lambda runs: runs.start(run.id, token=run.token),
     ]
     assert recorded.status == RunStatus.COMPLETED
     for call in calls:

@@ -83,7 +83,7 @@ def test_each_call_takes_one_round_trip(wire: tuple[Session, Callable[[], int]])
     pipeline = store(session, "a b c", retry_backoff_base=0)
     run_id = runs.create(pipeline).id
     (claim,) = runs.claim("w", LEASE)
-    token = claim.claim_token
+    token = claim.token
     calls: list[Callable[[], object]] = [
         lambda: runs.create(pipeline, {"x": 1}, idempotency_key="key"),
         lambda: runs.create(pipeline, {"x": 1}, idempotency_key="key"),

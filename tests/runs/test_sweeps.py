@@ -10,13 +10,14 @@ import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    Database,
     PurgeResult,
     RunRepository,
     RunStatus,
 )
 from gathering_pipeline.errors import InvalidCursorError
 from tests.support.databases import unguarded
-from tests.support.runs import LEASE, claimed, counters, done, lose_lease, started, statuses, store
+from tests.support.runs import LEASE, claim_token, claimed, counters, done, lose_lease, started, statuses, store
 
 
 def test_recover_lost_lease_counts_a_failed_attempt(
@@ -27,18 +28,18 @@ def test_recover_lost_lease_counts_a_failed_attempt(
     tokens = [0]
     for attempt in range(3):
         (run,) = runs.claim("worker", LEASE)
-        tokens.append(run.claim_token)
+        tokens.append(run.token)
         assert run.claim_count == attempt + 1
         if attempt == 0:
-            runs.advance(run_id, token=run.claim_token)
-            runs.advance(run_id, [done("a")], token=run.claim_token)
+            runs.advance(run_id, token=run.token)
+            runs.advance(run_id, [done("a")], token=run.token)
         else:
-            assert [node.node_id for node in runs.advance(run_id, token=run.claim_token).started] == ["b", "c"]
+            assert [node.node_id for node in runs.advance(run_id, token=run.token).started] == ["b", "c"]
         assert runs.recover() == []  # the lease holds
         lose_lease(raw, run_id)
         (recovered,) = runs.recover()
         assert (recovered.id, recovered.lease_expires_at) == (run_id, None)
-        tokens.append(recovered.claim_token)
+        tokens.append(claim_token(raw, run_id))
         if attempt < 2:
             assert (recovered.status, recovered.worker_id) == ("pending", None)
             _, b, c, d = runs.nodes(run_id)
@@ -78,7 +79,7 @@ def test_recover_run_with_all_nodes_terminal_ends_it(
     pipeline = store(session, "a")
     run_id = runs.create(pipeline).id
     (run,) = runs.claim("worker", LEASE)
-    runs.record(run_id, [done("a")], token=run.claim_token)
+    runs.record(run_id, [done("a")], token=run.token)
     lose_lease(raw, run_id)
     assert [(run.id, run.status) for run in runs.recover()] == [(run_id, "completed")]
     assert counters(raw, pipeline) == (1, 1, 0)
@@ -210,3 +211,73 @@ def test_purge_deletes_old_terminal_runs_only(runs: RunRepository, session: Sess
     assert counters(raw, pipeline) == (7, 0, 0)  # purged runs are history
     assert runs.purge(timedelta(0)).deleted == 1
     assert runs.get(ids[6]).status == RunStatus.RUNNING
+
+
+# --- sweep -------------------------------------------------------------------------------------------------------------
+
+
+def let_sweep(raw: psycopg.Connection) -> None:
+    raw.execute("UPDATE circle.pipeline_sweep SET next_at = now()")
+
+
+def overdue(runs: RunRepository, session: Session, raw: psycopg.Connection) -> int:
+    """The id of a running run that is past the timeout of its pipeline."""
+    run_id = started(runs, session, "a", timeout_seconds=1)
+    raw.execute("UPDATE circle.pipeline_runs SET started_at = now() - interval '1 h' WHERE id = %s", [run_id])
+    return run_id
+
+
+def test_sweep_recovers_and_expires_in_turns(database: Database, raw: psycopg.Connection) -> None:
+    with database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        lost, late = claimed(runs, session, "a").id, overdue(runs, session, raw)
+        lose_lease(raw, lost)
+        let_sweep(raw)
+        assert {run.id: run.status.value for run in runs.sweep()} == {lost: "pending", late: "timeout"}
+        again = overdue(runs, session, raw)
+        assert runs.sweep() == []  # within a second of the last
+        let_sweep(raw)
+        with raw.transaction():
+            raw.execute("SELECT FROM circle.pipeline_sweep FOR UPDATE")
+            assert runs.sweep() == []  # another caller sweeps
+        assert [run.id for run in runs.sweep()] == [again]
+
+
+def test_sweep_that_left_runs_is_followed_at_once(database: Database, raw: psycopg.Connection) -> None:
+    with database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        pipeline = store(session, "a", timeout_seconds=1)
+        late = {runs.start(runs.create(pipeline).id).id for _ in range(5)}
+        raw.execute("UPDATE circle.pipeline_runs SET started_at = now() - interval '1 h'")
+        let_sweep(raw)
+        swept = [[run.id for run in runs.sweep(limit=2)] for _ in range(4)]
+        assert [len(ids) for ids in swept] == [2, 2, 1, 0]
+        assert {run_id for ids in swept for run_id in ids} == late
+
+
+def test_sweep_without_its_row_sweeps(database: Database, raw: psycopg.Connection) -> None:
+    raw.execute("DELETE FROM circle.pipeline_sweep")
+    with database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        for _ in range(2):
+            late = overdue(runs, session, raw)
+            assert [run.id for run in runs.sweep()] == [late]
+
+
+def test_claim_sweeps_in_autocommit_only(database: Database, raw: psycopg.Connection) -> None:
+    with database.session(autocommit=True) as session:
+        lost = claimed(RunRepository(session), session, "a").id
+        late = overdue(RunRepository(session), session, raw)
+    lose_lease(raw, lost)
+    let_sweep(raw)
+    with database.session() as session:
+        assert RunRepository(session).claim("another", LEASE) == []
+    with database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        (run,) = runs.claim("another", LEASE)
+        assert (run.id, run.lapsed_claims) == (lost, 1)
+        assert runs.get(late).status == RunStatus.TIMEOUT
+        lose_lease(raw, lost)
+        let_sweep(raw)
+        assert runs.claim("another", LEASE, max_claims=2) == []
+        assert runs.get(lost).status == RunStatus.FAILED

@@ -10,11 +10,11 @@ import psycopg
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    ClaimedRun,
     NodeExecutionResult,
     PipelineCreate,
     PipelineRepository,
     PipelineStatus,
-    RunRead,
     RunRepository,
 )
 from tests.support.graphs import DIAMOND, graph
@@ -55,7 +55,7 @@ def started(runs: RunRepository, session: Session, spec: str = DIAMOND, **fields
     return runs.start(runs.create(store(session, spec, **fields)).id).id
 
 
-def claimed(runs: RunRepository, session: Session, spec: str = DIAMOND, **fields: Any) -> RunRead:
+def claimed(runs: RunRepository, session: Session, spec: str = DIAMOND, **fields: Any) -> ClaimedRun:
     runs.create(store(session, spec, **fields))
     (run,) = runs.claim("worker", LEASE)
     return run
@@ -79,3 +79,11 @@ def raised(call: Callable[..., object], *arguments: object) -> str:
     except Exception as error:  # noqa: BLE001 - any error is an answer
         return type(error).__name__
     return "nothing"
+
+
+def claim_token(raw: psycopg.Connection, run_id: int) -> int:
+    """The stored token of a run."""
+    row = raw.execute("SELECT claim_token FROM circle.pipeline_runs WHERE id = %s", [run_id]).fetchone()
+    assert row is not None
+    token: int = row[0]
+    return token

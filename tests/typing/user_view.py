@@ -15,6 +15,7 @@ from gathering_pipeline import (
     AsyncEventRepository,
     AsyncPipelineRepository,
     AsyncRunRepository,
+    ClaimedRun,
     Database,
     DatabaseSettings,
     EventPage,
@@ -43,6 +44,7 @@ from gathering_pipeline import (
     RunRepository,
     RunStatistics,
     RunStatus,
+    RunSummary,
     StartedNode,
     Step,
     find_issues,
@@ -116,10 +118,10 @@ def runs(session: Session) -> None:
     assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeState)
     assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), Step)
     assert_type(repository.advance(1).started, tuple[StartedNode, ...])
-    assert_type(repository.claim("w", timedelta(minutes=1), limit=3), list[RunRead])
+    assert_type(repository.claim("w", timedelta(minutes=1), limit=3), list[ClaimedRun])
     assert_type(repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
     assert_type(repository.nodes(1), list[NodeRunRead])
-    assert_type(repository.search(pipeline_id=1), Page[RunRead])
+    assert_type(repository.search(pipeline_id=1), Page[RunSummary])
     assert_type(repository.definition(1), PipelineDefinition)
     assert_type(repository.counts(), dict[RunStatus, int])
     assert_type(repository.statistics(1), RunStatistics)
@@ -186,9 +188,9 @@ async def async_runs(session: AsyncSession) -> None:
     assert_type(await repository.create(1, idempotency_key="k"), RunRead)
     assert_type(await repository.start_node(1, "a", token=3), NodeState)
     assert_type(await repository.advance(1), Step)
-    assert_type(await repository.claim("w", timedelta(minutes=1)), list[RunRead])
+    assert_type(await repository.claim("w", timedelta(minutes=1)), list[ClaimedRun])
     assert_type(await repository.heartbeat(1, timedelta(minutes=1), token=2), datetime)
-    assert_type(await repository.search(status=RunStatus.FAILED), Page[RunRead])
+    assert_type(await repository.search(status=RunStatus.FAILED), Page[RunSummary])
     assert_type(await repository.counts(), dict[RunStatus, int])
     assert_type((await repository.purge(timedelta(days=1), limit=5)).kept, tuple[int, ...])
     await repository.create(1, {}, "key")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

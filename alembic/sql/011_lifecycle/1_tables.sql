@@ -74,3 +74,32 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_counters (
     last_run TIMESTAMPTZ,
     PRIMARY KEY (pipeline_id, id)
 );
+
+-- == create pipeline_run_tags
+CREATE TABLE IF NOT EXISTS circle.pipeline_run_tags (
+    run_id BIGINT NOT NULL REFERENCES circle.pipeline_runs (id) ON DELETE CASCADE,
+    key VARCHAR(100) NOT NULL,
+    value VARCHAR(255) NOT NULL,
+    PRIMARY KEY (run_id, key)
+);
+CREATE INDEX IF NOT EXISTS idx_pipeline_run_tags_value ON circle.pipeline_run_tags (key, value, run_id);
+
+-- == create pipeline_run_logs
+-- What append_log writes; the column logs of pipeline_runs is that of raw writers.
+CREATE TABLE IF NOT EXISTS circle.pipeline_run_logs (
+    run_id BIGINT NOT NULL REFERENCES circle.pipeline_runs (id) ON DELETE CASCADE,
+    id BIGINT NOT NULL GENERATED ALWAYS AS IDENTITY,
+    entry JSONB NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (run_id, id),
+    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
+);
+
+-- == create pipeline_sweep
+-- One row: no sweep by a claim begins before next_at.
+CREATE TABLE IF NOT EXISTS circle.pipeline_sweep (
+    id BOOLEAN NOT NULL DEFAULT true PRIMARY KEY,
+    next_at TIMESTAMPTZ NOT NULL DEFAULT '2000-01-01 00:00:00+00',
+    CONSTRAINT ck_pipeline_sweep CHECK (id)
+);
+INSERT INTO circle.pipeline_sweep DEFAULT VALUES ON CONFLICT DO NOTHING;

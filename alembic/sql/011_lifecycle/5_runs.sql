@@ -123,10 +123,11 @@ BEGIN
 END $$;
 
 -- == create functions on runs
--- Creates a run without node runs, or returns the one that has the key; NULL if the pipeline can't be run. A pending run has not
--- begun; record_run begins one at once.
+-- Creates a run without node runs, or returns the one that has the key, or with p_unless_live the one that is live; NULL if the
+-- pipeline can't be run. A pending run has not begun; record_run begins one at once.
 CREATE OR REPLACE FUNCTION circle.insert_run(p_pipeline_id bigint, p_status text, p_trigger_data jsonb, p_key text, p_priority integer,
-                                             p_run_at timestamptz, OUT r circle.pipeline_runs, OUT is_new boolean)
+                                             p_run_at timestamptz, p_unless_live boolean,
+                                             OUT r circle.pipeline_runs, OUT is_new boolean)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     pipeline_status text;
@@ -136,14 +137,31 @@ BEGIN
     END IF;
     is_new := false;
     -- as the insert does: delete_pipeline waits for this lock before it takes any other
-    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    IF p_unless_live THEN
+        PERFORM pg_advisory_xact_lock(1734964328, hashint8(p_pipeline_id));   -- one creator after the other
+    ELSE
+        PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(p_pipeline_id));
+    END IF;
     -- the first run with this key is returned even if the pipeline has been paused since; the bound is for hosts whose triggers
     -- discard every row
     FOR attempt IN 1 .. 100 LOOP
         IF p_key IS NOT NULL THEN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND idempotency_key = p_key;
             IF FOUND THEN
+                IF r.trigger_data IS DISTINCT FROM p_trigger_data THEN
+                    RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
+                        USING ERRCODE = 'PL013', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
+                END IF;
                 PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                RETURN;
+            END IF;
+        END IF;
+        -- the counters tell it without reading the history
+        IF p_unless_live AND (SELECT sum(pending) + sum(running) FROM circle.pipeline_counters WHERE pipeline_id = p_pipeline_id) > 0 THEN
+            SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND completed_at IS NULL
+            ORDER BY pipeline_id DESC, id DESC LIMIT 1;
+            IF FOUND THEN
+                PERFORM pg_current_xact_id();   -- as above
                 RETURN;
             END IF;
         END IF;
@@ -188,12 +206,13 @@ BEGIN
     PERFORM circle.refuse_inactive(p_pipeline_id, p.status);
 END $$;
 CREATE OR REPLACE FUNCTION circle.create_run(p_pipeline_id bigint, p_trigger_data jsonb DEFAULT '{}', p_key text DEFAULT NULL,
-                                             p_priority integer DEFAULT 0, p_run_at timestamptz DEFAULT NULL)
+                                             p_priority integer DEFAULT 0, p_run_at timestamptz DEFAULT NULL,
+                                             p_unless_live boolean DEFAULT false, p_tags jsonb DEFAULT NULL)
 RETURNS circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     created record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'pending', p_trigger_data, p_key, p_priority, p_run_at, p_unless_live);
     IF created.is_new THEN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
@@ -203,6 +222,8 @@ BEGIN
         ORDER BY c.place;
         IF NOT FOUND THEN
             PERFORM circle.refuse_create(p_pipeline_id);
+        ELSIF p_tags IS NOT NULL THEN
+            INSERT INTO circle.pipeline_run_tags (run_id, key, value) SELECT (created.r).id, t.key, t.value FROM jsonb_each_text(p_tags) t;
         END IF;
     ELSIF (created.r).id IS NULL THEN
         PERFORM circle.refuse_create(p_pipeline_id);
@@ -271,11 +292,12 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.append_run_log(p_run_id bigint, p_entry jsonb, p_token bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
-    UPDATE circle.pipeline_runs SET logs = coalesce(logs, '[]') || jsonb_build_array(p_entry)
-    WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token);
+    -- locked, so that the ids of a run's entries grow in the order of their commits
+    PERFORM FROM circle.pipeline_runs WHERE id = p_run_id AND circle.holds_run(claim_token, lease_expires_at, p_token) FOR NO KEY UPDATE;
     IF NOT FOUND THEN
         PERFORM circle.refuse_run(p_run_id, p_token, 'logged');
     END IF;
+    INSERT INTO circle.pipeline_run_logs (run_id, entry) VALUES (p_run_id, p_entry);
 END $$;
 -- A page of the history, newest first. The first column of the order is compared by >= and <, because with "=" the planner
 -- would drop it from the order and might scan the primary key through the runs of other pipelines. Without sorts only the
@@ -297,6 +319,59 @@ BEGIN
     ELSE
         RETURN QUERY SELECT * FROM circle.pipeline_runs r WHERE r.id < p_after ORDER BY r.id DESC LIMIT p_limit;
     END IF;
+END $$;
+-- A page of the history by more than one condition, newest first: of the runs that one index gives in the order of their ids, the first
+-- 10,000 after the cursor are looked at. So a page may hold fewer than p_limit runs, even none, while the next one holds some. No page
+-- follows 10,000 runs that were all created before p_since.
+CREATE OR REPLACE FUNCTION circle.filtered_runs(p_pipeline_id bigint, p_statuses text[], p_tags jsonb, p_since timestamptz,
+                                                p_until timestamptz, p_after bigint, p_limit integer,
+                                                OUT ids bigint[], OUT next_cursor bigint)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off SET enable_incremental_sort = off
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+DECLARE
+    most CONSTANT integer := 10000;
+    tag record;
+    runs refcursor;
+    r record;
+    looked_at bigint := 0;
+    any_recent boolean := p_since IS NULL;
+BEGIN
+    ids := '{}';
+    SELECT key, value INTO tag FROM jsonb_each_text(p_tags) LIMIT 1;
+    IF FOUND THEN
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at
+            FROM (SELECT t.run_id FROM circle.pipeline_run_tags t
+                  WHERE t.key >= tag.key AND (t.key, t.value) >= (tag.key, tag.value) AND (t.key, t.value, t.run_id) < (tag.key, tag.value, p_after)
+                  ORDER BY t.key DESC, t.value DESC, t.run_id DESC) t
+            JOIN circle.pipeline_runs c ON c.id = t.run_id;
+    ELSIF p_pipeline_id IS NOT NULL THEN
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at FROM circle.pipeline_runs c
+            WHERE c.pipeline_id >= p_pipeline_id AND (c.pipeline_id, c.id) < (p_pipeline_id, p_after) ORDER BY c.pipeline_id DESC, c.id DESC;
+    ELSE
+        OPEN runs FOR SELECT c.id, c.pipeline_id, c.status, c.created_at FROM circle.pipeline_runs c
+            WHERE c.id < p_after ORDER BY c.id DESC;
+    END IF;
+    LOOP
+        FETCH runs INTO r;
+        EXIT WHEN NOT FOUND;
+        any_recent := any_recent OR r.created_at >= p_since;
+        IF (p_pipeline_id IS NULL OR r.pipeline_id = p_pipeline_id) AND (p_statuses IS NULL OR r.status = ANY (p_statuses))
+           AND (p_since IS NULL OR r.created_at >= p_since) AND (p_until IS NULL OR r.created_at < p_until)
+           AND (p_tags IS NULL OR NOT EXISTS (SELECT FROM jsonb_each_text(p_tags) w WHERE NOT EXISTS (
+                    SELECT FROM circle.pipeline_run_tags t WHERE t.run_id = r.id AND t.key = w.key AND t.value = w.value))) THEN
+            IF cardinality(ids) = p_limit THEN
+                next_cursor := ids[p_limit];
+                EXIT;
+            END IF;
+            ids := ids || r.id;
+        END IF;
+        looked_at := looked_at + 1;
+        IF looked_at >= p_limit::bigint + most THEN
+            next_cursor := CASE WHEN any_recent THEN r.id END;
+            EXIT;
+        END IF;
+    END LOOP;
+    CLOSE runs;
 END $$;
 -- The number of runs of a pipeline by status, and the median and the 95th percentile of the seconds that completed ones took: of the
 -- last p_limit runs, as far as they were created after p_since. Without sorts only the right index remains, as in page_of_runs.

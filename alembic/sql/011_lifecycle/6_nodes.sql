@@ -496,7 +496,7 @@ DECLARE
     r circle.pipeline_runs;
     done record;
 BEGIN
-    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key, 0, NULL);
+    SELECT * INTO created FROM circle.insert_run(p_pipeline_id, 'running', p_trigger_data, p_key, 0, NULL, false);
     r := created.r;
     IF NOT created.is_new THEN
         IF r.id IS NULL THEN

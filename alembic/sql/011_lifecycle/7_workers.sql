@@ -8,7 +8,8 @@
 --
 -- The running runs of a pipeline with max_running are counted under an advisory lock, which its claimers hold until they commit; one
 -- that doesn't get it passes by.
-CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL)
+CREATE OR REPLACE FUNCTION circle.claim_runs(p_worker_id text, p_lease interval, p_limit integer, p_pipelines bigint[] DEFAULT NULL,
+                                             p_max_claims integer DEFAULT NULL)
 RETURNS SETOF circle.pipeline_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET jit = off AS $$
 DECLARE
@@ -22,6 +23,9 @@ DECLARE
 BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
+    END IF;
+    IF p_max_claims IS NOT NULL THEN   -- for callers whose transaction ends now: while a sweep is under way, nobody else sweeps
+        PERFORM circle.sweep_runs(30, p_max_claims);
     END IF;
     IF (SELECT waits_until FROM circle.pipeline_runs WHERE status = 'pending' AND waits_until IS NOT NULL
         ORDER BY waits_until LIMIT 1) <= now THEN
@@ -234,6 +238,28 @@ BEGIN
         RETURN NEXT result;
     END LOOP;
     PERFORM circle.fold_counters();
+END $$;
+-- Recovers and expires runs, for all workers of the database in turns: where another caller sweeps, or the last sweep is not long ago,
+-- it does nothing. The next one may begin after a second and 20 times what this one took, or at once if this one left runs.
+CREATE OR REPLACE FUNCTION circle.sweep_runs(p_limit integer, p_max_claims integer) RETURNS SETOF circle.pipeline_runs
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    began timestamptz := clock_timestamp();
+    most integer := least(p_limit, 30);   -- of each kind: more subtransactions would make every other session slower
+    recovered integer;
+    expired integer;
+BEGIN
+    PERFORM FROM circle.pipeline_sweep WHERE next_at <= began FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND AND EXISTS (SELECT FROM circle.pipeline_sweep) THEN   -- without its row every caller sweeps
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT * FROM circle.recover_runs(most, p_max_claims);
+    GET DIAGNOSTICS recovered = ROW_COUNT;
+    RETURN QUERY SELECT * FROM circle.expire_runs(most);
+    GET DIAGNOSTICS expired = ROW_COUNT;
+    UPDATE circle.pipeline_sweep SET next_at = CASE
+        WHEN most <= greatest(recovered, expired) THEN clock_timestamp()
+        ELSE clock_timestamp() + interval '1 s' + 20 * (clock_timestamp() - began) END;
 END $$;
 -- Deletes runs, but for those to which a row of a table of the host refers, and returns these. A batch is halved where one is refused.
 CREATE OR REPLACE FUNCTION circle.delete_runs(p_ids bigint[]) RETURNS bigint[]

@@ -1,3 +1,19 @@
+-- == pipeline_runs: move the entries of logs into the column
+DO $fold$
+BEGIN
+    IF to_regclass('circle.pipeline_run_logs') IS NOT NULL THEN
+        UPDATE circle.pipeline_runs r SET logs = l.entries
+        FROM (SELECT t.run_id, CASE WHEN jsonb_typeof(p.logs) = 'array' THEN p.logs WHEN p.logs IS NULL THEN '[]' ELSE jsonb_build_array(p.logs) END
+                               || jsonb_agg(t.entry ORDER BY t.id) AS entries
+              FROM circle.pipeline_run_logs t JOIN circle.pipeline_runs p ON p.id = t.run_id GROUP BY t.run_id, p.logs) l
+        WHERE r.id = l.run_id;
+        DROP TABLE circle.pipeline_run_logs;
+    END IF;
+END $fold$;
+
+-- == drop tags and the time of sweeps
+DROP TABLE IF EXISTS circle.pipeline_run_tags, circle.pipeline_sweep;
+
 -- == drop views and counters
 DROP VIEW IF EXISTS circle.startable_node_runs, circle.pending_node_runs;
 DO $fold$
