@@ -1,4 +1,4 @@
-"""A worker that simulates its nodes, as ``config["simulate"]`` says: ``python -m examples.worker [--name NAME] [--once]``."""
+"""A worker that simulates nodes as their ``config["simulate"]`` says: ``python -m examples.worker [--name NAME]``."""
 
 from __future__ import annotations
 

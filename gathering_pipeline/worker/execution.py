@@ -100,9 +100,9 @@ class Execution:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._is_waiting = False
-        # attempts: those that were ever begun, those that have not ended, those of them that have a handler
+        # attempts: all that were begun; those that have not ended, of these those with a handler, and without a slot
         self._begun: set[tuple[str, int]] = set()
-        self._under_way = self._handled = 0
+        self._under_way = self._handled = self._queued = 0
         # reports: results to send, the last ones that were sent, whether to send none at all but ask what is ready
         self._results: list[Result] = []
         self._reported: list[Result] = []
@@ -111,9 +111,9 @@ class Execution:
         self._due: datetime | None = None
 
     @property
-    def needs_slot(self) -> bool:
-        """Whether it has no handler, but may have one next."""
-        return self._handled == 0 and not self._is_waiting
+    def demand(self) -> int:
+        """Slots that it waits for, or may need next."""
+        return self._queued if self._handled or self._is_waiting else 1
 
     def wake(self) -> None:
         """Let it look whether the worker stops."""
@@ -173,7 +173,9 @@ class Execution:
         return self._shared.stopping.is_set()
 
     def _cancel(self) -> None:
-        self._cancelled.set()
+        """Let the handlers that run stop."""
+        if self._tasks:
+            self._cancelled.set()
         for task in self._tasks:
             task.cancel()
 
@@ -284,6 +286,7 @@ class Execution:
             node = self._nodes[started.node_id]
             if handler := self._shared.handlers.get(node.type):
                 self._handled += 1
+                self._queued += 1
                 attempt = self._handle(node, started, handler)
             elif node.type == DELAY:
                 attempt = self._delay(node, started)
@@ -313,6 +316,7 @@ class Execution:
         result = None
         try:
             await self._shared.slots.acquire()
+            self._queued -= 1
             if self._is_stopping:
                 self._shared.slots.release()
             else:

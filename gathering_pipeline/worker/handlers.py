@@ -154,26 +154,22 @@ class Slots:
     """One for each handler that may run at the same time.
 
     Attributes:
-        room: Slots that are free, less the handlers that wait for one.
+        free: How many are free.
     """
 
     def __init__(self, number: int) -> None:
-        self.room = number
-        self._free = asyncio.Semaphore(number)
+        self.free = number
+        self._semaphore = asyncio.Semaphore(number)
 
     async def acquire(self) -> None:
         """Wait for a slot."""
-        self.room -= 1
-        try:
-            await self._free.acquire()
-        except BaseException:
-            self.room += 1
-            raise
+        await self._semaphore.acquire()
+        self.free -= 1
 
     def release(self) -> None:
         """Give a slot back."""
-        self.room += 1
-        self._free.release()
+        self.free += 1
+        self._semaphore.release()
 
 
 async def in_thread(call: Callable[[], T], at_end: Callable[[], None]) -> T:

@@ -145,7 +145,7 @@ class Worker:
 
     async def _claim(self, tasks: asyncio.TaskGroup) -> None:
         """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
-        room = self._shared.slots.room - sum(execution.needs_slot for execution in self._held)
+        room = self._shared.slots.free - sum(execution.demand for execution in self._held)
         room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
         async with self.database.async_session(autocommit=True) as session:
             runs = AsyncRunRepository(session)
