@@ -28,9 +28,7 @@ def load_handlers(place: str) -> Mapping[str, Any]:
             raise  # a module that the handlers import
         raise ConfigurationError(f"there is no module {module!r:.100}: write MODULE:HANDLERS") from None
     except (AttributeError, ValueError):
-        raise ConfigurationError(
-            f"there is no {name!r:.100} in module {module!r:.100}: write MODULE:HANDLERS"
-        ) from None
+        raise ConfigurationError(f"module {module!r:.100} has no {name!r:.100}: write MODULE:HANDLERS") from None
     return found
 
 
