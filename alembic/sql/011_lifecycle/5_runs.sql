@@ -89,7 +89,7 @@ BEGIN
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_runs r
         JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE r.id = p_run_id ORDER BY c.place
         ON CONFLICT (run_id, node_id) DO UPDATE SET
             position = excluded.position, predecessors = excluded.predecessors, successors = excluded.successors
@@ -198,7 +198,7 @@ BEGIN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_versions v
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE v.pipeline_id = (created.r).pipeline_id AND v.version = (created.r).pipeline_version
         ORDER BY c.place;
         IF NOT FOUND THEN
