@@ -9,7 +9,8 @@ CREATE TYPE circle.compiled_node AS (
     node_id character varying(100),
     node_type character varying(50),
     predecessors integer[],
-    successors integer[]
+    successors integer[],
+    branches jsonb
 );
 
 CREATE TYPE circle.node_result AS (
@@ -20,7 +21,8 @@ CREATE TYPE circle.node_result AS (
     duration_ms integer,
     retry_count integer,
     attempt integer,
-    retryable boolean
+    retryable boolean,
+    branch text
 );
 
 -- ---- table circle.pipelines
@@ -157,6 +159,7 @@ CREATE TABLE circle.pipeline_node_runs (
     predecessors integer[],
     successors integer[],
     available_at timestamp with time zone,
+    untaken integer[],
     CONSTRAINT pipeline_node_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_node_runs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
     CONSTRAINT ck_pipeline_node_runs CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)),
@@ -178,7 +181,7 @@ CREATE TRIGGER pipeline_node_runs_after_update AFTER UPDATE ON circle.pipeline_n
 CREATE TRIGGER pipeline_node_runs_before BEFORE UPDATE ON circle.pipeline_node_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_node_runs_before();  -- ALWAYS
 CREATE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (new.status <> 'pending' OR new.input_data <> '{}'::jsonb OR new.output_data <> '{}'::jsonb) EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();  -- ALWAYS
+    FOR EACH ROW WHEN (new.status <> 'pending' OR new.input_data <> '{}'::jsonb OR new.output_data <> '{}'::jsonb OR new.untaken IS NOT NULL) EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();  -- ALWAYS
 CREATE TRIGGER pipeline_node_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_node_runs
     FOR EACH ROW WHEN (new.status = old.status) EXECUTE FUNCTION circle.refuse_same_status();  -- ALWAYS
 
@@ -462,6 +465,16 @@ AS $function$
     SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
 $function$;
 
+-- The label that a condition of an edge or an outcome stands for; '' is none. Lower case of A to Z only, so that it is the same in every
+-- database and in Python.
+CREATE OR REPLACE FUNCTION circle.branch_label(p_text text)
+ RETURNS text
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT lower(circle.trimmed(p_text) COLLATE "C")
+$function$;
+
 -- Whether a text certainly begins with a character that is no blank; ascii() returns the code point.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text)
  RETURNS boolean
@@ -508,9 +521,10 @@ CREATE OR REPLACE VIEW circle.pipeline_version_nodes WITH (security_invoker=true
     c.node_id,
     c.node_type,
     c.predecessors,
-    c.successors
+    c.successors,
+    c.branches
    FROM (circle.pipeline_versions v
-     CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c(node_id, node_type, predecessors, successors, place));
+     CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c(node_id, node_type, predecessors, successors, branches, place));
 
 -- ---- alembic/sql/010_graph/4_compile.sql
 
@@ -592,8 +606,8 @@ END $function$;
 -- Refuses what is no graph or can't be sorted; else each node's generation (longest path from a root), and the edges as places
 -- in nodes, sorted, each pair once. Ids become integers once, by hash joins; generations then come from one pass over the
 -- edges where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
--- would take longer than running them.
-CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT ids text[], OUT types text[], OUT sources integer[], OUT targets integer[], OUT generation integer[])
+-- would take longer than running them. labelled: whether an edge has a condition.
+CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT ids text[], OUT types text[], OUT sources integer[], OUT targets integer[], OUT generation integer[], OUT labelled boolean)
  RETURNS record
  LANGUAGE plpgsql
  STABLE
@@ -670,6 +684,7 @@ BEGIN
             jsonb_build_array('edges', bad.place, bad.key), NULL, bad.id);
     END IF;
 
+    labelled := p_edges @? '$[*].condition ? (@ != null)';
     generation := array_fill(0, ARRAY[n]);
     IF sorted THEN
         FOR i IN 1 .. edge_count LOOP
@@ -734,7 +749,24 @@ DECLARE
     positions integer[] := ARRAY(   -- by place
         SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
         FROM unnest(g.generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+    branches jsonb[];   -- by place
 BEGIN
+    IF g.labelled THEN
+        WITH places AS MATERIALIZED (
+            SELECT u.id COLLATE "C" AS id, u.place::integer AS place FROM unnest(g.ids) WITH ORDINALITY u (id, place)
+        ), edges AS (
+            SELECT s.place AS source, positions[t.place] AS target, nullif(circle.branch_label(e.edge ->> 'condition'), '') AS label
+            FROM (SELECT e AS edge, e ->> 'from' AS source, e ->> 'to' AS target FROM jsonb_array_elements(p_edges) e) e
+            JOIN places s ON s.id = e.source JOIN places t ON t.id = e.target
+        ), labels AS (
+            SELECT e.source, e.label, jsonb_agg(DISTINCT e.target) FILTER (WHERE NOT e.always) AS targets
+            FROM (SELECT *, bool_or(label IS NULL) OVER (PARTITION BY source, target) AS always FROM edges) e
+            WHERE e.label IS NOT NULL GROUP BY e.source, e.label
+        ), nodes AS (
+            SELECT l.source, jsonb_object_agg(l.label, coalesce(l.targets, '[]')) AS branches FROM labels l GROUP BY l.source
+        )
+        SELECT array_agg(n.branches ORDER BY p.place) INTO branches FROM places p LEFT JOIN nodes n ON n.source = p.place;
+    END IF;
     -- sorted before they are gathered: a sort for each list would take longer than all the rest
     RETURN ARRAY(WITH edges AS MATERIALIZED (
         SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(g.sources, g.targets) e (source, target)
@@ -743,8 +775,8 @@ BEGIN
     ), outgoing AS (
         SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
     )
-    SELECT ROW(u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}'))::circle.compiled_node
-    FROM unnest(positions, g.ids, g.types) u (pos, id, type)
+    SELECT ROW(u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}'), u.branches)::circle.compiled_node
+    FROM unnest(positions, g.ids, g.types, branches) u (pos, id, type, branches)
     LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
     ORDER BY u.pos);
 END $function$;
@@ -1221,6 +1253,19 @@ AS $function$
     SELECT current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')
 $function$;
 
+-- PL013: an outcome of a node that none of its edges has as label.
+CREATE OR REPLACE FUNCTION circle.refuse_branch(p_node_id text, p_branch text, p_branches jsonb)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION '%', format('branch of node %L must be one of true, false%s, not %L', p_node_id, (
+        SELECT string_agg(', ' || left(l.label, 40), '' ORDER BY l.label)
+        FROM (SELECT k COLLATE "C" AS label FROM jsonb_object_keys(p_branches) k
+              WHERE k NOT IN ('true', 'false') ORDER BY 1 LIMIT 20) l), left(p_branch, 100)) USING ERRCODE = 'PL013';
+END $function$;
+
 -- What no writer may change. p_what names the columns.
 CREATE OR REPLACE FUNCTION circle.refuse_change(p_row text, p_what text)
  RETURNS void
@@ -1520,6 +1565,17 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_runs_after_truncate() FROM PUBLIC;
 
+-- Raises that a node run can't have this untaken.
+CREATE OR REPLACE FUNCTION circle.refuse_untaken(p_node_id text, p_run_id bigint)
+ RETURNS void
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RAISE EXCEPTION 'untaken of node % of run % is written with the change to completed only, and has positions of its successors',
+        p_node_id, p_run_id USING ERRCODE = 'integrity_constraint_violation';
+END $function$;
+
 -- Completes a proposed row; pipeline_node_runs_after_insert judges those that were inserted.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert()
  RETURNS trigger
@@ -1530,6 +1586,8 @@ BEGIN
     IF NOT (circle.is_readable(NEW.input_data) AND circle.is_readable(NEW.output_data)) THEN
         PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
                                    TG_TABLE_NAME);
+    ELSIF NEW.untaken IS NOT NULL AND (NEW.status = 'completed' AND NEW.untaken <@ NEW.successors) IS NOT TRUE THEN
+        PERFORM circle.refuse_untaken(NEW.node_id, NEW.run_id);
     ELSIF NEW.status = 'running' THEN
         NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
     ELSIF NEW.status <> 'pending' AND NEW.completed_at IS NULL THEN
@@ -1551,7 +1609,7 @@ BEGIN
            WHEN 'running' THEN OLD.status = 'pending' AND NEW.started_at IS DISTINCT FROM OLD.started_at AND NEW.completed_at IS NULL
            WHEN 'completed' THEN OLD.status IN ('pending', 'running') AND NEW.completed_at IS NOT NULL END)
        AND NEW.run_id = OLD.run_id AND NEW.node_id = OLD.node_id AND NEW.id = OLD.id AND NEW.node_type = OLD.node_type
-       AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors
+       AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors AND NEW.untaken IS NULL
        AND (NEW.output_data = OLD.output_data OR circle.is_readable(NEW.output_data))
        AND (NEW.input_data = OLD.input_data OR circle.is_readable(NEW.input_data)) THEN
         RETURN NEW;
@@ -1565,6 +1623,9 @@ BEGIN
     ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.node_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
         PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
             (SELECT 'its run is ' || r.status FROM circle.pipeline_runs r WHERE r.id = OLD.run_id AND r.status <> 'running'));
+    ELSIF NEW.untaken IS DISTINCT FROM OLD.untaken
+          AND (NEW.status = 'completed' AND OLD.status <> 'completed' AND NEW.untaken <@ NEW.successors) IS NOT TRUE THEN
+        PERFORM circle.refuse_untaken(OLD.node_id, OLD.run_id);
     ELSIF NEW.input_data IS DISTINCT FROM OLD.input_data AND NOT circle.is_readable(NEW.input_data)
           OR NEW.output_data IS DISTINCT FROM OLD.output_data AND NOT circle.is_readable(NEW.output_data) THEN
         PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
@@ -1860,7 +1921,7 @@ BEGIN
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_runs r
         JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE r.id = p_run_id ORDER BY c.place
         ON CONFLICT (run_id, node_id) DO UPDATE SET
             position = excluded.position, predecessors = excluded.predecessors, successors = excluded.successors
@@ -1925,7 +1986,7 @@ BEGIN
             IF FOUND THEN
                 IF r.trigger_data IS DISTINCT FROM p_trigger_data THEN
                     RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
-                        USING ERRCODE = 'PL013', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
+                        USING ERRCODE = 'PL014', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
                 END IF;
                 PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
                 RETURN;
@@ -1999,7 +2060,7 @@ BEGIN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_versions v
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE v.pipeline_id = (created.r).pipeline_id AND v.version = (created.r).pipeline_version
         ORDER BY c.place;
         IF NOT FOUND THEN
@@ -2251,9 +2312,18 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/6_nodes.sql
 
+-- Whether the edge from a node run to the one at a position is dead. Inlined.
+CREATE OR REPLACE FUNCTION circle.is_dead(p_status text, p_untaken integer[], p_position integer)
+ RETURNS boolean
+ LANGUAGE sql
+ IMMUTABLE
+AS $function$
+    SELECT p_status = 'skipped' OR p_status = 'completed' AND coalesce(p_position = ANY (p_untaken), false)
+$function$;
+
 -- Returns what blocks a pending node, NULL if it is ready. RETURNS SETOF, because a function with a subquery is inlined only in
 -- FROM.
-CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id bigint, p_predecessors integer[], p_retry_count integer, p_available_at timestamp with time zone)
+CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id bigint, p_position integer, p_predecessors integer[], p_retry_count integer, p_available_at timestamp with time zone)
  RETURNS SETOF text
  LANGUAGE sql
  STABLE
@@ -2264,7 +2334,7 @@ AS $function$
         WHEN p_failed_node IS NOT NULL AND p_retry_count = 0 THEN 'failure'
         WHEN p_predecessors <> '{}' THEN (
             SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
-                        WHEN bool_or(p.status = 'completed') IS NOT TRUE THEN 'skipped' END
+                        WHEN bool_and(circle.is_dead(p.status, p.untaken, p_position)) THEN 'skipped' END
             FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
     END
 $function$;
@@ -2281,7 +2351,7 @@ CREATE OR REPLACE VIEW circle.pending_node_runs WITH (security_invoker=true) AS
           ORDER BY p."position") AS waiting_for
    FROM ((circle.pipeline_node_runs n
      JOIN circle.pipeline_runs r ON ((r.id = n.run_id)))
-     CROSS JOIN LATERAL circle.blocked_by((r.status)::text, (r.failed_node)::text, n.run_id, n.predecessors, n.retry_count, n.available_at) b(reason))
+     CROSS JOIN LATERAL circle.blocked_by((r.status)::text, (r.failed_node)::text, n.run_id, n."position", n.predecessors, n.retry_count, n.available_at) b(reason))
   WHERE ((n.status)::text = 'pending'::text);
 
 CREATE OR REPLACE VIEW circle.startable_node_runs WITH (security_invoker=true) AS
@@ -2291,6 +2361,42 @@ CREATE OR REPLACE VIEW circle.startable_node_runs WITH (security_invoker=true) A
     "position"
    FROM circle.pending_node_runs n
   WHERE (blocked_by IS NULL);
+
+-- The branches of nodes that have any, by node id, as the version of their run has them.
+CREATE OR REPLACE FUNCTION circle.branches_of(p_run_id bigint, p_node_ids text[])
+ RETURNS jsonb
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN (SELECT jsonb_object_agg(c.node_id, c.branches)
+            FROM circle.pipeline_runs r
+            JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+            CROSS JOIN LATERAL unnest(v.compiled) c
+            -- IS TRUE, because a join would be planned for a few nodes: by loops
+            WHERE r.id = p_run_id AND c.branches IS NOT NULL AND (c.node_id IN (SELECT unnest(p_node_ids))) IS TRUE);
+END $function$;
+
+-- The successors that a node doesn't take if it completes with this outcome; '{}': it takes all. Without labels only 'false' takes
+-- none. With labels edges without one are always taken, and of the others those of the label.
+CREATE OR REPLACE FUNCTION circle.untaken(p_node_id text, p_branches jsonb, p_successors integer[], p_branch text)
+ RETURNS integer[]
+ LANGUAGE plpgsql
+ IMMUTABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    label text := circle.branch_label(p_branch);
+BEGIN
+    IF label NOT IN ('true', 'false') AND (p_branches ? label) IS NOT TRUE THEN
+        PERFORM circle.refuse_branch(p_node_id, p_branch, p_branches);
+    ELSIF p_branches IS NULL THEN
+        RETURN CASE label WHEN 'false' THEN p_successors ELSE '{}' END;
+    END IF;
+    RETURN ARRAY(SELECT s::integer FROM jsonb_each(p_branches) b CROSS JOIN jsonb_array_elements(b.value) s
+                 EXCEPT SELECT s::integer FROM jsonb_array_elements(p_branches -> label) s ORDER BY 1);
+END $function$;
 
 -- What a call returns of a node run: little, because these are the hot paths.
 CREATE OR REPLACE FUNCTION circle.node_answer(n circle.pipeline_node_runs)
@@ -2302,13 +2408,26 @@ AS $function$
                              'attempt', n.retry_count + 1::bigint, 'available_at', n.available_at, 'error_message', n.error_message)
 $function$;
 
+-- Whether a completed node takes what it would take with this outcome.
+CREATE OR REPLACE FUNCTION circle.has_outcome(n circle.pipeline_node_runs, p_branch text)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    wanted integer[] := circle.untaken(n.node_id, circle.branches_of(n.run_id, ARRAY[n.node_id]) -> n.node_id, n.successors, p_branch);
+BEGIN
+    RETURN wanted <@ coalesce(n.untaken, '{}') AND wanted @> coalesce(n.untaken, '{}');
+END $function$;
+
 --   state of the node              a repeat is
---   the status reported            the same attempt, and for completed the same output
+--   the status reported            the same attempt, and for completed the same output and outcome
 --   pending, to be retried         failed, of an earlier attempt
-CREATE OR REPLACE FUNCTION circle.is_repeat(n circle.pipeline_node_runs, p_token bigint, p_status text, p_attempt integer, p_output jsonb)
+CREATE OR REPLACE FUNCTION circle.is_repeat(n circle.pipeline_node_runs, p_token bigint, p_status text, p_attempt integer, p_output jsonb, p_branch text)
  RETURNS boolean
  LANGUAGE sql
- IMMUTABLE
+ STABLE
 AS $function$
     SELECT CASE
         WHEN p_status = 'skipped' THEN n.status = 'skipped'
@@ -2316,12 +2435,12 @@ AS $function$
         WHEN p_status = 'failed' AND n.status IN ('pending', 'running') THEN
             coalesce(p_attempt <= n.retry_count, n.status = 'pending' AND n.retry_count > 0)
         WHEN p_status = 'completed' THEN n.status = 'completed' AND coalesce(p_attempt = n.retry_count + 1::bigint, true)
-                                         AND coalesce(p_output = n.output_data, true)
+                                         AND coalesce(p_output = n.output_data, true) AND (p_branch IS NULL OR circle.has_outcome(n, p_branch))
         ELSE n.status = p_status AND coalesce(p_attempt = n.retry_count + 1::bigint, true) END
 $function$;
 
 -- Raises why a call on a node run is refused, unless it repeats one that succeeded: then returns the node run.
-CREATE OR REPLACE FUNCTION circle.repeat_or_refuse(p_run_id bigint, p_node_id text, p_token bigint, p_requested text, p_attempt integer DEFAULT NULL::integer, p_output jsonb DEFAULT NULL::jsonb)
+CREATE OR REPLACE FUNCTION circle.repeat_or_refuse(p_run_id bigint, p_node_id text, p_token bigint, p_requested text, p_attempt integer DEFAULT NULL::integer, p_output jsonb DEFAULT NULL::jsonb, p_branch text DEFAULT NULL::text)
  RETURNS circle.pipeline_node_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2341,7 +2460,7 @@ BEGIN
     SELECT * INTO n FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
     IF NOT FOUND THEN
         PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
-    ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output) THEN
+    ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output, p_branch) THEN
         PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
         RETURN n;
     ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
@@ -2353,7 +2472,7 @@ BEGIN
                     WHEN p.waiting_for <> '[]' THEN ''
                     WHEN p.blocked_by = 'retry' THEN 'its retry is due at ' || n.available_at
                     WHEN p.blocked_by = 'failure' THEN format('node %L failed, and only retries start after a failure', r.failed_node)
-                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'none of its predecessors is completed: skip it, too'
+                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'no predecessor is completed and takes it: skip it, too'
                     ELSE 'it became ready during this call: try again' END);
     END IF;
     IF r.completed_at IS NOT NULL THEN
@@ -2363,11 +2482,12 @@ BEGIN
         WHEN r.status <> 'running' THEN 'its run is ' || r.status
         WHEN p_attempt < n.retry_count + 1::bigint THEN format('attempt %s has ended, the current one is %s', p_attempt, n.retry_count + 1::bigint)
         WHEN p_attempt > n.retry_count + 1::bigint THEN format('attempt %s has not begun, the current one is %s', p_attempt, n.retry_count + 1::bigint)
-        WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN 'it completed with another output' END);
+        WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN
+            'it completed with another ' || CASE WHEN p_output <> n.output_data THEN 'output' ELSE 'branch' END END);
 END $function$;
 
--- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
--- positions and those of the nodes that follow the skipped ones.
+-- Skips the nodes to which all edges are dead, transitively, from the nodes at these positions on. Returns these positions and those
+-- of the nodes that follow the skipped ones.
 CREATE OR REPLACE FUNCTION circle.skip_followers(p_run_id bigint, p_positions integer[])
  RETURNS integer[]
  LANGUAGE plpgsql
@@ -2381,7 +2501,7 @@ BEGIN
         WITH skipped AS (
             UPDATE circle.pipeline_node_runs n SET status = 'skipped'
             WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
-              AND (SELECT bool_and(p.status = 'skipped') FROM circle.pipeline_node_runs p
+              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.pipeline_node_runs p
                    WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
             RETURNING n.successors
         )
@@ -2408,7 +2528,7 @@ BEGIN
         UPDATE circle.pipeline_node_runs t SET
             status = 'running', started_at = clock_timestamp(), input_data = coalesce(p_input, t.input_data)
         WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status = 'pending') IS TRUE
-          AND (SELECT b.reason FROM circle.blocked_by('running', failed, t.run_id, t.predecessors, t.retry_count,
+          AND (SELECT b.reason FROM circle.blocked_by('running', failed, t.run_id, t.position, t.predecessors, t.retry_count,
                                                       t.available_at) b (reason)) IS NULL
         RETURNING * INTO n;
     END IF;
@@ -2418,7 +2538,7 @@ BEGIN
     RETURN circle.node_answer(n);
 END $function$;
 
-CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_attempt integer, p_token bigint)
+CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_attempt integer, p_token bigint, p_branch text DEFAULT NULL::text)
  RETURNS json
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -2433,13 +2553,17 @@ BEGIN
     IF FOUND THEN
         UPDATE circle.pipeline_node_runs t SET
             status = 'completed', output_data = coalesce(p_output, t.output_data), error_message = NULL,
+            untaken = CASE WHEN p_branch IS NOT NULL THEN nullif(circle.untaken(
+                t.node_id, circle.branches_of(t.run_id, ARRAY[t.node_id]) -> t.node_id, t.successors, p_branch), '{}') END,
             completed_at = greatest(clock_timestamp(), t.started_at), duration_ms = circle.elapsed_ms(NULL, t.started_at)
         WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status IN ('pending', 'running')) IS TRUE
           AND coalesce(p_attempt = t.retry_count + 1::bigint, true)
         RETURNING * INTO n;
     END IF;
     IF n.id IS NULL THEN
-        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'completed', p_attempt, p_output);
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'completed', p_attempt, p_output, p_branch);
+    ELSIF n.untaken IS NOT NULL THEN
+        PERFORM circle.skip_followers(p_run_id, n.untaken);
     END IF;
     RETURN circle.node_answer(n);
 END $function$;
@@ -2559,7 +2683,7 @@ BEGIN
         IF x.current IS NOT NULL AND x.times > 1 THEN
             PERFORM circle.refuse_transition(p_run_id, x.node_id, x.current, x.status, 'the batch has more than one result for it');
         ELSIF (x.node_id = ANY (p_applied)) IS NOT TRUE THEN
-            PERFORM circle.repeat_or_refuse(p_run_id, x.node_id, p_token, x.status, x.attempt, x.output);
+            PERFORM circle.repeat_or_refuse(p_run_id, x.node_id, p_token, x.status, x.attempt, x.output, x.branch);
         END IF;
     END LOOP;
 END $function$;
@@ -2586,6 +2710,11 @@ BEGIN
         UPDATE circle.pipeline_node_runs n SET
             status = CASE WHEN x.retried THEN 'pending' ELSE x.status END, error_message = x.error,
             output_data = coalesce(x.output, n.output_data), duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at),
+            -- the branches are read once, if a result has one
+            untaken = CASE WHEN x.branch IS NOT NULL AND x.status = 'completed' THEN nullif(circle.untaken(
+                n.node_id, (SELECT circle.branches_of(p_run_id, ARRAY(SELECT e ->> 'node_id' FROM jsonb_array_elements(p_results) e
+                                                                      WHERE e ? 'branch'))) -> n.node_id,
+                n.successors, x.branch), '{}') END,
             retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END) END,
             available_at = CASE WHEN x.retried THEN circle.retry_due(p.base, p.most, n.retry_count) END,
             -- of a node that is reported after it ran
@@ -2604,10 +2733,10 @@ BEGIN
                        AND circle.was_reported(t, r.attempt))
         ) x
         WHERE n.id = x.id
-        RETURNING n.node_id, n.status, n.successors
+        RETURNING n.node_id, n.status, n.successors, n.untaken
     )
     SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
-           bool_or(u.status = 'skipped') AS skipped
+           bool_or(u.status = 'skipped' OR u.untaken IS NOT NULL) AS skipped
     INTO done FROM updated u LEFT JOIN unnest(u.successors) WITH ORDINALITY s (position, ord) ON true;
     repeated := coalesce(cardinality(done.nodes), 0) <> jsonb_array_length(p_results);
     IF repeated THEN
@@ -2619,7 +2748,8 @@ BEGIN
     END IF;
 END $function$;
 
--- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of their completed predecessors.
+-- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of the completed predecessors that take
+-- them.
 CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_ids bigint[], p_inputs boolean)
  RETURNS json
  LANGUAGE plpgsql
@@ -2632,7 +2762,8 @@ BEGIN
                     'node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint, 'inputs', (
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
                         FROM circle.pipeline_node_runs p
-                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'))
+                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'
+                          AND NOT circle.is_dead(p.status, p.untaken, n.position)))
                     ORDER BY n.position, n.id)
                 FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
@@ -2670,7 +2801,7 @@ BEGIN
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND (n.status = 'pending') IS TRUE
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
             RETURNING n.id
         ) SELECT array_agg(s.id) INTO started FROM s;
@@ -2678,7 +2809,7 @@ BEGIN
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND n.position = ANY (p_positions) AND (n.status = 'pending') IS TRUE
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
             RETURNING n.id
         ) SELECT array_agg(s.id) INTO started FROM s;
@@ -2719,8 +2850,8 @@ BEGIN
     RETURN circle.waiting_step(p_run_id);
 END $function$;
 
--- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes of a run in
--- which none failed: for them it is one statement, in which the guard fires once.
+-- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes, without a
+-- branch, of a run in which none failed: for them it is one statement, in which the guard fires once.
 CREATE OR REPLACE FUNCTION circle.advance_run(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean, p_inputs boolean)
  RETURNS json
  LANGUAGE plpgsql
@@ -2737,7 +2868,7 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
     IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed")' THEN
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || exists(@.branch))' THEN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
@@ -2752,7 +2883,7 @@ BEGIN
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
               AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
-              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it
+              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it, and takes each edge
               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                               WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
                                 AND p.status NOT IN ('completed', 'skipped')
@@ -2843,29 +2974,30 @@ BEGIN
     END IF;
     WITH inserted AS (
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, output_data,
-                                               error_message, retry_count, duration_ms, started_at, completed_at)
+                                               untaken, error_message, retry_count, duration_ms, started_at, completed_at)
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
-               coalesce(x.output, '{}'), x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
+               coalesce(x.output, '{}'), CASE WHEN x.branch IS NOT NULL AND x.status = 'completed' THEN
+                   nullif(circle.untaken(c.node_id, c.branches, c.successors, x.branch), '{}') END, x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
                CASE WHEN x.status IN ('completed', 'failed') THEN
                    clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
                CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
         FROM circle.pipeline_versions v
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         LEFT JOIN (SELECT DISTINCT ON (y.node_id) y.* FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) y) x
             ON x.node_id = c.node_id
         WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
         ORDER BY c.place
-        RETURNING status, successors, node_id
+        RETURNING status, untaken, node_id
     )
     SELECT count(*) AS nodes, array_agg(i.node_id) FILTER (WHERE i.status <> 'pending') AS applied,
-           bool_or(i.status = 'skipped') AS skipped INTO done FROM inserted i;
+           bool_or(i.status = 'skipped' OR i.untaken IS NOT NULL) AS skipped INTO done FROM inserted i;
     IF done.nodes = 0 THEN
         PERFORM circle.refuse_create(p_pipeline_id);
     ELSIF coalesce(cardinality(done.applied), 0) <> jsonb_array_length(p_results) THEN
         PERFORM circle.repeat_or_refuse_results(r.id, p_results, done.applied, NULL);
     ELSIF done.skipped THEN
         PERFORM circle.skip_followers(r.id, ARRAY(SELECT s FROM circle.pipeline_node_runs n, unnest(n.successors) s
-                                                  WHERE n.run_id = r.id AND n.status = 'skipped'));
+                                                  WHERE n.run_id = r.id AND (n.status = 'skipped' OR n.untaken IS NOT NULL)));
     END IF;
     r := circle.end_run_if_done(r.id);
     IF r.id IS NULL THEN
@@ -2878,8 +3010,8 @@ BEGIN
 END $function$;
 
 -- advance_run for many runs at once, each at most once, in one commit: for those whose call is plain. p_results has the results of
--- all, each with its run_id. A call is plain if its results complete nodes of a run that the caller holds and in which no node
--- failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
+-- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
+-- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
 -- NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
 CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
  RETURNS TABLE(run_id bigint, step json)
@@ -2914,10 +3046,10 @@ BEGIN
         WHERE id = ANY (calls.fresh);
     END IF;
     WITH results AS MATERIALIZED (
-        SELECT x.*, n.id, (n.status = ANY ('{pending,running}') AND x.status = 'completed'
+        SELECT x.*, n.id, (n.status = ANY ('{pending,running}') AND x.status = 'completed' AND x.branch IS NULL
                            AND coalesce(x.attempt = n.retry_count + 1::bigint, true) AND count(*) OVER (PARTITION BY n.id) = 1) IS TRUE AS plain
         FROM jsonb_to_recordset(p_results) AS x (run_id bigint, node_id text, status text, output jsonb, duration_ms integer,
-                                                 retry_count integer, attempt integer)
+                                                 retry_count integer, attempt integer, branch text)
         LEFT JOIN circle.pipeline_node_runs n ON n.run_id = x.run_id AND n.node_id = x.node_id
         WHERE x.run_id = ANY (calls.reported)
     ), refused AS MATERIALIZED (
@@ -3099,7 +3231,8 @@ BEGIN
     END IF;
     RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
             FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
-            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
+                                                  n.available_at) b (reason)
             WHERE r.id = p_run_id AND n.status = 'pending');
 END $function$;
 

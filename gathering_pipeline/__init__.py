@@ -90,7 +90,14 @@ if TYPE_CHECKING:
         RunRepository,
     )
     from .settings import DatabaseSettings
-    from .validator import Limits, find_issues, get_execution_order, parse_pipeline_definition, validate_pipeline_dag
+    from .validator import (
+        Limits,
+        find_issues,
+        get_execution_order,
+        parse_pipeline_definition,
+        untaken_successors,
+        validate_pipeline_dag,
+    )
     from .worker import NodeContext, Worker
 
 # searched for a name in this order: the modules that load SQLAlchemy come last
@@ -195,6 +202,7 @@ __all__ = [
     "is_transient",
     "metadata",
     "parse_pipeline_definition",
+    "untaken_successors",
     "validate_pipeline_dag",
 ]
 

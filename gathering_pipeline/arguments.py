@@ -25,6 +25,8 @@ MAX_DURATION = timedelta(days=36_500)
 MAX_PRIORITY = 2**15 - 1
 """Largest value of PostgreSQL's ``SMALLINT``."""
 
+_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
+
 _MAX_ID = 10**100  # a longer number makes no readable message, and Python refuses to write out a very long one
 
 
@@ -99,6 +101,32 @@ def check_attempt(attempt: object) -> int | None:
         InvalidDataError: It is not a positive integer.
     """
     return None if attempt is None else check_count(attempt, "attempt")
+
+
+def branch_label(text: str) -> str:
+    """The label that the ``condition`` of an edge or an outcome stands for; empty: none.
+
+    Only A to Z become lower case: what else is a letter depends on the database.
+    """
+    return text.strip().translate(_LOWER)
+
+
+def check_branch(value: object) -> str | None:
+    """Check the outcome of a node; ``None`` stays ``None``.
+
+    Returns:
+        The label of the edges that it takes.
+
+    Raises:
+        InvalidDataError: It is neither a bool nor a string, or a string that PostgreSQL can't store.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        raise InvalidDataError(f"branch must be True, False or a string, not {quote(value)}")
+    return branch_label(check_text(value, "branch"))
 
 
 def check_text(value: object, name: str, max_length: int | None = None) -> str:

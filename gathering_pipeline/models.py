@@ -17,12 +17,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     StrictBool,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
+from .arguments import check_branch
 from .errors import InvalidPipelineError, Issue, IssueCode, shorten
 from .json_values import json_path, quote, text_reason
 from .lifecycle import NodeStatus, PipelineStatus, RunStatus
@@ -109,7 +111,8 @@ class PipelineEdge(_Model):
         id: Unique among the edges of the graph.
         from_node: Id of the node that comes first.
         to_node: Id of the node that follows.
-        condition: Expression under which an executor takes this edge; ``None`` means always.
+        condition: Label of the branch that the edge belongs to: a node that completes with this outcome takes it, in
+            lower or upper case. ``None`` or blank: always taken.
     """
 
     model_config = ConfigDict(populate_by_name=True, extra="allow")
@@ -264,6 +267,13 @@ class NodeExecutionResult(_Model):
     retry_count: StrictInt32 = 0
 
 
+def _branch(value: object, info: ValidationInfo) -> object:
+    check_branch(value)
+    if value is not None and info.data.get("status", "completed") != "completed":
+        raise ValueError("only a completed node takes a branch")
+    return value
+
+
 class NodeResult(NodeExecutionResult):
     """The result of an attempt of a node.
 
@@ -271,10 +281,13 @@ class NodeResult(NodeExecutionResult):
         attempt: The attempt that it is about, 1 for the first: a late report about an earlier one is recognised.
             ``None``: the current one.
         retryable: Whether a failed attempt is retried while retries are left; ``None``: as ``retry`` of the call says.
+        branch: The outcome of a completed node, which decides the edges that it takes, see ``untaken_successors``;
+            ``None``: all.
     """
 
     attempt: Annotated[int, Field(strict=True, ge=1, le=MAX_INT32)] | None = None
     retryable: StrictBool | None = None
+    branch: Annotated[bool | str | None, PlainValidator(_branch)] = None
 
 
 class RunReport(NamedTuple):
@@ -464,7 +477,15 @@ class LogEntry(_Read):
 
 
 class NodeRunRead(_Read):
-    """A node of a stored run; ``predecessors`` and ``successors`` are positions in execution order."""
+    """A node of a stored run.
+
+    Attributes:
+        position: Its place in execution order, from 0.
+        predecessors: Their positions.
+        successors: Their positions.
+        untaken: The successors that it didn't take when it completed; ``None``: it took all. A skipped node with a
+            completed predecessor was not taken by it; any other follows skipped nodes.
+    """
 
     id: int
     run_id: int
@@ -478,6 +499,7 @@ class NodeRunRead(_Read):
     position: int | None
     predecessors: list[int] | None
     successors: list[int] | None
+    untaken: list[int] | None
     available_at: datetime | None
     started_at: datetime | None
     completed_at: datetime | None
@@ -513,7 +535,7 @@ class StartedNode(_Read):
         node_id: The node.
         node_type: Its type.
         attempt: The number of the attempt, 1 for the first.
-        inputs: The outputs of the completed predecessors by node id; ``None`` unless they were asked for.
+        inputs: The outputs of the completed predecessors that take it, by node id; ``None`` unless they were asked for.
     """
 
     node_id: str

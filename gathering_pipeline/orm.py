@@ -308,7 +308,7 @@ class PipelineRun(Base):
 
 
 class PipelineNodeRun(Base):
-    """One node of a run; ``position`` is its place in execution order, from 0."""
+    """One node of a run; ``position`` is its place in execution order, from 0. See ``NodeRunRead`` for the columns."""
 
     __tablename__ = "pipeline_node_runs"
     __table_args__ = (
@@ -338,6 +338,7 @@ class PipelineNodeRun(Base):
     predecessors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     successors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     available_at: Mapped[datetime | None] = _by_trigger()
+    untaken: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
 
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 

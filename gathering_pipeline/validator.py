@@ -1,4 +1,4 @@
-"""Every check of a graph: nodes, edges, configurations, stored JSON and order; pure.
+"""Every check of a graph: nodes, edges, configurations, stored JSON, order and branches; pure.
 
 The fast path is written for large graphs: passes over whole lists that run in C, and positions instead of ids. It only
 decides that a graph is certainly valid; any other graph is checked again by slower functions that name each place.
@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from .arguments import check_type
-from .errors import InvalidPipelineError, Issue, IssueCode, shorten
+from .arguments import branch_label, check_branch, check_text, check_type
+from .errors import InvalidDataError, InvalidPipelineError, Issue, IssueCode, shorten
 from .json_values import MAX_DEPTH, json_issues, json_path, quote, scan, text_reason, text_size
 from .models import END_ALIASES, PipelineDefinition, PipelineEdge, PipelineNode, end_issues, list_issue, shape_issues
 from .node_types import CONFIG_MODELS, REQUIRED_KEYS, NodeConfig, RequiredKey
@@ -169,6 +169,42 @@ def get_execution_order(definition: PipelineDefinition) -> list[str]:
             raise InvalidPipelineError([issue for issue in issues if issue.severity == "error"])
         object.__setattr__(definition, "_order", order)
     return order.ids.copy()
+
+
+def untaken_successors(definition: PipelineDefinition, node_id: str, outcome: bool | str) -> list[str]:
+    """The successors that a node doesn't take if it completes with an outcome, as the database computes them.
+
+    ``True`` stands for "true". The ``condition`` of an edge is its label, trimmed and with A to Z in lower case. If no
+    edge of the node has a label, "false" takes none and "true" all. Else edges without a label are taken, and those
+    with this label. A successor is taken if one of the edges to it is.
+
+    Args:
+        definition: The graph.
+        node_id: The node.
+        outcome: What ``branch=`` of ``complete_node`` takes.
+
+    Returns:
+        Node ids, in the order of the edges.
+
+    Raises:
+        InvalidDataError: The graph has no such node, or no edge of the node has this label.
+    """
+    check_type(definition, PipelineDefinition, "definition", _HINT)
+    check_text(node_id, "node_id")
+    if node_id not in map(attrgetter("id"), definition.nodes):
+        raise InvalidDataError(f"node_id must be a node of the graph, not {quote(node_id)}")
+    label = check_branch(outcome)
+    if label is None:
+        raise InvalidDataError("outcome must be True, False or a string, not None")
+    edges = [edge for edge in definition.edges if edge.from_node == node_id]
+    branches = [(edge.to_node, branch_label(edge.condition or "")) for edge in edges]
+    labels = {name for _, name in branches if name}
+    if label not in labels | {"true", "false"}:
+        names = ", ".join(["true", "false", *sorted(labels - {"true", "false"})])
+        raise InvalidDataError(f"branch of node {quote(node_id)} must be one of {names}, not {quote(outcome)}")
+    taken = {label, ""} if labels or label == "true" else {label}
+    alive = {successor for successor, name in branches if name in taken}
+    return list(dict.fromkeys(successor for successor, _ in branches if successor not in alive))
 
 
 def parse_pipeline_definition(nodes_json: list[dict[str, Any]], edges_json: list[dict[str, Any]]) -> PipelineDefinition:

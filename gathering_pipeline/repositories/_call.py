@@ -529,9 +529,10 @@ _BY_SQLSTATE: dict[str, type[PipelineError]] = {
     "PL010": PipelineInUseError,
     "PL011": IsolationLevelError,
     "PL012": RunOverError,
-    "PL013": IdempotencyConflictError,
+    "PL014": IdempotencyConflictError,
 }
 _INVALID_PIPELINE = "PL008"  # DETAIL has the issues
+_UNKNOWN_BRANCH = "PL013"
 _TRANSACTION_ABORTED = "25P02"
 _UNDEFINED = {"3F000", "42P01", "42703", "42883"}  # schema, table, column, function
 _UNDEFINED_COLUMN = "42703"
@@ -568,6 +569,8 @@ def translate(error: psycopg.Error) -> PipelineError | None:
     if sqlstate == _INVALID_PIPELINE:
         issues = json.loads(diagnostics.message_detail or "{}")["issues"]
         return InvalidPipelineError([_issue(**issue) for issue in issues])
+    if sqlstate == _UNKNOWN_BRANCH:
+        return InvalidDataError(diagnostics.message_primary or "")
     if sqlstate in _BY_SQLSTATE:
         return _BY_SQLSTATE[sqlstate](**json.loads(diagnostics.message_detail or "{}"))
     if sqlstate.startswith("23"):  # integrity constraint violation

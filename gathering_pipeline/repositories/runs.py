@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from gathering_pipeline.arguments import (
     check_attempt,
+    check_branch,
     check_count,
     check_cursor,
     check_duration,
@@ -79,7 +80,7 @@ RECORD_RUN = Statement(
 )
 START_NODE = Statement("SELECT circle.start_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(token)s)::text")
 COMPLETE_NODE = Statement(
-    "SELECT circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(attempt)s, %(token)s)::text"
+    "SELECT circle.complete_node(%(run_id)s, %(node_id)s, %(data)s::jsonb, %(attempt)s, %(token)s, %(branch)s)::text"
 )
 SKIP_NODE = Statement("SELECT circle.skip_node(%(run_id)s, %(node_id)s, %(token)s)::text")
 FAIL_NODE = Statement(
@@ -348,17 +349,27 @@ class AsyncRunRepository(AsyncRepository):
         return await self._node(START_NODE, run_id, node_id, token, data=encode_json(input_data, "input_data"))
 
     async def complete_node(
-        self, run_id: int, node_id: str, output: Any = None, *, attempt: int | None = None, token: int | None = None
+        self,
+        run_id: int,
+        node_id: str,
+        output: Any = None,
+        *,
+        attempt: int | None = None,
+        branch: bool | str | None = None,
+        token: int | None = None,
     ) -> NodeState:
         """Complete a running node, or a pending node whose executor reports afterwards.
 
-        On a claimed run a call that repeats one that succeeded, with an equal output or none, changes nothing.
+        With a branch every node is skipped to which no edge is alive then. On a claimed run a call that repeats one
+        that succeeded, with an equal output and branch or none, changes nothing.
 
         Args:
             run_id: The run.
             node_id: The node.
             output: JSON; ``None`` keeps what is stored.
             attempt: The attempt that the report is about; ``None``: the current one.
+            branch: The outcome: the label of the edges that the node takes, ``True`` for "true"; see
+                ``untaken_successors``. ``None``: it takes all edges.
             token: The token of the claim.
 
         Raises:
@@ -366,13 +377,20 @@ class AsyncRunRepository(AsyncRepository):
             NodeRunNotFoundError: The run has no such node.
             IllegalTransitionError: The node is terminal, or the run is not running.
             LeaseLostError: The token is not the run's.
-            InvalidDataError: The output can't be stored.
+            InvalidDataError: The output can't be stored, or no edge of the node has this label.
         """
-        data = encode_json(output, "output")
-        return await self._node(COMPLETE_NODE, run_id, node_id, token, data=data, attempt=check_attempt(attempt))
+        return await self._node(
+            COMPLETE_NODE,
+            run_id,
+            node_id,
+            token,
+            data=encode_json(output, "output"),
+            attempt=check_attempt(attempt),
+            branch=check_branch(branch),
+        )
 
     async def skip_node(self, run_id: int, node_id: str, *, token: int | None = None) -> NodeState:
-        """Skip a pending node, and every node whose predecessors are then all skipped; a second call changes nothing.
+        """Skip a pending node, and every node to which no edge is alive then; a second call changes nothing.
 
         Raises:
             RunNotFoundError: The run doesn't exist.
@@ -445,7 +463,7 @@ class AsyncRunRepository(AsyncRepository):
             run_id: The run.
             results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
             retry: Whether failed attempts are retried while retries are left; ``retryable`` of a result goes before.
-            inputs: Whether ``started`` has the outputs of each node's completed predecessors.
+            inputs: Whether ``started`` has the outputs of each node's completed predecessors that take it.
             token: The token of the claim.
 
         Raises:
@@ -454,7 +472,7 @@ class AsyncRunRepository(AsyncRepository):
             RunOverError: The run is terminal, and the results repeat none that ended it.
             IllegalTransitionError: A result is not legal. No result was recorded.
             LeaseLostError: The token is not the run's.
-            InvalidDataError: An output can't be stored.
+            InvalidDataError: An output can't be stored, or a branch is none of its node.
         """
         report = encode_report(run_id, results, token)
         return await self._advance(report, retry=check_flag(retry, "retry"), inputs=check_flag(inputs, "inputs"))
@@ -462,9 +480,9 @@ class AsyncRunRepository(AsyncRepository):
     async def advance_many(self, reports: Iterable[RunReport]) -> list[Step | None]:
         """Do as ``advance`` for many runs, in one call and one commit.
 
-        A report is carried out if it completes nodes or begins the run, no node of the run failed, and nobody else has
-        locked the run. Else it changes nothing and its step is ``None``: call ``advance`` for it, which also tells why
-        it is refused. ``Database.group_commit`` does so for concurrent callers.
+        A report is carried out if it completes nodes, without a branch, or begins the run, no node of the run failed,
+        and nobody else has locked the run. Else it changes nothing and its step is ``None``: call ``advance`` for it,
+        which also tells why it is refused. ``Database.group_commit`` does so for concurrent callers.
 
         Args:
             reports: At most one for each run.
@@ -513,7 +531,7 @@ class AsyncRunRepository(AsyncRepository):
             RunOverError: The run is terminal.
             IllegalTransitionError: A result is not legal. No result was recorded.
             LeaseLostError: The token is not the run's.
-            InvalidDataError: An output can't be stored.
+            InvalidDataError: An output can't be stored, or a branch is none of its node.
         """
         await self._rows(
             RECORD,
@@ -550,7 +568,7 @@ class AsyncRunRepository(AsyncRepository):
             NodeRunNotFoundError: The graph has no such node.
             IllegalTransitionError: A node has two results, or one that could have started has none. Nothing is stored.
             IdempotencyConflictError: A run of the pipeline has the key, and other data.
-            InvalidDataError: The data, the key or an output can't be stored.
+            InvalidDataError: The data, the key or an output can't be stored, or a branch is none of its node.
         """
         encoded = _as_list(_encode_results(results))
         return await self._create(RECORD_RUN, pipeline_id, trigger_data, idempotency_key, results=encoded)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -369,6 +369,40 @@ def test_search_page_reads_its_runs(history: Session, name: str) -> None:
         assert reads.rows <= most
         # entries of runs that tests before this one have moved on are there until a vacuum
         assert reads.entries <= most + 10 * FEW
+
+
+FILTERED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "tag": ({"tags": {"customer": "7"}}, 20, FEW),
+    "tag and status": ({"tags": {"customer": "7"}, "status": RunStatus.COMPLETED}, 20, 5 * FEW),
+    "tag that few runs have": ({"tags": {"rare": "x"}}, 3, FEW),
+    "tag that no run has": ({"tags": {"customer": "none"}}, 0, 0),
+    "statuses": ({"status": [RunStatus.COMPLETED, RunStatus.FAILED]}, 20, 10_000),  # of old runs
+    "time": ({"created_after": datetime(2000, 1, 1, tzinfo=UTC)}, 20, FEW),
+    "time that no run has": ({"created_after": datetime(3000, 1, 1, tzinfo=UTC)}, 0, 10_000 + FEW),
+}
+"""The conditions, how many runs are found of a page of 20, and most rows that are read."""
+
+
+@pytest.fixture(scope="module")
+def tagged_database(full_database: str) -> str:
+    with connect(full_database) as raw:
+        raw.execute(
+            "INSERT INTO circle.pipeline_run_tags SELECT id, 'customer', id % 100 FROM circle.pipeline_runs;"
+            " INSERT INTO circle.pipeline_run_tags SELECT id, 'rare', 'x' FROM circle.pipeline_runs WHERE id % 40000 = 9;"
+            " ANALYZE circle.pipeline_run_tags"
+        )
+    return full_database
+
+
+@pytest.mark.usefixtures("tagged_database")
+@pytest.mark.parametrize("name", FILTERED)
+def test_filtered_page_looks_at_few_runs(history: Session, name: str) -> None:
+    filters, found, most = FILTERED[name]
+    reads, page = reads_of(history, lambda runs: runs.search(**filters, limit=20))
+    assert len(page.items) == found
+    assert (page.next_cursor is not None) == (found == 20)
+    assert reads.table_scans == 0
+    assert max(reads.rows, reads.entries) <= most
 
 
 def test_statistics_read_runs_of_their_pipeline(history: Session) -> None:

@@ -27,6 +27,9 @@ def graph(nodes: list[str], edges: list[tuple[str, str]]) -> tuple[list[dict[str
     )
 
 
+CONDITIONS = [None, "", " ", "true", "TRUE", " False\u3000", "x > 1", "X > 1", "Ä", "ä", "\u0130", "{", "a\\b", '"']
+
+
 @st.composite
 def dags(draw: st.DrawFn) -> tuple[list[str], list[tuple[str, str]]]:
     """Nodes in any order; edges in any order, some of them twice."""
@@ -47,9 +50,11 @@ def scratch(module_database_url: str) -> Iterator[psycopg.Connection]:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(dag=dags())
-def test_insert_random_dag_compiles_to_python_order(scratch: psycopg.Connection, dag: Any) -> None:
+@given(dag=dags(), data=st.data())
+def test_insert_random_dag_compiles_to_python_order(scratch: psycopg.Connection, dag: Any, data: st.DataObject) -> None:
     nodes, edges = graph(*dag)
+    for edge in edges:
+        edge.update(data.draw(st.sampled_from([{}, *({"condition": text} for text in CONDITIONS)])))
     with scratch.transaction(force_rollback=True):
         assert compiled(scratch, nodes, edges) == by_python(nodes, edges)
 
@@ -112,3 +117,24 @@ def test_insert_large_graph_compiles_to_python_order(raw: psycopg.Connection) ->
         compiled(raw, *graph(ids, [(ids[at], ids[(at + 1) % 2_000]) for at in range(2_000)]))
     assert refused.value.sqlstate == "PL008"
     assert len(str(refused.value)) < 3_000
+
+
+@pytest.mark.parametrize(
+    ("edges", "branches"),
+    [
+        ([("b", "no"), ("c", None)], {"no": [1]}),
+        ([("b", " YES "), ("c", "yes"), ("c", "no")], {"yes": [1, 2], "no": [2]}),
+        ([("b", "yes"), ("b", None), ("c", "yes")], {"yes": [2]}),  # one of parallel edges is always taken
+        ([("b", "yes"), ("b", "")], {"yes": []}),
+        ([("b", ""), ("c", "  ")], None),
+        ([("b", None), ("c", None)], None),
+    ],
+)
+def test_insert_labels_compiles_to_branches(
+    raw: psycopg.Connection, edges: list[tuple[str, str | None]], branches: Any
+) -> None:
+    made = graph(["a", "b", "c"], [("a", target) for target, _ in edges])
+    for edge, (_, condition) in zip(made[1], edges, strict=True):
+        edge["condition"] = condition
+    assert compiled(raw, *made) == by_python(*made)
+    assert {row[1]: row[-1] for row in compiled(raw, *made)} == {"a": branches, "b": None, "c": None}

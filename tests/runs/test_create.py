@@ -170,7 +170,7 @@ def test_create_with_the_key_of_other_data_is_refused(
         assert (caught.value.run_id, caught.value.pipeline_id, caught.value.key) == (first.id, pipeline, "k")
     with pytest.raises(psycopg.Error) as raised:
         raw.execute("SELECT circle.create_run(%s, '{}', 'k')", [pipeline])
-    assert raised.value.sqlstate == "PL013"
+    assert raised.value.sqlstate == "PL014"
 
 
 def test_create_unless_live_returns_the_live_run(

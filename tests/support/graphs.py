@@ -40,13 +40,20 @@ DIAMOND = "a>b a>c b>d c>d"
 
 
 def graph(spec: str) -> Graph:
-    """The JSON of a graph, from ``"a>b b>c d"``: edges, and nodes that have none; nodes in the order of their names' first use."""
-    edges = [edge.split(">") for edge in spec.split() if ">" in edge]
-    names = dict.fromkeys(name for item in spec.split() for name in item.split(">"))
-    return (
-        [{"id": name, "type": "action", "name": name.upper(), "config": {"action": "do"}} for name in names],
-        [{"id": f"e{at}", "from": source, "to": target} for at, (source, target) in enumerate(edges)],
-    )
+    """The JSON of a graph, from ``"a>b b>c=yes d"``: edges, which may have a label, and nodes that have none.
+
+    The nodes stand in the order of their names' first use.
+    """
+    names: dict[str, None] = {}
+    edges: Nodes = []
+    for item in spec.split():
+        ends, _, label = item.partition("=")
+        names |= dict.fromkeys(ends.split(">"))
+        if ">" in ends:
+            source, target = ends.split(">")
+            edge = {"id": f"e{len(edges)}", "from": source, "to": target}
+            edges.append(edge | {"condition": label} if label else edge)
+    return [{"id": name, "type": "action", "name": name.upper(), "config": {"action": "do"}} for name in names], edges
 
 
 def chain(length: int) -> str:

@@ -5,6 +5,11 @@
 CREATE OR REPLACE FUNCTION circle.trimmed(p_text text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
     SELECT btrim(p_text, U&' \0009\000A\000B\000C\000D\001C\001D\001E\001F\0085\00A0\1680\2000\2001\2002\2003\2004\2005\2006\2007\2008\2009\200A\2028\2029\202F\205F\3000')
 $$;
+-- The label that a condition of an edge or an outcome stands for; '' is none. Lower case of A to Z only, so that it is the same in every
+-- database and in Python.
+CREATE OR REPLACE FUNCTION circle.branch_label(p_text text) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT lower(circle.trimmed(p_text) COLLATE "C")
+$$;
 -- Whether a text certainly begins with a character that is no blank; ascii() returns the code point.
 CREATE OR REPLACE FUNCTION circle.begins_well(p_text text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT ascii(p_text) BETWEEN 33 AND 126 OR ascii(p_text) BETWEEN 161 AND 5759 OR ascii(p_text) >= 12289

@@ -31,11 +31,12 @@ ALTER TABLE circle.pipeline_node_runs
 
 -- == create pipeline_versions
 -- A node of a compiled graph: its predecessors and successors are positions in execution order, its own is its place in the array.
+-- branches has the successors of each label of its edges, NULL without labels; one to which an edge without label leads, too, is in none.
 DO $type$
 BEGIN
     IF to_regtype('circle.compiled_node') IS NULL THEN
         CREATE TYPE circle.compiled_node AS (
-            node_id VARCHAR(100), node_type VARCHAR(50), predecessors INTEGER[], successors INTEGER[]);
+            node_id VARCHAR(100), node_type VARCHAR(50), predecessors INTEGER[], successors INTEGER[], branches JSONB);
     END IF;
 END $type$;
 -- The graph is compiled once, when it is written: creating a run parses no JSON. The nodes stand in the row of their version, so
@@ -51,6 +52,7 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_versions (
     PRIMARY KEY (pipeline_id, version)
 );
 CREATE OR REPLACE VIEW circle.pipeline_version_nodes WITH (security_invoker = true) AS
-SELECT v.pipeline_id, v.version, (c.place - 1)::integer AS position, c.node_id, c.node_type, c.predecessors, c.successors
+SELECT v.pipeline_id, v.version, (c.place - 1)::integer AS position, c.node_id, c.node_type, c.predecessors, c.successors,
+       c.branches
 FROM circle.pipeline_versions v
-CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place);
+CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place);

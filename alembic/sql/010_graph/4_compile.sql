@@ -63,9 +63,10 @@ END $$;
 -- Refuses what is no graph or can't be sorted; else each node's generation (longest path from a root), and the edges as places
 -- in nodes, sorted, each pair once. Ids become integers once, by hash joins; generations then come from one pass over the
 -- edges where the nodes stand in topological order already, else from Kahn's algorithm on arrays. No JIT: compiling the plans
--- would take longer than running them.
+-- would take longer than running them. labelled: whether an edge has a condition.
 CREATE OR REPLACE FUNCTION circle.sort_graph(p_nodes jsonb, p_edges jsonb, OUT ids text[], OUT types text[],
-                                             OUT sources integer[], OUT targets integer[], OUT generation integer[])
+                                             OUT sources integer[], OUT targets integer[], OUT generation integer[],
+                                             OUT labelled boolean)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET enable_nestloop = off SET enable_mergejoin = off SET jit = off AS $$
 DECLARE
     sorted boolean;
@@ -135,6 +136,7 @@ BEGIN
             jsonb_build_array('edges', bad.place, bad.key), NULL, bad.id);
     END IF;
 
+    labelled := p_edges @? '$[*].condition ? (@ != null)';
     generation := array_fill(0, ARRAY[n]);
     IF sorted THEN
         FOR i IN 1 .. edge_count LOOP
@@ -191,7 +193,24 @@ DECLARE
     positions integer[] := ARRAY(   -- by place
         SELECT (row_number() OVER (ORDER BY u.generation, u.place))::integer - 1
         FROM unnest(g.generation) WITH ORDINALITY u (generation, place) ORDER BY u.place);
+    branches jsonb[];   -- by place
 BEGIN
+    IF g.labelled THEN
+        WITH places AS MATERIALIZED (
+            SELECT u.id COLLATE "C" AS id, u.place::integer AS place FROM unnest(g.ids) WITH ORDINALITY u (id, place)
+        ), edges AS (
+            SELECT s.place AS source, positions[t.place] AS target, nullif(circle.branch_label(e.edge ->> 'condition'), '') AS label
+            FROM (SELECT e AS edge, e ->> 'from' AS source, e ->> 'to' AS target FROM jsonb_array_elements(p_edges) e) e
+            JOIN places s ON s.id = e.source JOIN places t ON t.id = e.target
+        ), labels AS (
+            SELECT e.source, e.label, jsonb_agg(DISTINCT e.target) FILTER (WHERE NOT e.always) AS targets
+            FROM (SELECT *, bool_or(label IS NULL) OVER (PARTITION BY source, target) AS always FROM edges) e
+            WHERE e.label IS NOT NULL GROUP BY e.source, e.label
+        ), nodes AS (
+            SELECT l.source, jsonb_object_agg(l.label, coalesce(l.targets, '[]')) AS branches FROM labels l GROUP BY l.source
+        )
+        SELECT array_agg(n.branches ORDER BY p.place) INTO branches FROM places p LEFT JOIN nodes n ON n.source = p.place;
+    END IF;
     -- sorted before they are gathered: a sort for each list would take longer than all the rest
     RETURN ARRAY(WITH edges AS MATERIALIZED (
         SELECT positions[e.source] AS source, positions[e.target] AS target FROM unnest(g.sources, g.targets) e (source, target)
@@ -200,8 +219,8 @@ BEGIN
     ), outgoing AS (
         SELECT e.source AS pos, array_agg(e.target) AS list FROM (SELECT * FROM edges ORDER BY source, target) e GROUP BY 1
     )
-    SELECT ROW(u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}'))::circle.compiled_node
-    FROM unnest(positions, g.ids, g.types) u (pos, id, type)
+    SELECT ROW(u.id, u.type, coalesce(i.list, '{}'), coalesce(o.list, '{}'), u.branches)::circle.compiled_node
+    FROM unnest(positions, g.ids, g.types, branches) u (pos, id, type, branches)
     LEFT JOIN incoming i ON i.pos = u.pos LEFT JOIN outgoing o ON o.pos = u.pos
     ORDER BY u.pos);
 END $$;

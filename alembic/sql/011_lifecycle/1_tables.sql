@@ -16,8 +16,10 @@ ALTER TABLE circle.pipeline_runs
     ADD COLUMN IF NOT EXISTS run_at TIMESTAMPTZ,
     ADD COLUMN IF NOT EXISTS waits_until TIMESTAMPTZ;
 
--- == pipeline_node_runs: add the due time of retries
-ALTER TABLE circle.pipeline_node_runs ADD COLUMN IF NOT EXISTS available_at TIMESTAMPTZ;
+-- == pipeline_node_runs: add the due time of retries, and the successors that a completed node doesn't take
+ALTER TABLE circle.pipeline_node_runs
+    ADD COLUMN IF NOT EXISTS available_at TIMESTAMPTZ,
+    ADD COLUMN IF NOT EXISTS untaken INTEGER[];
 
 -- == pipeline_node_runs: leave room on each page for new versions of its rows, so that a transition changes no index
 ALTER TABLE circle.pipeline_node_runs SET (fillfactor = 50);

@@ -1,8 +1,8 @@
--- Revision 011: errors. DETAIL is a JSON object with the values of the error, which the package reads.
+-- Revision 011: errors. DETAIL is a JSON object with the values of the error, which the package reads; PL013 has its message only.
 --
 --   PL001 illegal transition   PL002 no such pipeline   PL003 no such run       PL004 no such node run   PL005 node not ready
 --   PL006 pipeline not active  PL007 lease lost         PL008 invalid graph     PL009 stale version      PL010 pipeline in use
---   PL011 isolation level      PL012 run is over        PL013 other data with the same idempotency key
+--   PL011 isolation level      PL012 run is over        PL013 unknown branch    PL014 other data with the same idempotency key
 
 -- == create functions that raise errors
 -- PL001: an illegal transition, of a run where p_node_id is NULL, else of its node run. It returns boolean, so that a condition can
@@ -75,6 +75,15 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.is_read_committed() RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')
 $$;
+-- PL013: an outcome of a node that none of its edges has as label.
+CREATE OR REPLACE FUNCTION circle.refuse_branch(p_node_id text, p_branch text, p_branches jsonb) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION '%', format('branch of node %L must be one of true, false%s, not %L', p_node_id, (
+        SELECT string_agg(', ' || left(l.label, 40), '' ORDER BY l.label)
+        FROM (SELECT k COLLATE "C" AS label FROM jsonb_object_keys(p_branches) k
+              WHERE k NOT IN ('true', 'false') ORDER BY 1 LIMIT 20) l), left(p_branch, 100)) USING ERRCODE = 'PL013';
+END $$;
 -- What no writer may change. p_what names the columns.
 CREATE OR REPLACE FUNCTION circle.refuse_change(p_row text, p_what text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -224,6 +224,13 @@ BEGIN
 END $$;
 
 -- == pipeline_node_runs: complete inserted rows by a function of their own, before that of revision 008 becomes a guard of updates
+-- Raises that a node run can't have this untaken.
+CREATE OR REPLACE FUNCTION circle.refuse_untaken(p_node_id text, p_run_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'untaken of node % of run % is written with the change to completed only, and has positions of its successors',
+        p_node_id, p_run_id USING ERRCODE = 'integrity_constraint_violation';
+END $$;
 -- Completes a proposed row; pipeline_node_runs_after_insert judges those that were inserted.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_before_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -231,6 +238,8 @@ BEGIN
     IF NOT (circle.is_readable(NEW.input_data) AND circle.is_readable(NEW.output_data)) THEN
         PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),
                                    TG_TABLE_NAME);
+    ELSIF NEW.untaken IS NOT NULL AND (NEW.status = 'completed' AND NEW.untaken <@ NEW.successors) IS NOT TRUE THEN
+        PERFORM circle.refuse_untaken(NEW.node_id, NEW.run_id);
     ELSIF NEW.status = 'running' THEN
         NEW.started_at := coalesce(NEW.started_at, clock_timestamp());
     ELSIF NEW.status <> 'pending' AND NEW.completed_at IS NULL THEN
@@ -241,7 +250,7 @@ BEGIN
     RETURN NEW;
 END $$;
 CREATE OR REPLACE TRIGGER pipeline_node_runs_before_insert BEFORE INSERT ON circle.pipeline_node_runs
-    FOR EACH ROW WHEN (NEW.status <> 'pending' OR NEW.input_data <> '{}' OR NEW.output_data <> '{}')
+    FOR EACH ROW WHEN (NEW.status <> 'pending' OR NEW.input_data <> '{}' OR NEW.output_data <> '{}' OR NEW.untaken IS NOT NULL)
     EXECUTE FUNCTION circle.pipeline_node_runs_before_insert();
 ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_before_insert;
 
@@ -254,7 +263,7 @@ BEGIN
            WHEN 'running' THEN OLD.status = 'pending' AND NEW.started_at IS DISTINCT FROM OLD.started_at AND NEW.completed_at IS NULL
            WHEN 'completed' THEN OLD.status IN ('pending', 'running') AND NEW.completed_at IS NOT NULL END)
        AND NEW.run_id = OLD.run_id AND NEW.node_id = OLD.node_id AND NEW.id = OLD.id AND NEW.node_type = OLD.node_type
-       AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors
+       AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors AND NEW.untaken IS NULL
        AND (NEW.output_data = OLD.output_data OR circle.is_readable(NEW.output_data))
        AND (NEW.input_data = OLD.input_data OR circle.is_readable(NEW.input_data)) THEN
         RETURN NEW;
@@ -268,6 +277,9 @@ BEGIN
     ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.node_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
         PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
             (SELECT 'its run is ' || r.status FROM circle.pipeline_runs r WHERE r.id = OLD.run_id AND r.status <> 'running'));
+    ELSIF NEW.untaken IS DISTINCT FROM OLD.untaken
+          AND (NEW.status = 'completed' AND OLD.status <> 'completed' AND NEW.untaken <@ NEW.successors) IS NOT TRUE THEN
+        PERFORM circle.refuse_untaken(OLD.node_id, OLD.run_id);
     ELSIF NEW.input_data IS DISTINCT FROM OLD.input_data AND NOT circle.is_readable(NEW.input_data)
           OR NEW.output_data IS DISTINCT FROM OLD.output_data AND NOT circle.is_readable(NEW.output_data) THEN
         PERFORM circle.refuse_json(format('input_data or output_data of node %s of run %s', NEW.node_id, NEW.run_id),

@@ -89,7 +89,7 @@ BEGIN
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_runs r
         JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE r.id = p_run_id ORDER BY c.place
         ON CONFLICT (run_id, node_id) DO UPDATE SET
             position = excluded.position, predecessors = excluded.predecessors, successors = excluded.successors
@@ -150,7 +150,7 @@ BEGIN
             IF FOUND THEN
                 IF r.trigger_data IS DISTINCT FROM p_trigger_data THEN
                     RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
-                        USING ERRCODE = 'PL013', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
+                        USING ERRCODE = 'PL014', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
                 END IF;
                 PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
                 RETURN;
@@ -217,7 +217,7 @@ BEGIN
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors)
         SELECT (created.r).id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors
         FROM circle.pipeline_versions v
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         WHERE v.pipeline_id = (created.r).pipeline_id AND v.version = (created.r).pipeline_version
         ORDER BY c.place;
         IF NOT FOUND THEN

@@ -6,15 +6,21 @@
 --   run           its run is not running
 --   failure       a node of the run failed for good: from then on only retries start
 --   predecessors  some of its predecessors are neither completed nor skipped
---   skipped       all of its predecessors are skipped: it is to be skipped, too
+--   skipped       all edges to it are dead: it is to be skipped, too
+--
+-- An edge is dead if its source is skipped, or completed with an outcome that doesn't take it (untaken).
 --
 -- Nothing precedes a node run whose predecessors are NULL: it was inserted raw, or before there were versions.
 
 -- == create the rule on ready nodes
+-- Whether the edge from a node run to the one at a position is dead. Inlined.
+CREATE OR REPLACE FUNCTION circle.is_dead(p_status text, p_untaken integer[], p_position integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT p_status = 'skipped' OR p_status = 'completed' AND coalesce(p_position = ANY (p_untaken), false)
+$$;
 -- Returns what blocks a pending node, NULL if it is ready. RETURNS SETOF, because a function with a subquery is inlined only in
 -- FROM.
-CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id bigint, p_predecessors integer[],
-                                             p_retry_count integer, p_available_at timestamptz)
+CREATE OR REPLACE FUNCTION circle.blocked_by(p_run_status text, p_failed_node text, p_run_id bigint, p_position integer,
+                                             p_predecessors integer[], p_retry_count integer, p_available_at timestamptz)
 RETURNS SETOF text LANGUAGE sql STABLE AS $$
     SELECT CASE
         WHEN p_available_at > clock_timestamp() THEN 'retry'
@@ -22,7 +28,7 @@ RETURNS SETOF text LANGUAGE sql STABLE AS $$
         WHEN p_failed_node IS NOT NULL AND p_retry_count = 0 THEN 'failure'
         WHEN p_predecessors <> '{}' THEN (
             SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
-                        WHEN bool_or(p.status = 'completed') IS NOT TRUE THEN 'skipped' END
+                        WHEN bool_and(circle.is_dead(p.status, p.untaken, p_position)) THEN 'skipped' END
             FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
     END
 $$;
@@ -32,10 +38,38 @@ SELECT n.id, n.run_id, n.node_id, n.position, b.reason AS blocked_by,
              WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
              ORDER BY p.position) AS waiting_for
 FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
-CROSS JOIN LATERAL circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+CROSS JOIN LATERAL circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count, n.available_at) b (reason)
 WHERE n.status = 'pending';
 CREATE OR REPLACE VIEW circle.startable_node_runs WITH (security_invoker = true) AS
 SELECT n.id, n.run_id, n.node_id, n.position FROM circle.pending_node_runs n WHERE n.blocked_by IS NULL;
+
+-- == create functions on outcomes
+-- The branches of nodes that have any, by node id, as the version of their run has them.
+CREATE OR REPLACE FUNCTION circle.branches_of(p_run_id bigint, p_node_ids text[]) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (SELECT jsonb_object_agg(c.node_id, c.branches)
+            FROM circle.pipeline_runs r
+            JOIN circle.pipeline_versions v ON v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
+            CROSS JOIN LATERAL unnest(v.compiled) c
+            -- IS TRUE, because a join would be planned for a few nodes: by loops
+            WHERE r.id = p_run_id AND c.branches IS NOT NULL AND (c.node_id IN (SELECT unnest(p_node_ids))) IS TRUE);
+END $$;
+-- The successors that a node doesn't take if it completes with this outcome; '{}': it takes all. Without labels only 'false' takes
+-- none. With labels edges without one are always taken, and of the others those of the label.
+CREATE OR REPLACE FUNCTION circle.untaken(p_node_id text, p_branches jsonb, p_successors integer[], p_branch text) RETURNS integer[]
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    label text := circle.branch_label(p_branch);
+BEGIN
+    IF label NOT IN ('true', 'false') AND (p_branches ? label) IS NOT TRUE THEN
+        PERFORM circle.refuse_branch(p_node_id, p_branch, p_branches);
+    ELSIF p_branches IS NULL THEN
+        RETURN CASE label WHEN 'false' THEN p_successors ELSE '{}' END;
+    END IF;
+    RETURN ARRAY(SELECT s::integer FROM jsonb_each(p_branches) b CROSS JOIN jsonb_array_elements(b.value) s
+                 EXCEPT SELECT s::integer FROM jsonb_array_elements(p_branches -> label) s ORDER BY 1);
+END $$;
 
 -- == create functions on one node run
 -- What a call returns of a node run: little, because these are the hot paths.
@@ -43,26 +77,36 @@ CREATE OR REPLACE FUNCTION circle.node_answer(n circle.pipeline_node_runs) RETUR
     SELECT json_build_object('run_id', n.run_id, 'node_id', n.node_id, 'node_type', n.node_type, 'status', n.status,
                              'attempt', n.retry_count + 1::bigint, 'available_at', n.available_at, 'error_message', n.error_message)
 $$;
+-- Whether a completed node takes what it would take with this outcome.
+CREATE OR REPLACE FUNCTION circle.has_outcome(n circle.pipeline_node_runs, p_branch text) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    wanted integer[] := circle.untaken(n.node_id, circle.branches_of(n.run_id, ARRAY[n.node_id]) -> n.node_id, n.successors, p_branch);
+BEGIN
+    RETURN wanted <@ coalesce(n.untaken, '{}') AND wanted @> coalesce(n.untaken, '{}');
+END $$;
 -- Whether a result that can't be applied repeats one that was: it has the caller's token, and changes nothing. An attempt that isn't
 -- given is the current one.
 --
 --   state of the node              a repeat is
---   the status reported            the same attempt, and for completed the same output
+--   the status reported            the same attempt, and for completed the same output and outcome
 --   pending, to be retried         failed, of an earlier attempt
-CREATE OR REPLACE FUNCTION circle.is_repeat(n circle.pipeline_node_runs, p_token bigint, p_status text, p_attempt integer, p_output jsonb)
-RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+CREATE OR REPLACE FUNCTION circle.is_repeat(n circle.pipeline_node_runs, p_token bigint, p_status text, p_attempt integer, p_output jsonb,
+                                            p_branch text)
+RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT CASE
         WHEN p_status = 'skipped' THEN n.status = 'skipped'
         WHEN p_token IS NULL THEN false
         WHEN p_status = 'failed' AND n.status IN ('pending', 'running') THEN
             coalesce(p_attempt <= n.retry_count, n.status = 'pending' AND n.retry_count > 0)
         WHEN p_status = 'completed' THEN n.status = 'completed' AND coalesce(p_attempt = n.retry_count + 1::bigint, true)
-                                         AND coalesce(p_output = n.output_data, true)
+                                         AND coalesce(p_output = n.output_data, true) AND (p_branch IS NULL OR circle.has_outcome(n, p_branch))
         ELSE n.status = p_status AND coalesce(p_attempt = n.retry_count + 1::bigint, true) END
 $$;
 -- Raises why a call on a node run is refused, unless it repeats one that succeeded: then returns the node run.
 CREATE OR REPLACE FUNCTION circle.repeat_or_refuse(p_run_id bigint, p_node_id text, p_token bigint, p_requested text,
-                                                   p_attempt integer DEFAULT NULL, p_output jsonb DEFAULT NULL)
+                                                   p_attempt integer DEFAULT NULL, p_output jsonb DEFAULT NULL,
+                                                   p_branch text DEFAULT NULL)
 RETURNS circle.pipeline_node_runs LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r circle.pipeline_runs;
@@ -79,7 +123,7 @@ BEGIN
     SELECT * INTO n FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND node_id = p_node_id;
     IF NOT FOUND THEN
         PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
-    ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output) THEN
+    ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output, p_branch) THEN
         PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
         RETURN n;
     ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
@@ -91,7 +135,7 @@ BEGIN
                     WHEN p.waiting_for <> '[]' THEN ''
                     WHEN p.blocked_by = 'retry' THEN 'its retry is due at ' || n.available_at
                     WHEN p.blocked_by = 'failure' THEN format('node %L failed, and only retries start after a failure', r.failed_node)
-                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'none of its predecessors is completed: skip it, too'
+                    WHEN p.blocked_by IN ('predecessors', 'skipped') THEN 'no predecessor is completed and takes it: skip it, too'
                     ELSE 'it became ready during this call: try again' END);
     END IF;
     IF r.completed_at IS NOT NULL THEN
@@ -101,10 +145,11 @@ BEGIN
         WHEN r.status <> 'running' THEN 'its run is ' || r.status
         WHEN p_attempt < n.retry_count + 1::bigint THEN format('attempt %s has ended, the current one is %s', p_attempt, n.retry_count + 1::bigint)
         WHEN p_attempt > n.retry_count + 1::bigint THEN format('attempt %s has not begun, the current one is %s', p_attempt, n.retry_count + 1::bigint)
-        WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN 'it completed with another output' END);
+        WHEN p_requested = 'completed' AND n.status = 'completed' AND p_token IS NOT NULL THEN
+            'it completed with another ' || CASE WHEN p_output <> n.output_data THEN 'output' ELSE 'branch' END END);
 END $$;
--- Skips the nodes all of whose predecessors are skipped, transitively, from the nodes at these positions on. Returns these
--- positions and those of the nodes that follow the skipped ones.
+-- Skips the nodes to which all edges are dead, transitively, from the nodes at these positions on. Returns these positions and those
+-- of the nodes that follow the skipped ones.
 CREATE OR REPLACE FUNCTION circle.skip_followers(p_run_id bigint, p_positions integer[]) RETURNS integer[]
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -115,7 +160,7 @@ BEGIN
         WITH skipped AS (
             UPDATE circle.pipeline_node_runs n SET status = 'skipped'
             WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
-              AND (SELECT bool_and(p.status = 'skipped') FROM circle.pipeline_node_runs p
+              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.pipeline_node_runs p
                    WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
             RETURNING n.successors
         )
@@ -137,7 +182,7 @@ BEGIN
         UPDATE circle.pipeline_node_runs t SET
             status = 'running', started_at = clock_timestamp(), input_data = coalesce(p_input, t.input_data)
         WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status = 'pending') IS TRUE
-          AND (SELECT b.reason FROM circle.blocked_by('running', failed, t.run_id, t.predecessors, t.retry_count,
+          AND (SELECT b.reason FROM circle.blocked_by('running', failed, t.run_id, t.position, t.predecessors, t.retry_count,
                                                       t.available_at) b (reason)) IS NULL
         RETURNING * INTO n;
     END IF;
@@ -146,7 +191,8 @@ BEGIN
     END IF;
     RETURN circle.node_answer(n);
 END $$;
-CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_attempt integer, p_token bigint)
+CREATE OR REPLACE FUNCTION circle.complete_node(p_run_id bigint, p_node_id text, p_output jsonb, p_attempt integer, p_token bigint,
+                                                p_branch text DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     n circle.pipeline_node_runs;
@@ -157,13 +203,17 @@ BEGIN
     IF FOUND THEN
         UPDATE circle.pipeline_node_runs t SET
             status = 'completed', output_data = coalesce(p_output, t.output_data), error_message = NULL,
+            untaken = CASE WHEN p_branch IS NOT NULL THEN nullif(circle.untaken(
+                t.node_id, circle.branches_of(t.run_id, ARRAY[t.node_id]) -> t.node_id, t.successors, p_branch), '{}') END,
             completed_at = greatest(clock_timestamp(), t.started_at), duration_ms = circle.elapsed_ms(NULL, t.started_at)
         WHERE t.run_id = p_run_id AND t.node_id = p_node_id AND (t.status IN ('pending', 'running')) IS TRUE
           AND coalesce(p_attempt = t.retry_count + 1::bigint, true)
         RETURNING * INTO n;
     END IF;
     IF n.id IS NULL THEN
-        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'completed', p_attempt, p_output);
+        n := circle.repeat_or_refuse(p_run_id, p_node_id, p_token, 'completed', p_attempt, p_output, p_branch);
+    ELSIF n.untaken IS NOT NULL THEN
+        PERFORM circle.skip_followers(p_run_id, n.untaken);
     END IF;
     RETURN circle.node_answer(n);
 END $$;
@@ -249,7 +299,7 @@ DO $type$
 BEGIN
     IF to_regtype('circle.node_result') IS NULL THEN
         CREATE TYPE circle.node_result AS (node_id TEXT, status TEXT, output JSONB, error TEXT, duration_ms INTEGER,
-                                           retry_count INTEGER, attempt INTEGER, retryable BOOLEAN);
+                                           retry_count INTEGER, attempt INTEGER, retryable BOOLEAN, branch TEXT);
     END IF;
 END $type$;
 -- Raises why results can't be recorded, unless all that were not applied are repeats.
@@ -265,7 +315,7 @@ BEGIN
         IF x.current IS NOT NULL AND x.times > 1 THEN
             PERFORM circle.refuse_transition(p_run_id, x.node_id, x.current, x.status, 'the batch has more than one result for it');
         ELSIF (x.node_id = ANY (p_applied)) IS NOT TRUE THEN
-            PERFORM circle.repeat_or_refuse(p_run_id, x.node_id, p_token, x.status, x.attempt, x.output);
+            PERFORM circle.repeat_or_refuse(p_run_id, x.node_id, p_token, x.status, x.attempt, x.output, x.branch);
         END IF;
     END LOOP;
 END $$;
@@ -289,6 +339,11 @@ BEGIN
         UPDATE circle.pipeline_node_runs n SET
             status = CASE WHEN x.retried THEN 'pending' ELSE x.status END, error_message = x.error,
             output_data = coalesce(x.output, n.output_data), duration_ms = circle.elapsed_ms(x.duration_ms, n.started_at),
+            -- the branches are read once, if a result has one
+            untaken = CASE WHEN x.branch IS NOT NULL AND x.status = 'completed' THEN nullif(circle.untaken(
+                n.node_id, (SELECT circle.branches_of(p_run_id, ARRAY(SELECT e ->> 'node_id' FROM jsonb_array_elements(p_results) e
+                                                                      WHERE e ? 'branch'))) -> n.node_id,
+                n.successors, x.branch), '{}') END,
             retry_count = CASE WHEN x.retried THEN n.retry_count + 1 ELSE greatest(n.retry_count, CASE WHEN x.attempt IS NULL THEN x.retry_count END) END,
             available_at = CASE WHEN x.retried THEN circle.retry_due(p.base, p.most, n.retry_count) END,
             -- of a node that is reported after it ran
@@ -307,10 +362,10 @@ BEGIN
                        AND circle.was_reported(t, r.attempt))
         ) x
         WHERE n.id = x.id
-        RETURNING n.node_id, n.status, n.successors
+        RETURNING n.node_id, n.status, n.successors, n.untaken
     )
     SELECT array_agg(u.node_id) FILTER (WHERE coalesce(s.ord, 1) = 1) AS nodes, array_agg(s.position) AS following,
-           bool_or(u.status = 'skipped') AS skipped
+           bool_or(u.status = 'skipped' OR u.untaken IS NOT NULL) AS skipped
     INTO done FROM updated u LEFT JOIN unnest(u.successors) WITH ORDINALITY s (position, ord) ON true;
     repeated := coalesce(cardinality(done.nodes), 0) <> jsonb_array_length(p_results);
     IF repeated THEN
@@ -321,7 +376,8 @@ BEGIN
         following := circle.skip_followers(p_run_id, following);
     END IF;
 END $$;
--- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of their completed predecessors.
+-- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of the completed predecessors that take
+-- them.
 CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_ids bigint[], p_inputs boolean) RETURNS json
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -330,7 +386,8 @@ BEGIN
                     'node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint, 'inputs', (
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
                         FROM circle.pipeline_node_runs p
-                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'))
+                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'
+                          AND NOT circle.is_dead(p.status, p.untaken, n.position)))
                     ORDER BY n.position, n.id)
                 FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
@@ -358,7 +415,7 @@ BEGIN
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND (n.status = 'pending') IS TRUE
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
             RETURNING n.id
         ) SELECT array_agg(s.id) INTO started FROM s;
@@ -366,7 +423,7 @@ BEGIN
         WITH s AS (
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = r.id AND n.position = ANY (p_positions) AND (n.status = 'pending') IS TRUE
-              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.predecessors, n.retry_count,
+              AND (SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
                                                           n.available_at) b (reason)) IS NULL
             RETURNING n.id
         ) SELECT array_agg(s.id) INTO started FROM s;
@@ -398,8 +455,8 @@ BEGIN
     END IF;
     RETURN circle.waiting_step(p_run_id);
 END $$;
--- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes of a run in
--- which none failed: for them it is one statement, in which the guard fires once.
+-- Records results, starts what became ready, ends the run when nothing is left. The results of most calls complete nodes, without a
+-- branch, of a run in which none failed: for them it is one statement, in which the guard fires once.
 CREATE OR REPLACE FUNCTION circle.advance_run(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean, p_inputs boolean)
 RETURNS json LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
@@ -412,7 +469,7 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
     IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed")' THEN
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || exists(@.branch))' THEN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
@@ -427,7 +484,7 @@ BEGIN
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
               AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
-              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it
+              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it, and takes each edge
               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
                               WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
                                 AND p.status NOT IN ('completed', 'skipped')
@@ -508,29 +565,30 @@ BEGIN
     END IF;
     WITH inserted AS (
         INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, output_data,
-                                               error_message, retry_count, duration_ms, started_at, completed_at)
+                                               untaken, error_message, retry_count, duration_ms, started_at, completed_at)
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
-               coalesce(x.output, '{}'), x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
+               coalesce(x.output, '{}'), CASE WHEN x.branch IS NOT NULL AND x.status = 'completed' THEN
+                   nullif(circle.untaken(c.node_id, c.branches, c.successors, x.branch), '{}') END, x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
                CASE WHEN x.status IN ('completed', 'failed') THEN
                    clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
                CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
         FROM circle.pipeline_versions v
-        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, place)
+        CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
         LEFT JOIN (SELECT DISTINCT ON (y.node_id) y.* FROM jsonb_populate_recordset(NULL::circle.node_result, p_results) y) x
             ON x.node_id = c.node_id
         WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version
         ORDER BY c.place
-        RETURNING status, successors, node_id
+        RETURNING status, untaken, node_id
     )
     SELECT count(*) AS nodes, array_agg(i.node_id) FILTER (WHERE i.status <> 'pending') AS applied,
-           bool_or(i.status = 'skipped') AS skipped INTO done FROM inserted i;
+           bool_or(i.status = 'skipped' OR i.untaken IS NOT NULL) AS skipped INTO done FROM inserted i;
     IF done.nodes = 0 THEN
         PERFORM circle.refuse_create(p_pipeline_id);
     ELSIF coalesce(cardinality(done.applied), 0) <> jsonb_array_length(p_results) THEN
         PERFORM circle.repeat_or_refuse_results(r.id, p_results, done.applied, NULL);
     ELSIF done.skipped THEN
         PERFORM circle.skip_followers(r.id, ARRAY(SELECT s FROM circle.pipeline_node_runs n, unnest(n.successors) s
-                                                  WHERE n.run_id = r.id AND n.status = 'skipped'));
+                                                  WHERE n.run_id = r.id AND (n.status = 'skipped' OR n.untaken IS NOT NULL)));
     END IF;
     r := circle.end_run_if_done(r.id);
     IF r.id IS NULL THEN
@@ -542,8 +600,8 @@ BEGIN
     RETURN r;
 END $$;
 -- advance_run for many runs at once, each at most once, in one commit: for those whose call is plain. p_results has the results of
--- all, each with its run_id. A call is plain if its results complete nodes of a run that the caller holds and in which no node
--- failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
+-- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
+-- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
 -- NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
 CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
 RETURNS TABLE (run_id bigint, step json)
@@ -574,10 +632,10 @@ BEGIN
         WHERE id = ANY (calls.fresh);
     END IF;
     WITH results AS MATERIALIZED (
-        SELECT x.*, n.id, (n.status = ANY ('{pending,running}') AND x.status = 'completed'
+        SELECT x.*, n.id, (n.status = ANY ('{pending,running}') AND x.status = 'completed' AND x.branch IS NULL
                            AND coalesce(x.attempt = n.retry_count + 1::bigint, true) AND count(*) OVER (PARTITION BY n.id) = 1) IS TRUE AS plain
         FROM jsonb_to_recordset(p_results) AS x (run_id bigint, node_id text, status text, output jsonb, duration_ms integer,
-                                                 retry_count integer, attempt integer)
+                                                 retry_count integer, attempt integer, branch text)
         LEFT JOIN circle.pipeline_node_runs n ON n.run_id = x.run_id AND n.node_id = x.node_id
         WHERE x.run_id = ANY (calls.reported)
     ), refused AS MATERIALIZED (

@@ -103,7 +103,8 @@ BEGIN
     END IF;
     RETURN (SELECT CASE WHEN bool_and(b.reason IS NOT NULL) THEN min(n.available_at) FILTER (WHERE b.reason = 'retry') END
             FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
-            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.predecessors, n.retry_count, n.available_at) b (reason)
+            CROSS JOIN LATERAL circle.blocked_by('running', r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
+                                                  n.available_at) b (reason)
             WHERE r.id = p_run_id AND n.status = 'pending');
 END $$;
 -- Returns a locked run without running nodes to pending. Its token grows, so that the last holder's is stale.

@@ -19,6 +19,7 @@ DROP FUNCTION IF EXISTS circle.refuse_no_lists(jsonb, jsonb);
 DROP FUNCTION IF EXISTS circle.node_types();
 DROP FUNCTION IF EXISTS circle.surely_trimmed(text[]);
 DROP FUNCTION IF EXISTS circle.begins_well(text);
+DROP FUNCTION IF EXISTS circle.branch_label(text);
 DROP FUNCTION IF EXISTS circle.trimmed(text);
 DROP FUNCTION IF EXISTS circle.number_too_large(jsonb);
 DROP FUNCTION IF EXISTS circle.nested_too_deep(jsonb);

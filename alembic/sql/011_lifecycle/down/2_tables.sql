@@ -30,9 +30,9 @@ BEGIN
     END IF;
 END $fold$;
 
--- == pipeline_node_runs: drop the due time of retries, and the index
+-- == pipeline_node_runs: drop the due time of retries, the successors that aren't taken, and the index
 DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_position;
-ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at;
+ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at, DROP COLUMN IF EXISTS untaken;
 
 -- == pipeline_runs: add the check of revision 008, NOT VALID
 DO $checks$
