@@ -6,16 +6,16 @@ import asyncio
 import sys
 from typing import Any
 
-from gathering_pipeline import NodeContext
+from gathering_pipeline import NodeContext, NodeResult
 from gathering_pipeline.worker.__main__ import main
 
 
-async def simulate(context: NodeContext) -> dict[str, Any]:
-    """An agent or an action: it takes its time, and its first attempts may fail."""
+async def simulate(context: NodeContext) -> dict[str, Any] | NodeResult:
+    """An agent or an action: it takes its time, and its first attempts may fail. An exception would do, too."""
     given = context.config.get("simulate") or {}
     await asyncio.sleep(given.get("seconds") or 0)
     if context.attempt <= given.get("failures", 0):
-        raise ConnectionError("the model does not answer")
+        return NodeResult(node_id=context.node.id, status="failed", error="the model does not answer")
     return dict(given.get("output") or {})
 
 

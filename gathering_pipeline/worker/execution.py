@@ -260,7 +260,7 @@ class Execution:
                 async with asyncio.timeout(self._shared.poll.total_seconds()):
                     await self._shared.stopping.wait()
         await insist(self._database, self._give_up)
-        logger.info("run %s is released", self.run.id)
+        logger.info("run %s is released%s", self.run.id, f", a retry is due at {self._due}" if self._due else "")
 
     async def _release_in_time(self) -> None:
         """Release the run, whatever its handlers do."""
@@ -334,18 +334,21 @@ class Execution:
             attempt=started.attempt,
             cancelled=self._cancelled,
         )
+        place = self.run.id, node.id, started.attempt
         begun = monotonic()
+        shown: BaseException | None = None
         try:
             result = result_of(await self._outcome(handler, context), started)
         except asyncio.CancelledError as error:
             if self._cancelled.is_set():
                 raise
-            result = failure_of(error, node.id, started.attempt)  # the handler was cancelled by its own code
-        except (Exception, SystemExit) as error:
-            logger.warning(
-                "run %s: attempt %s of node %s failed", self.run.id, started.attempt, node.id, exc_info=error
-            )
+            result = failure_of(error, node.id, started.attempt)  # the handler cancelled itself
+        except PermanentError as error:
             result = failure_of(error, node.id, started.attempt)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the node's failure
+            shown, result = error, failure_of(error, node.id, started.attempt)
+        if result["status"] == "failed":
+            logger.warning("run %s: node %s failed in attempt %s: %s", *place, result.get("error"), exc_info=shown)
         return {"duration_ms": round((monotonic() - begun) * 1000)} | result
 
     async def _outcome(self, handler: Handler, context: NodeContext) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -20,9 +20,8 @@ from gathering_pipeline import (
 )
 
 T = TypeVar("T")
-Outcome = Mapping[str, Any] | NodeExecutionResult | bool | str | None
-"""What a handler returns."""
-Handler = Callable[["NodeContext"], Outcome | Awaitable[Outcome]]
+Handler = Callable[["NodeContext"], object]
+"""Returns, or returns a coroutine that returns, a dict, a ``NodeResult``, a bool, a text or None."""
 Result = dict[str, Any]
 """What ``advance`` takes."""
 
