@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
+from typing import Protocol
 
-from gathering_pipeline import AsyncRunRepository, Database, InvalidDataError
+from gathering_pipeline import AsyncRunRepository, ClaimedRun, Database, InvalidDataError
 from gathering_pipeline.worker.execution import (
     Execution,
     Shared,
@@ -26,11 +27,27 @@ RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
 
 
+class ManyDatabases(Protocol):
+    """What a worker needs of ``Databases``."""
+
+    def __getitem__(self, name: str, /) -> Database:
+        """The database with this name."""
+        ...
+
+    async def aclaim(self, worker_id: str, lease: timedelta, limit: int = 1) -> Sequence[tuple[str, ClaimedRun]]:
+        """Claim runs of one of the databases, each with the name of its database."""
+        ...
+
+    async def adispose(self) -> None:
+        """Close all idle connections."""
+        ...
+
+
 class Worker:
     """Claims runs and executes their nodes by handlers; any number of workers may run at the same time.
 
     Args:
-        database: The database.
+        database: The database, or ``Databases``.
         handlers: A function for each type of nodes, async or sync; a sync one runs in a thread. It takes a
             ``NodeContext`` and returns the output as a dict, the branch to take as a bool or a text, a ``NodeResult``,
             or None. An exception is a failed attempt, which is retried while retries are left, unless it is a
@@ -50,7 +67,7 @@ class Worker:
 
     def __init__(
         self,
-        database: Database,
+        database: Database | ManyDatabases,
         handlers: Mapping[str, Handler],
         *,
         concurrency: int = 8,
@@ -67,6 +84,8 @@ class Worker:
         if type(concurrency) is not int or concurrency < 1:
             raise InvalidDataError(f"concurrency must be a whole number from 1, not {concurrency!r:.100}")
         self._concurrency = concurrency
+        if pipelines is not None and not isinstance(database, Database):
+            raise InvalidDataError("pipelines are those of one Database: leave them out")
         self._pipelines = pipelines
         self._lease = _check_duration(lease, "lease")
         self._poll = _check_duration(poll, "poll")
@@ -147,15 +166,23 @@ class Worker:
         """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
         room = self._shared.slots.free - sum(execution.demand for execution in self._held)
         room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
+        for database, run in await self._claimed(room):
+            execution = Execution(self._shared, database, run)
+            self._held[execution] = tasks.create_task(self._follow(execution))
+
+    async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
+        if not isinstance(self.database, Database):
+            found = await self.database.aclaim(self.name, self._lease, room) if room > 0 else []
+            if found:
+                self._changed.set()  # a call asks one database: the next one may have runs, too
+            return [(self.database[name], run) for name, run in found]
         async with self.database.async_session(autocommit=True) as session:
             runs = AsyncRunRepository(session)
             if room <= 0:
                 await runs.sweep()
-                return
+                return []
             claimed = await runs.claim(self.name, self._lease, room, self._pipelines)
-        for run in claimed:
-            execution = Execution(self._shared, self.database, run)
-            self._held[execution] = tasks.create_task(self._follow(execution))
+        return [(self.database, run) for run in claimed]
 
     async def _follow(self, execution: Execution) -> None:
         try:
