@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .health import Health
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
+        ChangedRuns,
         ClaimedRun,
         LogEntry,
         NodeExecutionResult,
@@ -119,6 +120,7 @@ __all__ = [
     "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
+    "ChangedRuns",
     "ClaimedRun",
     "CommitIndeterminateError",
     "ConditionNodeConfig",
