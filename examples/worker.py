@@ -27,7 +27,6 @@ from gathering_pipeline import (
     ClaimedRun,
     Database,
     NodeResult,
-    PipelineDefinition,
     PipelineError,
     PipelineNode,
     StartedNode,
@@ -63,15 +62,6 @@ async def perform(node: PipelineNode, inputs: Mapping[str, Any], attempt: int) -
     if node.type == "condition":
         return {"result": any(output.get(node.config["condition"]) for output in inputs.values())}
     return dict(simulate.get("output") or {})
-
-
-def untaken_nodes(graph: PipelineDefinition, condition_id: str, *, result: bool) -> list[str]:
-    """The first nodes of the branches that a condition does not take: only its untaken edges lead to them."""
-    taken = (None, "true" if result else "false")
-    dead = {edge.to_node for edge in graph.edges if edge.from_node == condition_id and edge.condition not in taken}
-    return sorted(
-        dead - {edge.to_node for edge in graph.edges if edge.from_node != condition_id or edge.condition in taken}
-    )
 
 
 class Worker:
@@ -168,10 +158,6 @@ class Worker:
             else:
                 await asyncio.sleep(POLL_SECONDS)
             results = [attempts.pop(key).result() for key in [key for key, task in attempts.items() if task.done()]]
-            for result in [result for result in results if result.status == "completed"]:
-                if graph.node_map[result.node_id].type == "condition":
-                    skipped = untaken_nodes(graph, result.node_id, result=bool((result.output or {})["result"]))
-                    results += [NodeResult(node_id=node_id, status="skipped") for node_id in skipped]
 
     async def attempt(self, node: PipelineNode, started: StartedNode) -> NodeResult:
         """Execute a node once."""
@@ -183,7 +169,13 @@ class Worker:
             return NodeResult(node_id=node.id, status="failed", error=message, attempt=started.attempt)
         spent = round((monotonic() - begin) * 1000)
         return NodeResult(
-            node_id=node.id, status="completed", output=output, duration_ms=spent, attempt=started.attempt
+            node_id=node.id,
+            status="completed",
+            output=output,
+            duration_ms=spent,
+            attempt=started.attempt,
+            # the edges that it takes, by their label; the nodes of the other branch are skipped
+            branch=bool(output["result"]) if node.type == "condition" else None,
         )
 
 

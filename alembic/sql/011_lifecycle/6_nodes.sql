@@ -469,7 +469,7 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
     IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || exists(@.branch))' THEN
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || @.branch != null)' THEN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
