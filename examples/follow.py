@@ -11,14 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from gathering_pipeline import Database, EventRepository, EventType, PipelineError, PipelineEvent
-
-TERMINAL = {
-    EventType.PIPELINE_RUN_COMPLETED,
-    EventType.PIPELINE_RUN_FAILED,
-    EventType.PIPELINE_RUN_CANCELLED,
-    EventType.PIPELINE_RUN_TIMEOUT,
-}
+from gathering_pipeline import Database, EventRepository, PipelineError, PipelineEvent
 
 
 def format_event(event: PipelineEvent) -> str:
@@ -40,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 after = EventRepository(session).last() if run_id is None else None
             for event in database.listen(run_id, after):
                 print(format_event(event), flush=True)
-                if run_id is not None and event.type in TERMINAL:
-                    break
     except PipelineError as error:
         print(error, file=sys.stderr)
         return 1

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         NodeNotReadyError,
         NodeRunNotFoundError,
         NotFoundError,
+        PermanentError,
         PipelineError,
         PipelineInactiveError,
         PipelineInUseError,
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
         untaken_successors,
         validate_pipeline_dag,
     )
+    from .worker import NodeContext, Worker
 
 # searched for a name in this order: the modules that load SQLAlchemy come last
 _MODULES = (
@@ -111,6 +113,7 @@ _MODULES = (
     "orm",
     "repositories",
     "database",
+    "worker",
 )
 
 __all__ = [
@@ -150,6 +153,7 @@ __all__ = [
     "Limits",
     "LogEntry",
     "NodeConfig",
+    "NodeContext",
     "NodeExecutionResult",
     "NodeNotReadyError",
     "NodeResult",
@@ -160,6 +164,7 @@ __all__ = [
     "NotFoundError",
     "Page",
     "ParallelNodeConfig",
+    "PermanentError",
     "Pipeline",
     "PipelineCreate",
     "PipelineDefinition",
@@ -193,6 +198,7 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",
+    "Worker",
     "find_issues",
     "get_execution_order",
     "is_transient",

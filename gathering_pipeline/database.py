@@ -138,7 +138,10 @@ class Database:
         return GroupCommits(self)
 
     def listen(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> Events:
-        """Yield every event once, forever, in the order of ``EventRepository.read``; survives restarts of the server.
+        """Yield every event once, in the order of ``EventRepository.read``; survives restarts of the server.
+
+        It keeps one connection of the pool. The events of one run end with the one that ends the run; those of all runs
+        have no end.
 
         Args:
             run_id: Only events of this run.
@@ -146,6 +149,7 @@ class Database:
             poll: Pause between reads; after ``SELECT circle.notify_events(true)`` a commit ends it early.
 
         Raises:
+            RunNotFoundError: The run doesn't exist, or is deleted before it ends (noticed within half a minute).
             InvalidCursorError: ``after`` is not a cursor of this database.
             DatabaseUnavailableError: There is no server at the first read; after that the loop waits for it.
             ForkedConnectionError: The process was forked since the first event; only the parent can go on.
@@ -153,7 +157,11 @@ class Database:
         return listening.listen(self.engine, run_id, after, poll)
 
     def alisten(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> AsyncEvents:
-        """The async twin of ``listen``."""
+        """The async twin of ``listen``; any number of listeners share one connection, whose reader reads an event once.
+
+        A listener first reads what it has missed, through the pool; so does one that takes its events too slowly. No
+        listener waits for another one. The shortest ``poll`` counts.
+        """
         return listening.alisten(self.async_engine, run_id, after, poll)
 
     def upgrade(self, revision: str = "head") -> None:

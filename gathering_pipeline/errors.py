@@ -31,7 +31,8 @@
     │   ├── ForkedConnectionError              the connection belongs to the process that forked this one
     │   ├── SchemaRevisionError                the schema is at another revision than the code
     │   └── AdoptionError                      existing tables differ from those of this package
-    └── InvalidCursorError (ValueError)        not a cursor of this repository
+    ├── InvalidCursorError (ValueError)        not a cursor of this repository
+    └── PermanentError                         raised by a worker's handler: the node fails without a retry
 
 Errors that come from PostgreSQL are recognised by SQLSTATE and constraint name, never by their text, and are raised
 ``from`` the driver's error.
@@ -507,6 +508,10 @@ class AdoptionError(DatabaseError):
 
 class InvalidCursorError(PipelineError, ValueError):
     """The value is not a cursor of this repository."""
+
+
+class PermanentError(PipelineError):
+    """Raised by a handler of a ``Worker``: the node fails with this text, and no retry is made."""
 
 
 _TRANSIENT = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "57P01", "57P02", "57P03", "57P05"})

@@ -24,6 +24,17 @@ class EventType(StrEnum):
     PIPELINE_NODE_RETRYING = "pipeline_node.retrying"
 
 
+RUN_ENDS = frozenset(
+    {
+        EventType.PIPELINE_RUN_COMPLETED,
+        EventType.PIPELINE_RUN_FAILED,
+        EventType.PIPELINE_RUN_CANCELLED,
+        EventType.PIPELINE_RUN_TIMEOUT,
+    }
+)
+"""The last event of a run is one of these."""
+
+
 class PipelineEvent(BaseModel):
     """A lifecycle event as stored.
 
@@ -49,6 +60,11 @@ class PipelineEvent(BaseModel):
     data: dict[str, Any]
     created_at: datetime
     cursor: str
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether this is the last event of its run."""
+        return self.type in RUN_ENDS
 
 
 class EventPage(BaseModel):

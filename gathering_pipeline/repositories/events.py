@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 
-from gathering_pipeline.arguments import MAX_BIGINT, check_count, check_duration, check_id
+from gathering_pipeline.arguments import MAX_BIGINT, check_count, check_duration, check_id, check_run_id
 from gathering_pipeline.connections import Statement
-from gathering_pipeline.errors import InvalidCursorError
-from gathering_pipeline.events import EventPage, PipelineEvent
+from gathering_pipeline.errors import InvalidCursorError, RunNotFoundError
+from gathering_pipeline.events import RUN_ENDS, EventPage, PipelineEvent
 from gathering_pipeline.json_values import quote
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 
@@ -49,6 +49,15 @@ FROM database d LEFT JOIN LATERAL (
     SELECT xid, id, created_at FROM circle.pipeline_events WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
     ORDER BY xid DESC, id DESC LIMIT 1
 ) e ON true""",
+    read_only=True,
+)
+IS_OVER = Statement(
+    """
+SELECT pg_catalog.to_json(CASE WHEN r.id IS NOT NULL THEN r.completed_at IS NOT NULL END AND NOT EXISTS (
+    SELECT FROM circle.pipeline_events e
+    WHERE e.run_id = %(run)s AND (e.xid, e.id) > (%(xid)s::text::xid8, %(id)s::bigint)
+    AND e.type = ANY (%(ends)s::text[])))::text
+FROM (VALUES (true)) one LEFT JOIN circle.pipeline_runs r ON r.id = %(run)s::bigint""",
     read_only=True,
 )
 PURGE = Statement("SELECT circle.purge_events(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s)::text")
@@ -101,6 +110,20 @@ class AsyncEventRepository(AsyncRepository):
         cursor: str = (await self._values(LAST))[0]
         return cursor
 
+    async def is_over(self, run_id: int, after: str | None = None) -> bool:
+        """Whether a run has ended and its last event is not after a cursor: no event of it comes any more.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist, and no event after the cursor ends it.
+            InvalidCursorError: ``after`` is not a cursor.
+        """
+        _, xid, last_id, _ = _parse_cursor(after)
+        over: bool | None
+        (over,) = await self._values(IS_OVER, run=check_run_id(run_id), xid=str(xid), id=last_id, ends=_ENDS)
+        if over is None:
+            raise RunNotFoundError(run_id)
+        return over
+
     async def purge(self, older_than: timedelta, limit: int = 10_000) -> int:
         """Delete at most ``limit`` events from over ``older_than`` ago; commit and repeat until it returns 0.
 
@@ -110,6 +133,8 @@ class AsyncEventRepository(AsyncRepository):
         age = check_duration(older_than, "older_than", allow_zero=True)
         return int((await self._values(PURGE, older_than=age, limit=check_count(limit, "limit")))[0])
 
+
+_ENDS = f"{{{','.join(sorted(RUN_ENDS))}}}"
 
 # database (system identifier and oid); transaction, id and time of the event, in microseconds since 1970
 _CURSOR = re.compile(r"([0-9]{1,20}-[0-9]{1,10})-([0-9]{1,20})-([0-9]{1,19})-(-?[0-9]{1,19})")
@@ -122,7 +147,14 @@ class EventRepository(Repository):
 
     read = blocking(AsyncEventRepository.read)
     last = blocking(AsyncEventRepository.last)
+    is_over = blocking(AsyncEventRepository.is_over)
     purge = blocking(AsyncEventRepository.purge)
+
+
+def order_of(cursor: str) -> tuple[int, int]:
+    """What sorts the cursors of one database."""
+    _, xid, last_id, _ = _parse_cursor(cursor)
+    return xid, last_id
 
 
 def _parse_cursor(cursor: object) -> tuple[str | None, int, int, int]:

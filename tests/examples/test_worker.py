@@ -1,19 +1,17 @@
 """The example worker: how it executes runs, how it stops, and what it prints where the database can't be used."""
 
-import asyncio
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from examples import demo
-from examples.worker import Worker
-from gathering_pipeline import Database, NodeStatus, PipelineNode, PipelineRepository, RunRead, RunRepository, RunStatus
+from examples.worker import HANDLERS
+from gathering_pipeline import Database, NodeStatus, PipelineRepository, RunRead, RunRepository, RunStatus, Worker
+from tests.support.workers import run_once
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "postgresql://localhost:1/name"
@@ -66,11 +64,7 @@ def run(database: Database) -> RunRead:
 
 
 def test_worker_once_executes_a_run_to_its_end(database: Database, run: RunRead) -> None:
-    async def serve() -> None:
-        await Worker(database, "ada").serve(once=True)
-        await database.adispose()
-
-    asyncio.run(serve())
+    run_once(Worker(database, HANDLERS))
     with database.session() as session:
         runs = RunRepository(session)
         assert runs.get(run.id).status is RunStatus.COMPLETED
@@ -79,44 +73,4 @@ def test_worker_once_executes_a_run_to_its_end(database: Database, run: RunRead)
     assert {node_id for node_id, node in nodes.items() if node.status is NodeStatus.SKIPPED} == skipped
     assert {node.status for node_id, node in nodes.items() if node_id not in skipped} == {NodeStatus.COMPLETED}
     assert {node_id: node.retry_count for node_id, node in nodes.items() if node.retry_count} == {"security": 1}
-    assert nodes["approved"].output_data == {"result": True}
-
-
-def test_stopped_worker_releases_its_run_and_another_one_completes_it(
-    database: Database, run: RunRead, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    executed: list[str] = []
-
-    async def serve() -> None:
-        reached = asyncio.Event()
-
-        async def perform(node: PipelineNode, _inputs: Mapping[str, Any], _attempt: int) -> dict[str, Any]:
-            executed.append(node.id)
-            if node.id == "verdict" and not reached.is_set():
-                reached.set()
-                await asyncio.Event().wait()  # until the worker is stopped
-            return {"result": True}
-
-        monkeypatch.setattr("examples.worker.perform", perform)
-        first = Worker(database, "ada")
-        serving = asyncio.create_task(first.serve())
-        await asyncio.wait_for(reached.wait(), 60)
-        first.stopping.set()
-        await serving
-        async with first.runs() as runs:
-            released = await runs.get(run.id)
-            assert (released.status, released.worker_id) == (RunStatus.PENDING, None)
-            assert {node.node_id for node in await runs.nodes(run.id) if node.status is NodeStatus.COMPLETED} == {
-                *("push", "security", "style")
-            }
-        await Worker(database, "grace").serve(once=True)
-        await database.adispose()
-
-    asyncio.run(serve())
-    with database.session() as session:
-        ended = RunRepository(session).get(run.id)
-    assert (ended.status, ended.worker_id) == (RunStatus.COMPLETED, "grace")
-    assert (ended.claim_count, ended.lapsed_claims) == (2, 0)
-    assert sorted(executed) == sorted(
-        ["push", "security", "style", "verdict", "verdict", "approved", "settle", "merge", "archive"]
-    )
+    assert nodes["verdict"].output_data == {"approved": True}

@@ -156,10 +156,12 @@ def events(session: Session, database: Database) -> None:
     assert_type(page.items, tuple[PipelineEvent, ...])
     assert_type(page.next_cursor, str)
     assert_type(repository.last(), str)
+    assert_type(repository.is_over(1, page.next_cursor), bool)
     assert_type(repository.purge(timedelta(days=30)), int)
     for event in database.listen(1, after=page.next_cursor, poll=timedelta(seconds=1)):
         assert_type(event, PipelineEvent)
         assert_type(event.type, EventType)
+        assert_type(event.ends_run, bool)
 
 
 async def async_events(session: AsyncSession, database: Database) -> None:
