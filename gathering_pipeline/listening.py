@@ -1,7 +1,7 @@
 """The loops behind ``Database.listen`` and ``Database.alisten``: poll, wait, reconnect.
 
 A listener keeps one connection so that a notification (off by default, see ``circle.notify_events``) can end its wait
-early. It doesn't depend on notifications: behind a pooler that drops them it polls.
+early. It doesn't depend on notifications: behind a pooler that drops them, and on a standby, it polls.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Generator
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ def listen(engine: Engine, run_id: int | None, after: str | None, poll: timedelt
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 try:
                     driver: psycopg.Connection[Any] = connection.connection.driver_connection  # type: ignore[assignment]
-                    driver.execute(LISTEN)
+                    with suppress(psycopg.errors.ReadOnlySqlTransaction):  # a standby
+                        driver.execute(LISTEN)
                     while True:
                         with Session(connection) as session:
                             page = EventRepository(session).read(**position.arguments)
@@ -106,7 +108,8 @@ async def alisten(engine: AsyncEngine, run_id: int | None, after: str | None, po
                     await connection.execution_options(isolation_level="AUTOCOMMIT")
                     driver: psycopg.AsyncConnection[Any]
                     driver = (await connection.get_raw_connection()).driver_connection  # type: ignore[assignment]
-                    await driver.execute(LISTEN)
+                    with suppress(psycopg.errors.ReadOnlySqlTransaction):
+                        await driver.execute(LISTEN)
                     while True:
                         async with AsyncSession(connection) as session:
                             page = await AsyncEventRepository(session).read(**position.arguments)

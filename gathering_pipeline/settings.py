@@ -59,6 +59,7 @@ class DatabaseSettings(BaseSettings):
     Attributes:
         database_url: URL of the database; None: the embedded server.
         migration_url: Direct URL for migrations, where ``database_url`` leads through a pooler such as PgBouncer.
+        read_url: URL for reads, such as one of standbys; None: ``database_url``.
         data_dir: Folder of the embedded server; None: in the user's data folder.
         pool_size: Connections that are kept open.
         max_overflow: Further connections, opened under load and closed afterwards.
@@ -84,6 +85,7 @@ class DatabaseSettings(BaseSettings):
         default=None, validation_alias=AliasChoices("GATHERING_DATABASE_URL", "DATABASE_URL")
     )
     migration_url: SecretStr | None = None
+    read_url: SecretStr | None = None
     data_dir: Path | None = None
     pool_size: int = Field(default=10, ge=1)
     max_overflow: int = Field(default=10, ge=0)
