@@ -33,6 +33,7 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.forks import call_in_child, detach, renew_in_child
+from gathering_pipeline.idle import close_idle
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
     """Make an engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     engine = create_engine(url, **_engine_arguments(url, settings))
     event.listen(engine, "do_connect", _Connector().connect)
-    event.listen(engine, "checkout", _replace_dead)
-    renew_in_child(engine, _renew_pool)
+    _watch_pool(engine, settings)
     return engine
 
 
@@ -78,9 +78,15 @@ def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
     arguments = _engine_arguments(url, settings)
     arguments["connect_args"]["async_creator_fn"] = _Connector().connect_async
     engine = create_async_engine(url, **arguments)
-    event.listen(engine.sync_engine, "checkout", _replace_dead)
-    renew_in_child(engine.sync_engine, _renew_pool)
+    _watch_pool(engine.sync_engine, settings)
     return engine
+
+
+def _watch_pool(engine: Engine, settings: DatabaseSettings) -> None:
+    event.listen(engine, "checkout", _replace_dead)
+    renew_in_child(engine, _renew_pool)
+    if settings.idle_limit is not None:
+        close_idle(engine, settings.idle_limit.total_seconds())
 
 
 def url_of(engine: Engine | None, async_engine: AsyncEngine | None) -> URL:
@@ -163,6 +169,7 @@ def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
         "pool_size": settings.pool_size,
         "max_overflow": settings.max_overflow,
         "pool_timeout": settings.pool_timeout.total_seconds(),
+        "pool_use_lifo": settings.idle_limit is not None,
         "isolation_level": "READ COMMITTED",  # the level of the lifecycle
         "use_native_hstore": False,  # saves a query on the first connection
         "connect_args": connect_arguments(url, settings) | {"answer_timeout": limit and limit.total_seconds()},

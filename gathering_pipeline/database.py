@@ -246,7 +246,7 @@ class Database:
         return Health(reachable=False, error=reason, **self._pool(engine), expected_revision=migrations.head())
 
     @staticmethod
-    def _pool(engine: Engine) -> dict[str, int | None]:
+    def _pool(engine: Engine) -> dict[str, Any]:
         pool = engine.pool
         if not isinstance(pool, QueuePool):  # a program's engine may have a pool that doesn't count
             return {"connections_in_use": None, "connections_allowed": None}
@@ -337,12 +337,11 @@ class _Engines:
     def _derive(self, engine: E, **options: Any) -> E:
         # cached, because deriving an engine takes as long as a statement
         key = type(engine), *options.items()
-        found = self._derived.get(key, (None, None))
-        if found[0] is not engine:
-            found = self._derived[key] = engine, engine.execution_options(**options)
+        if self._derived.get(key, (None, None))[0] is not engine:
+            self._derived[key] = engine, engine.execution_options(**options)
             if self._given:
-                connections.refuse_failed_commits(found[1])
-        derived: E = found[1]
+                connections.refuse_failed_commits(self._derived[key][1])
+        derived: E = self._derived[key][1]
         return derived
 
     def dispose(self) -> None:
