@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .database import Database
+    from .databases import Databases, SweepResult
     from .errors import (
         AdoptionError,
         CommitIndeterminateError,
@@ -100,6 +101,7 @@ _MODULES = (
     "orm",
     "repositories",
     "database",
+    "databases",
 )
 
 __all__ = [
@@ -117,6 +119,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseSettings",
     "DatabaseUnavailableError",
+    "Databases",
     "DelayNodeConfig",
     "EventPage",
     "EventRepository",
@@ -175,6 +178,7 @@ __all__ = [
     "StartedNode",
     "StatementCancelledError",
     "Step",
+    "SweepResult",
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",
