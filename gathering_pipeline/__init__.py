@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .database import Database
+    from .databases import Databases, SweepResult
     from .errors import (
         AdoptionError,
         CommitIndeterminateError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         PipelineInactiveError,
         PipelineInUseError,
         PipelineNotFoundError,
+        ReadOnlySessionError,
         RunNotFoundError,
         RunOverError,
         SchemaRevisionError,
@@ -113,6 +115,7 @@ _MODULES = (
     "orm",
     "repositories",
     "database",
+    "databases",
     "worker",
 )
 
@@ -133,6 +136,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseSettings",
     "DatabaseUnavailableError",
+    "Databases",
     "DelayNodeConfig",
     "EventPage",
     "EventRepository",
@@ -182,6 +186,7 @@ __all__ = [
     "PipelineStatus",
     "PipelineUpdate",
     "PurgeResult",
+    "ReadOnlySessionError",
     "RunNotFoundError",
     "RunOverError",
     "RunRead",
@@ -195,6 +200,7 @@ __all__ = [
     "StartedNode",
     "StatementCancelledError",
     "Step",
+    "SweepResult",
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",

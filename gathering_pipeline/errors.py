@@ -28,6 +28,7 @@
     │   ├── IdsExhaustedError                  a table has used up its ids
     │   ├── TransactionAbortedError            an earlier error ended the transaction; nothing is stored
     │   ├── CommitIndeterminateError           the outcome of the commit is unknown
+    │   ├── ReadOnlySessionError               a write in a session for reads
     │   ├── ForkedConnectionError              the connection belongs to the process that forked this one
     │   ├── SchemaRevisionError                the schema is at another revision than the code
     │   └── AdoptionError                      existing tables differ from those of this package
@@ -432,6 +433,13 @@ class CommitIndeterminateError(DatabaseError):
     """
 
 
+class ReadOnlySessionError(DatabaseError):
+    """A session of ``Database.reading`` was to write; nothing was changed. A retry can't succeed."""
+
+    def __init__(self) -> None:
+        super().__init__("the session is for reads only, by reading() or areading(): write in database.session()")
+
+
 class ForkedConnectionError(DatabaseError):
     """The session, listener or group commit was open when this process was forked: it belongs to the parent process.
 
@@ -532,6 +540,8 @@ def is_transient(error: BaseException) -> bool:
     """
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ReadOnlySessionError):
+            return False
         if isinstance(cause, DatabaseUnavailableError | TransactionConflictError | CommitIndeterminateError):
             return True
         if getattr(cause, "connection_invalidated", False):
