@@ -79,7 +79,7 @@ lowest: setup ## The tests of calls and units with the lowest versions that are 
 
 reliability: setup ## The races and kills of the tests in their long form; takes minutes
 	GATHERING_ROUNDS=300 GATHERING_RUNS=500 GATHERING_EXAMPLES=300 GATHERING_EVENTS=100000 GATHERING_KILLS=50 GATHERING_CALLS=60000 \
-		$(BIN)/python -m pytest tests/reliability
+		GATHERING_BRANCHED=2000 GATHERING_DATABASES=50 $(BIN)/python -m pytest tests/reliability tests/cli/test_many.py
 
 migration-load: setup ## Each revision up and down while four writers work, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \

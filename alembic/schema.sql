@@ -111,8 +111,10 @@ CREATE TABLE circle.pipeline_runs (
     priority smallint NOT NULL DEFAULT 0,
     run_at timestamp with time zone,
     waits_until timestamp with time zone,
+    resumed_from bigint,
     CONSTRAINT pipeline_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_runs_pipeline_id_fkey FOREIGN KEY (pipeline_id) REFERENCES circle.pipelines(id) ON DELETE CASCADE,
+    CONSTRAINT pipeline_runs_resumed_from_fkey FOREIGN KEY (resumed_from) REFERENCES circle.pipeline_runs(id) ON DELETE SET NULL,
     CONSTRAINT ck_pipeline_runs_leased CHECK (circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token, claim_count, lapsed_claims, worker_id, lease_expires_at, run_at, waits_until)),
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
@@ -122,6 +124,7 @@ CREATE INDEX idx_pipeline_runs_history ON circle.pipeline_runs USING btree (pipe
 CREATE UNIQUE INDEX idx_pipeline_runs_idempotency_key ON circle.pipeline_runs USING btree (pipeline_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_pipeline_id ON circle.pipeline_runs USING btree (pipeline_id);
 CREATE INDEX idx_pipeline_runs_queue ON circle.pipeline_runs USING btree (pipeline_id, priority DESC, id) WHERE (((status) = 'pending') AND (waits_until IS NULL) AND (pipeline_version IS NOT NULL));
+CREATE UNIQUE INDEX idx_pipeline_runs_resumed_from ON circle.pipeline_runs USING btree (resumed_from) WHERE (resumed_from IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_running ON circle.pipeline_runs USING btree (pipeline_id, id) WHERE ((status) = 'running');
 CREATE INDEX idx_pipeline_runs_status ON circle.pipeline_runs USING btree (status);
 CREATE INDEX idx_pipeline_runs_status_history ON circle.pipeline_runs USING btree (status, id);
@@ -135,7 +138,7 @@ CREATE TRIGGER pipeline_runs_after_truncate AFTER TRUNCATE ON circle.pipeline_ru
     FOR EACH STATEMENT EXECUTE FUNCTION circle.pipeline_runs_after_truncate();
 CREATE TRIGGER pipeline_runs_after_update AFTER UPDATE OF status ON circle.pipeline_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_after_update();
-CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, failed_node, trigger_data, logs ON circle.pipeline_runs
+CREATE TRIGGER pipeline_runs_before BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, failed_node, trigger_data, logs, resumed_from ON circle.pipeline_runs
     FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_before();  -- ALWAYS
 CREATE TRIGGER pipeline_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_runs
     FOR EACH ROW WHEN (new.status = old.status) EXECUTE FUNCTION circle.refuse_same_status();  -- ALWAYS
@@ -160,6 +163,7 @@ CREATE TABLE circle.pipeline_node_runs (
     successors integer[],
     available_at timestamp with time zone,
     untaken integer[],
+    taken_from bigint,
     CONSTRAINT pipeline_node_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_node_runs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
     CONSTRAINT ck_pipeline_node_runs CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)),
@@ -1379,6 +1383,14 @@ BEGIN
             SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
             JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
             WHERE p.id = NEW.pipeline_id;
+            IF NEW.resumed_from IS NOT NULL THEN   -- of the graph that the old run had
+                SELECT r.pipeline_version INTO NEW.pipeline_version FROM circle.pipeline_runs r
+                WHERE r.id = NEW.resumed_from AND r.pipeline_id = NEW.pipeline_id AND r.status IN ('failed', 'cancelled', 'timeout');
+                IF NOT FOUND THEN
+                    RAISE EXCEPTION 'resumed_from % is no failed, cancelled or timed-out run of pipeline %', NEW.resumed_from, NEW.pipeline_id
+                        USING ERRCODE = 'integrity_constraint_violation';
+                END IF;
+            END IF;
         END IF;
         IF NEW.status = 'pending' AND NEW.trigger_data = '{}' AND NEW.logs = '[]' THEN
             RETURN NEW;
@@ -1392,7 +1404,7 @@ BEGIN
                    AND NEW.duration_seconds IS NOT NULL END)
            AND NEW.pipeline_id = OLD.pipeline_id AND NEW.id = OLD.id AND NEW.claim_token = OLD.claim_token
            AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL AND NEW.failed_node IS NULL
-           AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
+           AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs AND NEW.resumed_from IS NOT DISTINCT FROM OLD.resumed_from THEN
             RETURN NEW;
         END IF;
         -- a run from before there were versions gets one, once
@@ -1400,6 +1412,10 @@ BEGIN
            AND (OLD.pipeline_version IS NOT NULL OR NOT EXISTS (
                SELECT FROM circle.pipeline_versions WHERE pipeline_id = OLD.pipeline_id AND version = NEW.pipeline_version)) THEN
             PERFORM circle.refuse_change('run ' || OLD.id, 'id, pipeline_id and pipeline_version');
+        -- its foreign key sets it to NULL when the old run is deleted
+        ELSIF NEW.resumed_from IS DISTINCT FROM OLD.resumed_from AND NOT circle.is_replica()
+              AND (NEW.resumed_from IS NOT NULL OR EXISTS (SELECT FROM circle.pipeline_runs WHERE id = OLD.resumed_from)) THEN
+            PERFORM circle.refuse_change('run ' || OLD.id, 'resumed_from');
         ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.run_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
         ELSIF OLD.completed_at IS NOT NULL AND (NEW.completed_at IS DISTINCT FROM OLD.completed_at
@@ -1490,6 +1506,19 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_runs_after_insert() FROM PUBLIC;
 
+-- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
+CREATE OR REPLACE FUNCTION circle.start_event_data(r circle.pipeline_runs, p_claimed boolean)
+ RETURNS jsonb
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN CASE WHEN p_claimed THEN jsonb_build_object('claim', r.claim_count) ELSE '{}' END
+        || CASE WHEN r.resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', r.resumed_from, 'taken_over', (
+               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = r.id AND taken_from IS NOT NULL)) END;
+END $function$;
+
 -- Writes the event, takes live nodes along, refuses an end that would leave some.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_update()
  RETURNS trigger
@@ -1504,7 +1533,7 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' AND NEW.claim_count > OLD.claim_count THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' THEN circle.start_event_data(NEW, NEW.claim_count > OLD.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -1610,6 +1639,7 @@ BEGIN
            WHEN 'completed' THEN OLD.status IN ('pending', 'running') AND NEW.completed_at IS NOT NULL END)
        AND NEW.run_id = OLD.run_id AND NEW.node_id = OLD.node_id AND NEW.id = OLD.id AND NEW.node_type = OLD.node_type
        AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors AND NEW.untaken IS NULL
+       AND NEW.taken_from IS NULL
        AND (NEW.output_data = OLD.output_data OR circle.is_readable(NEW.output_data))
        AND (NEW.input_data = OLD.input_data OR circle.is_readable(NEW.input_data)) THEN
         RETURN NEW;
@@ -1617,9 +1647,9 @@ BEGIN
     IF NEW.run_id <> OLD.run_id OR NEW.node_id <> OLD.node_id OR NEW.id <> OLD.id OR NEW.node_type <> OLD.node_type
        OR OLD.position IS NOT NULL AND NEW.position IS DISTINCT FROM OLD.position
        OR OLD.predecessors IS NOT NULL AND NEW.predecessors IS DISTINCT FROM OLD.predecessors
-       OR OLD.successors IS NOT NULL AND NEW.successors IS DISTINCT FROM OLD.successors THEN
+       OR OLD.successors IS NOT NULL AND NEW.successors IS DISTINCT FROM OLD.successors OR NEW.taken_from IS DISTINCT FROM OLD.taken_from THEN
         PERFORM circle.refuse_change(format('node %s of run %s', OLD.node_id, OLD.run_id),
-                                     'id, run_id, node_id, node_type, position, predecessors and successors');
+                                     'id, run_id, node_id, node_type, position, predecessors, successors and taken_from');
     ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.node_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
         PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
             (SELECT 'its run is ' || r.status FROM circle.pipeline_runs r WHERE r.id = OLD.run_id AND r.status <> 'running'));
@@ -1711,8 +1741,8 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_insert', TG_RELID);
     END IF;
-    FOR r IN SELECT run_id, bool_or(status NOT IN ('pending', 'cancelled')) AS eventful, bool_or(status = 'failed') AS failed,
-                    min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
+    FOR r IN SELECT run_id, bool_or(status NOT IN ('pending', 'cancelled') AND taken_from IS NULL) AS eventful,
+                    bool_or(status = 'failed') AS failed, count(taken_from) > 0 AS taken, min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
              FROM new_rows GROUP BY run_id ORDER BY run_id LOOP
         -- locks the run, so that it doesn't end concurrently
         SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
@@ -1722,13 +1752,16 @@ BEGIN
         ELSIF r.failed THEN
             PERFORM circle.note_failure(r.run_id);
         END IF;
+        IF r.taken AND NOT EXISTS (SELECT FROM circle.pipeline_runs WHERE id = r.run_id AND resumed_from IS NOT NULL) THEN
+            RAISE EXCEPTION 'run % is not resumed: no node of it has taken_from', r.run_id USING ERRCODE = 'integrity_constraint_violation';
+        END IF;
         eventful := eventful OR r.eventful;
     END LOOP;
     IF eventful THEN
         INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
         SELECT circle.event_xid(), run_id, node_id, circle.node_event(status),
                CASE WHEN status = 'failed' THEN jsonb_build_object('error', error_message) ELSE '{}' END
-        FROM new_rows WHERE status NOT IN ('pending', 'cancelled') ORDER BY run_id, position, id;
+        FROM new_rows WHERE status NOT IN ('pending', 'cancelled') AND taken_from IS NULL ORDER BY run_id, position, id;
     END IF;
     RETURN NULL;
 END $function$;
@@ -2868,7 +2901,7 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
     IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || exists(@.branch))' THEN
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || @.branch != null)' THEN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
@@ -2913,7 +2946,7 @@ BEGIN
                 PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
                 RETURN json_build_object('status', r.status);
             END IF;
-            fresh := r.started_at IS NULL;
+            fresh := r.started_at IS NULL AND r.resumed_from IS NULL;
             r := circle.lock_run(p_run_id, p_token);
         END IF;
         IF p_results <> '[]' THEN
@@ -3032,9 +3065,9 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     SELECT array_agg(l.id) FILTER (WHERE l.status = 'running' AND l.reported) AS reported,
-           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL) AS fresh
+           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL AND l.resumed_from IS NULL) AS fresh
     INTO calls FROM (
-        SELECT r.id, r.status, r.started_at, x.run_id IS NOT NULL AS reported
+        SELECT r.id, r.status, r.started_at, r.resumed_from, x.run_id IS NOT NULL AS reported
         FROM unnest(p_run_ids, p_tokens) c (run_id, token)
         JOIN circle.pipeline_runs r ON r.id = c.run_id
         LEFT JOIN (SELECT DISTINCT run_id FROM jsonb_to_recordset(p_results) AS y (run_id bigint)) x ON x.run_id = c.run_id
@@ -3486,4 +3519,178 @@ BEGIN
         END IF;
         EXIT WHEN deleted >= p_limit;
     END LOOP;
+END $function$;
+
+-- Deletes versions of before p_older_than that neither their pipeline nor a run names. Returns how many.
+CREATE OR REPLACE FUNCTION circle.purge_versions(p_older_than interval, p_limit integer)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    deleted bigint;
+BEGIN
+    -- in the order of their pipelines, whose locks keep creators of runs out until the transaction ends
+    WITH unused AS MATERIALIZED (
+        SELECT v.pipeline_id, v.version FROM circle.pipeline_versions v
+        JOIN circle.pipelines p ON p.id = v.pipeline_id AND p.version <> v.version
+        WHERE v.created_at < clock_timestamp() - p_older_than AND NOT EXISTS (
+            SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = v.pipeline_id AND r.pipeline_version = v.version)
+        ORDER BY v.pipeline_id, v.version LIMIT p_limit
+    ), locked AS MATERIALIZED (
+        SELECT u.*, pg_advisory_xact_lock(1734964328, hashint8(u.pipeline_id)) FROM unused u
+    )
+    DELETE FROM circle.pipeline_versions v USING locked l WHERE v.pipeline_id = l.pipeline_id AND v.version = l.version
+      AND NOT circle.version_is_used(v.pipeline_id, v.version);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $function$;
+
+-- Whether a run or its pipeline names a version now: a run may have been created since the caller's statement began.
+CREATE OR REPLACE FUNCTION circle.version_is_used(p_pipeline_id integer, p_version integer)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN EXISTS (SELECT FROM circle.pipelines WHERE id = p_pipeline_id AND version = p_version)
+        OR EXISTS (SELECT FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND pipeline_version = p_version);
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/8_again.sql
+
+-- The positions of the nodes that a resumed run takes over. Positions are in execution order: one pass is enough.
+CREATE OR REPLACE FUNCTION circle.positions_to_take_over(p_run_id bigint)
+ RETURNS integer[]
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+DECLARE
+    n record;
+    is_taken boolean[];
+    taken integer[] := '{}';
+BEGIN
+    FOR n IN SELECT position, predecessors, status FROM circle.pipeline_node_runs
+             WHERE run_id = p_run_id AND position IS NOT NULL ORDER BY run_id, position LOOP
+        is_taken[n.position] := n.status IN ('completed', 'skipped')
+            AND NOT EXISTS (SELECT FROM unnest(n.predecessors) p WHERE is_taken[p] IS NOT TRUE);
+        IF is_taken[n.position] THEN
+            taken := taken || n.position;
+        END IF;
+    END LOOP;
+    RETURN taken;
+END $function$;
+
+-- Resumes a run that failed, was cancelled or timed out; returns the resumed one. The last of a chain of resumed runs is meant: if it
+-- is live or completed, it is returned as it is.
+CREATE OR REPLACE FUNCTION circle.resume_run(p_run_id bigint)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    old circle.pipeline_runs;
+    r circle.pipeline_runs;
+    pipeline_status text;
+    taken integer[];
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    -- as insert_run: delete_pipeline waits for this lock before it takes any other
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(r.pipeline_id));
+    FOR attempt IN 1 .. 100 LOOP   -- a concurrent call may resume it first
+        WHILE r.id IS NOT NULL LOOP
+            old := r;
+            SELECT * INTO r FROM circle.pipeline_runs WHERE resumed_from = old.id;
+        END LOOP;
+        IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
+            PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+            RETURN old;
+        ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
+            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
+        ELSIF old.pipeline_version IS NULL THEN
+            PERFORM circle.refuse_graph('no_version', format('run %s is bound to no version of its pipeline''s graph: create it again', old.id));
+        END IF;
+        INSERT INTO circle.pipeline_runs (pipeline_id, trigger_data, priority, resumed_from)
+        SELECT p.id, old.trigger_data, old.priority, old.id FROM circle.pipelines p
+        WHERE p.id = old.pipeline_id AND (p.status = 'active') IS TRUE
+        ON CONFLICT (resumed_from) WHERE resumed_from IS NOT NULL DO NOTHING
+        RETURNING * INTO r;
+        EXIT WHEN FOUND;
+        SELECT status INTO pipeline_status FROM circle.pipelines WHERE id = old.pipeline_id;
+        IF pipeline_status <> 'active' THEN
+            PERFORM circle.refuse_inactive(old.pipeline_id, pipeline_status);
+        END IF;
+        r := old;
+    END LOOP;
+    taken := circle.positions_to_take_over(old.id);
+    INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, input_data, output_data,
+                                           untaken, retry_count, duration_ms, started_at, completed_at, taken_from)
+    SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(o.status, 'pending'), coalesce(o.input_data, '{}'),
+           coalesce(o.output_data, '{}'), o.untaken, coalesce(o.retry_count, 0), coalesce(o.duration_ms, 0), o.started_at, o.completed_at,
+           CASE WHEN o.id IS NOT NULL THEN coalesce(o.taken_from, old.id) END
+    FROM circle.pipeline_versions v
+    CROSS JOIN LATERAL unnest(v.compiled) WITH ORDINALITY c (node_id, node_type, predecessors, successors, branches, place)
+    LEFT JOIN (SELECT * FROM circle.pipeline_node_runs n WHERE n.run_id = old.id AND (n.position IN (SELECT unnest(taken))) IS TRUE) o
+        ON o.position = c.place - 1
+    WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version ORDER BY c.place;
+    INSERT INTO circle.pipeline_run_tags (run_id, key, value)
+    SELECT r.id, t.key, t.value FROM circle.pipeline_run_tags t WHERE t.run_id = old.id;
+    INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
+    RETURN r;
+END $function$;
+
+-- Creates a run with the data, priority and tags of another one, of the current graph.
+CREATE OR REPLACE FUNCTION circle.rerun_run(p_run_id bigint, p_key text)
+ RETURNS circle.pipeline_runs
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    old circle.pipeline_runs;
+BEGIN
+    SELECT * INTO old FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND THEN
+        PERFORM circle.refuse_lease(p_run_id);
+    END IF;
+    RETURN circle.create_run(old.pipeline_id, old.trigger_data, p_key, old.priority, NULL, false, (
+        SELECT jsonb_object_agg(t.key, t.value) FROM circle.pipeline_run_tags t WHERE t.run_id = p_run_id));
+END $function$;
+
+-- Resumes or cancels the runs that filtered_runs finds, each in a subtransaction of its own: at most 60, as in recover_runs.
+CREATE OR REPLACE FUNCTION circle.change_runs(p_resume boolean, p_reason text, p_pipeline_id bigint, p_statuses text[], p_tags jsonb, p_since timestamp with time zone, p_until timestamp with time zone, p_after bigint, p_limit integer)
+ RETURNS json
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    page record;
+    one bigint;
+    changed json[] := '{}';
+    refused jsonb := '{}';
+BEGIN
+    IF NOT circle.is_read_committed() THEN
+        PERFORM circle.refuse_isolation();
+    END IF;
+    page := circle.filtered_runs(p_pipeline_id, p_statuses, p_tags, p_since, p_until, p_after, least(p_limit, 60));
+    -- in the order of their ids: two callers that change the same runs don't wait for each other
+    FOR one IN SELECT unnest(page.ids) ORDER BY 1 LOOP
+        BEGIN
+            changed := changed || CASE WHEN p_resume THEN to_json(circle.resume_run(one))
+                                       ELSE to_json(circle.conclude_run(one, 'cancelled', p_reason, NULL)) END;
+        EXCEPTION WHEN SQLSTATE 'PL001' OR SQLSTATE 'PL003' OR SQLSTATE 'PL006' OR SQLSTATE 'PL008' OR SQLSTATE 'PL012' THEN
+            refused := refused || jsonb_build_object(one, SQLERRM);
+        END;
+    END LOOP;
+    RETURN json_build_object('runs', changed, 'refused', refused, 'next_cursor', page.next_cursor);
 END $function$;

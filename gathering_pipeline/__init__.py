@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .database import Database
+    from .databases import Databases, SweepResult
     from .errors import (
         AdoptionError,
         CommitIndeterminateError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         PipelineInactiveError,
         PipelineInUseError,
         PipelineNotFoundError,
+        ReadOnlySessionError,
         RunNotFoundError,
         RunOverError,
         SchemaRevisionError,
@@ -44,12 +46,14 @@ if TYPE_CHECKING:
         StatementCancelledError,
         TransactionAbortedError,
         TransactionConflictError,
+        WaitTimeoutError,
         is_transient,
     )
     from .events import EventPage, EventType, PipelineEvent
     from .health import Health
     from .lifecycle import NodeStatus, PipelineStatus, RunStatus
     from .models import (
+        ChangedRuns,
         ClaimedRun,
         LogEntry,
         NodeExecutionResult,
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
         PipelineNode,
         PipelineRead,
         PipelineUpdate,
+        PipelineVersion,
         PurgeResult,
         RunRead,
         RunReport,
@@ -112,6 +117,7 @@ _MODULES = (
     "orm",
     "repositories",
     "database",
+    "databases",
     "worker",
 )
 
@@ -122,6 +128,7 @@ __all__ = [
     "AsyncEventRepository",
     "AsyncPipelineRepository",
     "AsyncRunRepository",
+    "ChangedRuns",
     "ClaimedRun",
     "CommitIndeterminateError",
     "ConditionNodeConfig",
@@ -131,6 +138,7 @@ __all__ = [
     "DatabaseError",
     "DatabaseSettings",
     "DatabaseUnavailableError",
+    "Databases",
     "DelayNodeConfig",
     "EventPage",
     "EventRepository",
@@ -179,7 +187,9 @@ __all__ = [
     "PipelineRun",
     "PipelineStatus",
     "PipelineUpdate",
+    "PipelineVersion",
     "PurgeResult",
+    "ReadOnlySessionError",
     "RunNotFoundError",
     "RunOverError",
     "RunRead",
@@ -193,9 +203,11 @@ __all__ = [
     "StartedNode",
     "StatementCancelledError",
     "Step",
+    "SweepResult",
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",
+    "WaitTimeoutError",
     "Worker",
     "find_issues",
     "get_execution_order",

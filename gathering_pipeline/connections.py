@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import psycopg
 from psycopg import generators, pq
 from sqlalchemy import create_engine, event
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from gathering_pipeline.arguments import check_type
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     ConfigurationError,
@@ -31,12 +33,13 @@ from gathering_pipeline.errors import (
     shorten,
 )
 from gathering_pipeline.forks import call_in_child, detach, renew_in_child
+from gathering_pipeline.idle import close_idle
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen, PQGenConn
     from psycopg.errors import Diagnostic
-    from sqlalchemy.engine import URL, Connection, Engine
+    from sqlalchemy.engine import URL, Connection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 RV = TypeVar("RV")
@@ -56,8 +59,7 @@ def open_engine(url: URL, settings: DatabaseSettings) -> Engine:
     """Make an engine; connecting raises ``ConfigurationError`` and ``DatabaseUnavailableError``."""
     engine = create_engine(url, **_engine_arguments(url, settings))
     event.listen(engine, "do_connect", _Connector().connect)
-    event.listen(engine, "checkout", _replace_dead)
-    renew_in_child(engine, _renew_pool)
+    _watch_pool(engine, settings)
     return engine
 
 
@@ -76,9 +78,57 @@ def open_async_engine(url: URL, settings: DatabaseSettings) -> AsyncEngine:
     arguments = _engine_arguments(url, settings)
     arguments["connect_args"]["async_creator_fn"] = _Connector().connect_async
     engine = create_async_engine(url, **arguments)
-    event.listen(engine.sync_engine, "checkout", _replace_dead)
-    renew_in_child(engine.sync_engine, _renew_pool)
+    _watch_pool(engine.sync_engine, settings)
     return engine
+
+
+def _watch_pool(engine: Engine, settings: DatabaseSettings) -> None:
+    event.listen(engine, "checkout", _replace_dead)
+    renew_in_child(engine, _renew_pool)
+    if settings.idle_limit is not None:
+        close_idle(engine, settings.idle_limit.total_seconds())
+
+
+def url_of(engine: Engine | None, async_engine: AsyncEngine | None) -> URL:
+    """Check the engines of a program, and return the URL of one of them.
+
+    Raises:
+        InvalidDataError: One is not an engine, or not of its kind.
+        ConfigurationError: One has another driver than psycopg, or renames the schema.
+    """
+    urls = []
+    for given, kind, name in ((engine, Engine, "engine"), (async_engine, AsyncEngine, "async_engine")):
+        if given is not None:
+            check_type(given, kind, name, f"create_{name}('postgresql+psycopg://...') makes one")
+            check_usable(given, name)
+            urls.append(given.url)
+    return urls[0]
+
+
+def check_usable(given: Engine | AsyncEngine | Connection, name: str) -> None:
+    """Check that an engine or a connection of a program can be used.
+
+    Raises:
+        ConfigurationError: It has another driver than psycopg, or renames the schema.
+    """
+    if given.dialect.driver != "psycopg":
+        raise ConfigurationError(
+            f"the driver of {name} is {given.dialect.driver}: this package needs psycopg, as postgresql+psycopg://"
+        )
+    if translates_schema(given.get_execution_options()):
+        raise ConfigurationError(TRANSLATED_SCHEMA)
+
+
+def refuse_failed_commits(engine: Engine | AsyncEngine) -> None:
+    """Let the commit of a transaction that has failed raise, as that of this package's connections does."""
+    event.listen(engine.sync_engine if isinstance(engine, AsyncEngine) else engine, "commit", _refuse_failed_commit)
+
+
+def _refuse_failed_commit(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if driver.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+        connection.connection.rollback()  # SQLAlchemy returns the connection to the pool without another one
+        raise TransactionAbortedError
 
 
 def _renew_pool(engine: Engine) -> None:
@@ -119,6 +169,7 @@ def _engine_arguments(url: URL, settings: DatabaseSettings) -> dict[str, Any]:
         "pool_size": settings.pool_size,
         "max_overflow": settings.max_overflow,
         "pool_timeout": settings.pool_timeout.total_seconds(),
+        "pool_use_lifo": settings.idle_limit is not None,
         "isolation_level": "READ COMMITTED",  # the level of the lifecycle
         "use_native_hstore": False,  # saves a query on the first connection
         "connect_args": connect_arguments(url, settings) | {"answer_timeout": limit and limit.total_seconds()},
@@ -508,6 +559,9 @@ class _Inherited(psycopg.BaseConnection[Any]):
     def _set_isolation_level(self, value: object) -> None:
         """Change nothing, see ``_set_autocommit``."""
 
+    def _set_read_only(self, value: object) -> None:
+        """Change nothing, see ``_set_autocommit``."""
+
 
 class _InheritedCursor(psycopg.Cursor[Any]):
     def execute(self, query: Any, *_args: Any, **_options: Any) -> Self:
@@ -563,6 +617,9 @@ class AsyncInheritedConnection(_Inherited, AsyncDirectConnection):
         """Change nothing, see ``InheritedConnection``."""
 
     async def set_isolation_level(self, value: object) -> None:
+        """Change nothing, see ``InheritedConnection``."""
+
+    async def set_read_only(self, value: object) -> None:
         """Change nothing, see ``InheritedConnection``."""
 
 

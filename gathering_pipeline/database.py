@@ -1,35 +1,54 @@
-"""``Database``: its engines, made on first use, and its sessions."""
+"""``Database``: its engines, made on first use or given, and its sessions."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
 
 from gathering_pipeline import connections, health, listening, migrations, urls
-from gathering_pipeline.errors import DatabaseError, ForkedConnectionError, TransactionAbortedError, shorten
+from gathering_pipeline.arguments import check_duration
+from gathering_pipeline.errors import (
+    ConfigurationError,
+    DatabaseError,
+    ForkedConnectionError,
+    TransactionAbortedError,
+    WaitTimeoutError,
+    shorten,
+)
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.health import Health
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
-from gathering_pipeline.repositories._call import commit_failure
+from gathering_pipeline.models import RunRead
+from gathering_pipeline.repositories._call import READING, commit_failure, read_only_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
+from gathering_pipeline.repositories.runs import AsyncRunRepository, RunRepository
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, Engine
+    from sqlalchemy.engine import URL
 
-E = TypeVar("E", "Engine", AsyncEngine)
+E = TypeVar("E", Engine, AsyncEngine)
 
 _UNHEALTHY = (DatabaseError, DBAPIError, PoolTimeout)
 
@@ -42,53 +61,65 @@ class Database:
     After ``os.fork`` each process has connections of its own: the child opens new sessions, and a call on a session,
     listener or group commit that was open raises ``ForkedConnectionError``.
 
+    A program that has SQLAlchemy engines gives them instead of a URL. They stay its own: they are never disposed here,
+    connecting raises what they raise, and after a fork the child has to call ``engine.dispose(close=False)`` itself.
+    Calls on them go through SQLAlchemy, which takes longer than on a URL.
+
     Args:
         url: ``postgresql://USER:PASSWORD@HOST:PORT/DATABASE``; an explicit URL overrides the environment. None: the URL
             of the settings, else the embedded server, which is started on first use.
+        engine: An engine of the program, for the sync calls, ``upgrade`` and ``check``.
+        async_engine: An async engine of the program, for the async calls. A call for whose kind no engine was given
+            raises ``ConfigurationError``.
+        read_url: Where ``reading`` and ``listen`` read, such as a URL of standbys. None: the URL of the settings if
+            that of the database is theirs, too; else the database itself.
         settings: Pool size, timeouts and the like; None: read from the environment.
 
     Raises:
-        ConfigurationError: The URL or a variable can't be used, or there is neither a URL nor an embedded server.
+        ConfigurationError: The URL, an engine or a variable can't be used, or there is neither a URL nor an embedded
+            server.
     """
 
-    def __init__(self, url: str | URL | None = None, *, settings: DatabaseSettings | None = None) -> None:
+    def __init__(
+        self,
+        url: str | URL | None = None,
+        *,
+        engine: Engine | None = None,
+        async_engine: AsyncEngine | None = None,
+        read_url: str | URL | None = None,
+        settings: DatabaseSettings | None = None,
+    ) -> None:
         self._explicit_url = url
+        self._has_own_engines = engine is None and async_engine is None
+        if not self._has_own_engines:
+            if url is not None:
+                raise ConfigurationError("url and an engine are given: leave one of them out")
+            url = connections.url_of(engine, async_engine)
         self._location = urls.locate(url, settings)
         self.settings = self._location.settings
-        self._lock = threading.RLock()
-        self._url: URL | None = None
-        self._engine: Engine | None = None
-        self._async_engine: AsyncEngine | None = None
-        self._autocommit: dict[type, tuple[Any, Any]] = {}
-        renew_in_child(self, Database._renew_lock)
+        self._main = self._reader = _Engines(self._location, engine, async_engine)
+        if reader := urls.locate_reader(read_url, self._location, is_explicit=url is not None):
+            self._reader = _Engines(reader)
 
     @property
     def url(self) -> str:
         """The URL, with its password hidden."""
-        return self._resolve().render_as_string(hide_password=True)
+        return self._main.url.render_as_string(hide_password=True)
 
     def __repr__(self) -> str:
-        embedded = self._location.url is None and self._url is None  # showing its URL would start the server
-        return f"Database({'embedded' if embedded else self.url!r})"
+        return f"Database({self.url if self._main.is_located else 'embedded'!r})"
 
     @property
     def engine(self) -> Engine:
         """The engine for sync sessions; connecting raises the errors of ``session``."""
-        with self._lock:
-            if self._engine is None:
-                self._engine = connections.open_engine(self._resolve(), self.settings)
-            return self._engine
+        return self._main.sync
 
     @property
     def async_engine(self) -> AsyncEngine:
         """The engine for async sessions; like any async engine, it works in one event loop only."""
-        with self._lock:
-            if self._async_engine is None:
-                self._async_engine = connections.open_async_engine(self._resolve(), self.settings)
-            return self._async_engine
+        return self._main.asynchronous
 
-    @contextmanager
-    def session(self, *, autocommit: bool = False) -> Iterator[Session]:
+    def session(self, *, autocommit: bool = False) -> AbstractContextManager[Session]:
         """A session that commits when its block succeeds and rolls back otherwise.
 
         Args:
@@ -102,28 +133,30 @@ class Database:
             CommitIndeterminateError: The outcome of the commit is unknown.
             ForkedConnectionError: The process was forked in the block; only the parent can use the session.
         """
-        engine = self._in_autocommit(self.engine) if autocommit else self.engine
-        with Session(engine, expire_on_commit=False, close_resets_only=False) as session:
-            yield session
-            _commit(session, autocommit)
+        return _open(self._main.for_sessions(self.engine, autocommit=autocommit), autocommit=autocommit)
 
-    @asynccontextmanager
-    async def async_session(self, *, autocommit: bool = False) -> AsyncIterator[AsyncSession]:
+    def async_session(self, *, autocommit: bool = False) -> AbstractAsyncContextManager[AsyncSession]:
         """The async twin of ``session``."""
-        connections.check_asyncio()
-        engine = self._in_autocommit(self.async_engine) if autocommit else self.async_engine
-        process = os.getpid()
-        async with AsyncExitStack() as stack:
-            session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-            await stack.enter_async_context(session)
-            try:
-                yield session
-            finally:
-                if os.getpid() != process:  # the loop does not run here, so that the session can't be closed
-                    stack.pop_all()
-            if os.getpid() != process:
-                raise ForkedConnectionError
-            await session.run_sync(_commit, autocommit)
+        return _open_async(self._main.for_sessions(self.async_engine, autocommit=autocommit), autocommit=autocommit)
+
+    def reading(self) -> AbstractContextManager[Session]:
+        """A session for reads only, on ``read_url`` if there is one: history, searches, statistics, events.
+
+        It is one read-only transaction. What a standby shows is behind the database, as a rule by milliseconds: a run
+        that was just created may be missing. Take no decision by it: calls that change something look at the database
+        itself.
+
+        Raises:
+            ReadOnlySessionError: The block writes.
+            TransactionConflictError: A call of a repository was cancelled by the standby, to apply a change: read
+                again.
+            ConfigurationError: As of ``session``; so are the other errors.
+        """
+        return _open(self._reader.for_reading(self._reader.sync), reading=True)
+
+    def areading(self) -> AbstractAsyncContextManager[AsyncSession]:
+        """The async twin of ``reading``."""
+        return _open_async(self._reader.for_reading(self._reader.asynchronous), reading=True)
 
     def group_commit(self) -> GroupCommits:
         """Runs for many concurrent callers, whose ``advance`` calls share statements and commits.
@@ -143,18 +176,21 @@ class Database:
         It keeps one connection of the pool. The events of one run end with the one that ends the run; those of all runs
         have no end.
 
+        It reads on ``read_url`` if there is one. On a standby no commit ends a pause early.
+
         Args:
             run_id: Only events of this run.
             after: The ``cursor`` of the last event that was processed; None: from the oldest stored event.
             poll: Pause between reads; after ``SELECT circle.notify_events(true)`` a commit ends it early.
 
         Raises:
-            RunNotFoundError: The run doesn't exist, or is deleted before it ends (noticed within half a minute).
+            RunNotFoundError: The run doesn't exist, or is deleted before it ends (noticed within half a minute). On a
+                standby, where it may come yet, it is waited for.
             InvalidCursorError: ``after`` is not a cursor of this database.
             DatabaseUnavailableError: There is no server at the first read; after that the loop waits for it.
             ForkedConnectionError: The process was forked since the first event; only the parent can go on.
         """
-        return listening.listen(self.engine, run_id, after, poll)
+        return listening.listen(self._reader.sync, run_id, after, poll)
 
     def alisten(self, run_id: int | None = None, after: str | None = None, poll: timedelta = POLL) -> AsyncEvents:
         """The async twin of ``listen``; any number of listeners share one connection, whose reader reads an event once.
@@ -162,11 +198,38 @@ class Database:
         A listener first reads what it has missed, through the pool; so does one that takes its events too slowly. No
         listener waits for another one. The shortest ``poll`` counts.
         """
-        return listening.alisten(self.async_engine, run_id, after, poll)
+        return listening.alisten(self._reader.asynchronous, run_id, after, poll)
+
+    def wait_for_run(self, run_id: int, timeout: timedelta) -> RunRead:
+        """Wait until a run has ended, and read it. It is asked for up to ten times a second.
+
+        Raises:
+            WaitTimeoutError: It is still live when the time is over.
+            RunNotFoundError: The run doesn't exist.
+        """
+        pauses = _Pauses(timeout)
+        while True:
+            with self.session(autocommit=True) as session:
+                run = RunRepository(session).get(run_id)
+            if run.completed_at is not None:
+                return run
+            time.sleep(pauses.next(run))
+
+    async def await_for_run(self, run_id: int, timeout: timedelta) -> RunRead:  # noqa: ASYNC109 - as its twin
+        """The async twin of ``wait_for_run``."""
+        pauses = _Pauses(timeout)
+        while True:
+            async with self.async_session(autocommit=True) as session:
+                run = await AsyncRunRepository(session).get(run_id)
+            if run.completed_at is not None:
+                return run
+            await asyncio.sleep(pauses.next(run))
 
     def upgrade(self, revision: str = "head") -> None:
         """Upgrade the schema to a revision; see ``migrations.upgrade`` for the errors."""
-        location = urls.locate(self._explicit_url, self.settings, for_migrations=True)
+        location = self._location
+        if self._has_own_engines:
+            location = urls.locate(self._explicit_url, self.settings, for_migrations=True)
         if location == self._location:
             migrations.upgrade(self.engine, revision)
             return
@@ -221,30 +284,22 @@ class Database:
         reason = shorten(str(getattr(error, "orig", error)), 500)
         return Health(reachable=False, error=reason, **self._pool(engine), expected_revision=migrations.head())
 
-    def _pool(self, engine: Engine) -> dict[str, Any]:
-        allowed = self.settings.pool_size + self.settings.max_overflow
-        in_use: int = engine.pool.checkedout()  # type: ignore[attr-defined]  # of a QueuePool
-        return {"connections_in_use": in_use, "connections_allowed": allowed}
+    @staticmethod
+    def _pool(engine: Engine) -> dict[str, Any]:
+        pool = engine.pool
+        if not isinstance(pool, QueuePool):  # a program's engine may have a pool that doesn't count
+            return {"connections_in_use": None, "connections_allowed": None}
+        return {"connections_in_use": pool.checkedout(), "connections_allowed": pool.size() + pool._max_overflow}  # noqa: SLF001
 
     def dispose(self) -> None:
         """Close all idle connections. The object can be used again."""
-        with self._lock:
-            sync, asynchronous = self._engine, self._async_engine
-            self._engine = self._async_engine = None
-        if sync is not None:
-            sync.dispose()
-        if asynchronous is not None:
-            # Closing psycopg's async connections needs a loop, but not the one that opened them.
-            with ThreadPoolExecutor(1) as thread:
-                thread.submit(lambda: asyncio.run(asynchronous.dispose())).result()
+        self._reader.dispose()
+        self._main.dispose()
 
     async def adispose(self) -> None:
         """``dispose`` without blocking the event loop."""
-        with self._lock:
-            asynchronous, self._async_engine = self._async_engine, None
-        if asynchronous is not None:
-            await asynchronous.dispose()
-        self.dispose()
+        await self._reader.adispose()
+        await self._main.adispose()
 
     def __enter__(self) -> Self:
         return self
@@ -258,21 +313,97 @@ class Database:
     async def __aexit__(self, *_error: object) -> None:
         await self.adispose()
 
+
+class _Engines:
+    """The sync and the async engine of a database, each made on first use; or those of a program, which owns them."""
+
+    def __init__(
+        self, location: urls.Location, engine: Engine | None = None, async_engine: AsyncEngine | None = None
+    ) -> None:
+        self._location = location
+        self._given = engine is not None or async_engine is not None
+        self._sync, self._async = engine, async_engine
+        self._url: URL | None = None
+        self._derived: dict[tuple[object, ...], tuple[Any, Any]] = {}
+        self._lock = threading.RLock()
+        renew_in_child(self, _Engines._renew_lock)
+
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()
 
-    def _in_autocommit(self, engine: E) -> E:
-        # cached, because deriving an engine takes as long as a statement
-        if self._autocommit.get(type(engine), (None, None))[0] is not engine:
-            self._autocommit[type(engine)] = (engine, engine.execution_options(isolation_level="AUTOCOMMIT"))
-        derived: E = self._autocommit[type(engine)][1]
-        return derived
+    @property
+    def is_located(self) -> bool:
+        """Whether the URL is known without starting the embedded server."""
+        return (self._location.url or self._url) is not None
 
-    def _resolve(self) -> URL:
+    @property
+    def url(self) -> URL:
         with self._lock:
             if self._url is None:
                 self._url = self._location.resolve()
             return self._url
+
+    @property
+    def sync(self) -> Engine:
+        with self._lock:
+            if self._sync is None:
+                self._require_own("sync", "engine=")
+                self._sync = connections.open_engine(self.url, self._location.settings)
+            return self._sync
+
+    @property
+    def asynchronous(self) -> AsyncEngine:
+        with self._lock:
+            if self._async is None:
+                self._require_own("async", "async_engine=")
+                self._async = connections.open_async_engine(self.url, self._location.settings)
+            return self._async
+
+    def _require_own(self, kind: str, argument: str) -> None:
+        if self._given:
+            raise ConfigurationError(f"this Database has no engine for {kind} calls: make it with {argument}, too")
+
+    def for_sessions(self, engine: E, *, autocommit: bool) -> E:
+        """The engine that a session uses, which has the level of the lifecycle, or autocommit."""
+        if autocommit:
+            return self._derive(engine, isolation_level="AUTOCOMMIT")
+        return self._derive(engine, isolation_level="READ COMMITTED") if self._given else engine
+
+    def for_reading(self, engine: E) -> E:
+        """The engine that a session for reads uses, whose transactions are read-only."""
+        return self._derive(engine, isolation_level="READ COMMITTED", postgresql_readonly=True)
+
+    def _derive(self, engine: E, **options: Any) -> E:
+        # cached, because deriving an engine takes as long as a statement
+        key = type(engine), *options.items()
+        if self._derived.get(key, (None, None))[0] is not engine:
+            self._derived[key] = engine, engine.execution_options(**options)
+            if self._given:
+                connections.refuse_failed_commits(self._derived[key][1])
+        derived: E = self._derived[key][1]
+        return derived
+
+    def dispose(self) -> None:
+        if self._given:
+            return
+        with self._lock:
+            sync, asynchronous = self._sync, self._async
+            self._sync = self._async = None
+        if sync is not None:
+            sync.dispose()
+        if asynchronous is not None:
+            # Closing psycopg's async connections needs a loop, but not the one that opened them.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(lambda: asyncio.run(asynchronous.dispose())).result()
+
+    async def adispose(self) -> None:
+        if self._given:
+            return
+        with self._lock:
+            asynchronous, self._async = self._async, None
+        if asynchronous is not None:
+            await asynchronous.dispose()
+        self.dispose()
 
 
 class GroupCommits:
@@ -300,6 +431,48 @@ class GroupCommits:
         await self._async.__aexit__(*error)
 
 
+@contextmanager
+def _open(engine: Engine, *, autocommit: bool = False, reading: bool = False) -> Iterator[Session]:
+    with Session(engine, **_options(reading)) as session, _refused_writes(reading):
+        yield session
+        _commit(session, autocommit)
+
+
+@asynccontextmanager
+async def _open_async(
+    engine: AsyncEngine, *, autocommit: bool = False, reading: bool = False
+) -> AsyncIterator[AsyncSession]:
+    connections.check_asyncio()
+    process = os.getpid()
+    async with AsyncExitStack() as stack:
+        session = AsyncSession(engine, **_options(reading))
+        await stack.enter_async_context(session)
+        with _refused_writes(reading):
+            try:
+                yield session
+            finally:
+                if os.getpid() != process:  # the loop does not run here, so that the session can't be closed
+                    stack.pop_all()
+            if os.getpid() != process:
+                raise ForkedConnectionError
+            await session.run_sync(_commit, autocommit)
+
+
+def _options(reading: bool) -> dict[str, Any]:
+    return {"expire_on_commit": False, "close_resets_only": False, "info": {READING: True} if reading else None}
+
+
+@contextmanager
+def _refused_writes(reading: bool) -> Iterator[None]:
+    """Raise the typed error also for a write of the caller, such as a flush, in a session for reads."""
+    try:
+        yield
+    except DBAPIError as error:
+        if reading and (failure := read_only_failure(error)):
+            raise failure from error
+        raise
+
+
 def _commit(session: Session, autocommit: bool) -> None:
     try:
         if not autocommit:
@@ -312,3 +485,23 @@ def _commit(session: Session, autocommit: bool) -> None:
             raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error
+
+
+class _Pauses:
+    """The pauses of a caller who waits for a run: short ones first, and none beyond the end of its time."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._ends_at = time.monotonic() + check_duration(timeout, "timeout", allow_zero=True)
+        self._pause = 0.02
+
+    def next(self, run: RunRead) -> float:
+        """The seconds to wait before the run is read again.
+
+        Raises:
+            WaitTimeoutError: The time is over.
+        """
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise WaitTimeoutError(run.id, run.status)
+        self._pause = min(self._pause * 1.5, left, 0.1)
+        return min(self._pause, left)

@@ -29,8 +29,9 @@ class Health(BaseModel):
         is_primary: Whether the server takes writes; a standby doesn't.
         replication_lag: How far a standby is behind; ``None`` on a primary.
         server_version: Major version of PostgreSQL.
-        connections_in_use: Connections of the pool that sessions hold.
-        connections_allowed: Most connections of the pool.
+        connections_in_use: Connections of the pool that sessions hold; ``None``: the pool of a program's engine doesn't
+            count them.
+        connections_allowed: Most connections of the pool; ``None`` as above.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,8 +44,8 @@ class Health(BaseModel):
     is_primary: bool | None = None
     replication_lag: timedelta | None = None
     server_version: int | None = None
-    connections_in_use: int
-    connections_allowed: int
+    connections_in_use: int | None
+    connections_allowed: int | None
 
     @property
     def ok(self) -> bool:

@@ -6,7 +6,7 @@ keeps; from then on it takes the events from there. One that falls further behin
 for a slow listener, and what it has not taken yet needs no memory.
 
 The connection is kept so that a notification (off by default, see ``circle.notify_events``) can end a wait early. No
-listener depends on notifications: behind a pooler that drops them it polls.
+listener depends on notifications: behind a pooler that drops them, and on a standby, it polls.
 """
 
 from __future__ import annotations

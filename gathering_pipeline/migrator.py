@@ -30,12 +30,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from gathering_pipeline import urls
-from gathering_pipeline.connections import (
-    TRANSLATED_SCHEMA,
-    open_second_connection,
-    temporary_engine,
-    translates_schema,
-)
+from gathering_pipeline.connections import check_usable, open_second_connection, temporary_engine
 from gathering_pipeline.errors import (
     AdoptionError,
     ConfigurationError,
@@ -470,25 +465,16 @@ def open_connection(given: object, url: str | None) -> Iterator[Connection]:
     if isinstance(given, Connection):
         if given.in_transaction():
             raise ConfigurationError("the connection is inside a transaction: commit it first, each step needs its own")
-        _require_usable(given)
+        check_usable(given, "the connection")
         yield given
     elif isinstance(given, Engine):
         with given.connect() as connection:
-            _require_usable(connection)
+            check_usable(connection, "the engine")
             yield connection
     else:
         location = urls.locate(url, for_migrations=True)
         with temporary_engine(location.resolve(), location.settings) as engine, engine.connect() as connection:
             yield connection
-
-
-def _require_usable(connection: Connection) -> None:
-    if connection.dialect.driver != "psycopg":
-        raise ConfigurationError(
-            f"the connection's driver is {connection.dialect.driver}: migrations need psycopg, as postgresql+psycopg://"
-        )
-    if translates_schema(connection.get_execution_options()):
-        raise ConfigurationError(TRANSLATED_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)

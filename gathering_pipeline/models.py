@@ -45,6 +45,7 @@ __all__ = [
     "MAX_SECONDS",
     "ActionNodeConfig",
     "AgentNodeConfig",
+    "ChangedRuns",
     "ClaimedRun",
     "ConditionNodeConfig",
     "DelayNodeConfig",
@@ -61,6 +62,7 @@ __all__ = [
     "PipelineNode",
     "PipelineRead",
     "PipelineUpdate",
+    "PipelineVersion",
     "RunRead",
     "RunStatistics",
     "RunSummary",
@@ -407,6 +409,20 @@ class PipelineRead(_Read):
         return PipelineDefinition.from_json(self.nodes, self.edges)
 
 
+class PipelineVersion(_Read):
+    """A version of a pipeline's graph.
+
+    Attributes:
+        version: Its number.
+        node_count: How many nodes it has.
+        created_at: When it was written.
+    """
+
+    version: int
+    node_count: int
+    created_at: datetime
+
+
 class RunSummary(_Read):
     """A run as a list shows it; times are the database's, ``duration_seconds`` is rounded.
 
@@ -416,6 +432,7 @@ class RunSummary(_Read):
         priority: Runs with a higher one are claimed first.
         run_at: The time that ``create`` was given.
         waits_until: A pending run isn't claimed before: it waits for ``run_at`` or for the retry of a node.
+        resumed_from: The run that it takes completed nodes over from; ``None`` once that one is deleted.
     """
 
     id: int
@@ -433,6 +450,7 @@ class RunSummary(_Read):
     priority: int
     run_at: datetime | None
     waits_until: datetime | None
+    resumed_from: int | None
     started_at: datetime | None
     completed_at: datetime | None
     created_at: datetime | None
@@ -485,6 +503,7 @@ class NodeRunRead(_Read):
         successors: Their positions.
         untaken: The successors that it didn't take when it completed; ``None``: it took all. A skipped node with a
             completed predecessor was not taken by it; any other follows skipped nodes.
+        taken_from: The run that executed it, where a resumed run took it over.
     """
 
     id: int
@@ -500,6 +519,7 @@ class NodeRunRead(_Read):
     predecessors: list[int] | None
     successors: list[int] | None
     untaken: list[int] | None
+    taken_from: int | None
     available_at: datetime | None
     started_at: datetime | None
     completed_at: datetime | None
@@ -579,6 +599,20 @@ class RunStatistics(_Read):
     success_rate: float | None
     duration_p50: timedelta | None
     duration_p95: timedelta | None
+
+
+class ChangedRuns(_Read):
+    """What a call of ``resume_all`` or ``cancel_all`` did.
+
+    Attributes:
+        runs: The resumed or cancelled runs.
+        refused: Why others could not be, by their ids.
+        next_cursor: The ``after=`` of the next call; ``None``: no older run is left.
+    """
+
+    runs: tuple[RunRead, ...]
+    refused: dict[int, str]
+    next_cursor: int | None
 
 
 class PurgeResult(_Read):

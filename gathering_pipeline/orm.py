@@ -254,6 +254,12 @@ class PipelineRun(Base):
             name=conv("ck_pipeline_runs_leased"),
         ),
         Index("idx_pipeline_runs_pipeline_id", "pipeline_id"),
+        Index(
+            "idx_pipeline_runs_resumed_from",
+            "resumed_from",
+            unique=True,
+            postgresql_where=text("resumed_from IS NOT NULL"),
+        ),
         Index("idx_pipeline_runs_status", "status"),
         Index(
             "idx_pipeline_runs_queue",
@@ -303,6 +309,9 @@ class PipelineRun(Base):
     priority: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
     run_at: Mapped[datetime | None]
     waits_until: Mapped[datetime | None]
+    resumed_from: Mapped[int | None] = mapped_column(
+        BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="SET NULL")
+    )
 
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 
@@ -339,6 +348,7 @@ class PipelineNodeRun(Base):
     successors: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     available_at: Mapped[datetime | None] = _by_trigger()
     untaken: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
+    taken_from: Mapped[int | None] = mapped_column(BigInteger)
 
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 

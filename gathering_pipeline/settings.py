@@ -37,6 +37,7 @@ _FORMS = {
     "pool_size": "a whole number, 1 or more",
     "max_overflow": "a whole number, 0 or more",
     "pool_timeout": "a number of seconds, 0 or more",
+    "idle_limit": "a number of seconds, 1 or more, or none",
     "connect_timeout": "a number of seconds, 1 or more",
     "answer_timeout": "a number of seconds, 1 or more, or none",
     "tcp_user_timeout": "a number of seconds, 1 or more",
@@ -59,10 +60,13 @@ class DatabaseSettings(BaseSettings):
     Attributes:
         database_url: URL of the database; None: the embedded server.
         migration_url: Direct URL for migrations, where ``database_url`` leads through a pooler such as PgBouncer.
+        read_url: URL for reads, such as one of standbys; None: ``database_url``.
         data_dir: Folder of the embedded server; None: in the user's data folder.
         pool_size: Connections that are kept open.
         max_overflow: Further connections, opened under load and closed afterwards.
         pool_timeout: Longest wait for a free connection of the pool.
+        idle_limit: Time without use after which the last connection of a pool is closed; the others are closed after a
+            second then. None: ``pool_size`` connections stay open.
         connect_timeout: Longest wait for a connection; the hosts of a URL share it.
         answer_timeout: Silence after which the server is probed on a separate connection. A slow statement continues
             while the server answers the probe. None: never probe.
@@ -84,10 +88,12 @@ class DatabaseSettings(BaseSettings):
         default=None, validation_alias=AliasChoices("GATHERING_DATABASE_URL", "DATABASE_URL")
     )
     migration_url: SecretStr | None = None
+    read_url: SecretStr | None = None
     data_dir: Path | None = None
     pool_size: int = Field(default=10, ge=1)
     max_overflow: int = Field(default=10, ge=0)
     pool_timeout: NoNegative = timedelta(seconds=10)
+    idle_limit: AtLeastASecond | None = None
     connect_timeout: AtLeastASecond = timedelta(seconds=5)
     answer_timeout: AtLeastASecond | None = timedelta(seconds=6)
     tcp_user_timeout: AtLeastASecond = timedelta(seconds=10)

@@ -84,6 +84,32 @@ def locate(
     return Location(settings, None if url is None else parse_url(url))
 
 
+def locate_reader(url: str | URL | None, database: Location, *, is_explicit: bool) -> Location | None:
+    """Decide where reads go.
+
+    Args:
+        url: An explicit URL for reads.
+        database: The database.
+        is_explicit: Whether its URL is explicit: the URL for reads in the settings is that of another database then.
+
+    Returns:
+        The place; None: the database itself.
+
+    Raises:
+        ConfigurationError: The URL can't be used, or the database is the embedded server.
+    """
+    secret = None if is_explicit else database.settings.read_url
+    if url is None and secret is not None:
+        url = secret.get_secret_value()
+    if url is None:
+        return None
+    if database.url is None:
+        raise ConfigurationError(
+            "there is a URL for reads, but none of the database: set GATHERING_DATABASE_URL, or leave out the other"
+        )
+    return Location(database.settings, parse_url(url, "the URL for reads"))
+
+
 _SECRET = re.compile(r"password|secret|^scram_", re.IGNORECASE)
 """Names of libpq's connection parameters whose values are secret."""
 
@@ -130,12 +156,16 @@ def _read(text: str | URL) -> URL:
     return url
 
 
-def parse_url(text: str | URL) -> URL:
+def parse_url(text: str | URL, name: str = "the database URL") -> URL:
     """Turn a PostgreSQL URL into SQLAlchemy's form with the driver psycopg.
 
     ``postgres://`` and ``postgresql://`` are read as ``postgresql+psycopg://``. Several hosts can be spelled as in
     libpq, ``HOST:PORT,HOST:PORT``, or as in SQLAlchemy, ``?host=HOST:PORT&host=HOST:PORT``. What is shown of the URL
     has no password, also where it is a parameter.
+
+    Args:
+        text: The URL.
+        name: What an error calls it.
 
     Raises:
         ConfigurationError: The text is not a URL of PostgreSQL. The message contains no password.
@@ -148,11 +178,14 @@ def parse_url(text: str | URL) -> URL:
             return url
     except (ArgumentError, ValueError):
         raise ConfigurationError(
-            "the database URL can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special"
+            f"{name} can't be read: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, with special"
             " characters of the password percent-encoded (@ is %40)"
         ) from None
     if url.get_backend_name() == "postgresql":
         raise ConfigurationError(
-            f"the driver of {url.drivername}:// is not supported: this package uses psycopg, write postgresql://"
+            f"{name} can't be used: the driver of {url.drivername}:// is not supported: this package uses psycopg,"
+            " write postgresql://"
         )
-    raise ConfigurationError(f"{url.drivername}:// is not PostgreSQL: write a URL that begins with postgresql://")
+    raise ConfigurationError(
+        f"{name} can't be used: {url.drivername}:// is not PostgreSQL: write a URL that begins with postgresql://"
+    )

@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 
 # Nobody's own database is touched: these are gone before anything of the package is imported.
 for _name in (
-    *("DATABASE_URL", "GATHERING_DATABASE_URL", "GATHERING_MIGRATION_URL", "GATHERING_DATA_DIR"),
+    *("DATABASE_URL", "GATHERING_DATABASE_URL", "GATHERING_MIGRATION_URL", "GATHERING_READ_URL", "GATHERING_DATA_DIR"),
     *("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGPASSWORD", "PGPASSFILE", "PGSERVICE", "PGOPTIONS"),
 ):
     os.environ.pop(_name, None)

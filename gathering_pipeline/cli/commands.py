@@ -10,23 +10,21 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from alembic.util import CommandError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import connections, embedded, migrations, urls
-from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
+from gathering_pipeline.cli import many
+from gathering_pipeline.cli.many import ACTION_NEEDED, Outcome
+from gathering_pipeline.errors import ConfigurationError
 from gathering_pipeline.maintenance.doctor import doctor as run_doctor
+from gathering_pipeline.maintenance.findings import Finding
 from gathering_pipeline.maintenance.preflight import MODES, Preflight
 from gathering_pipeline.maintenance.preflight import preflight as run_preflight
 from gathering_pipeline.maintenance.rights import Purpose
 from gathering_pipeline.maintenance.rights import grants as make_grants
-
-ACTION_NEEDED = 3
-"""Exit code of a report that an operator has to act on."""
 
 
 class _Group(click.Group):
@@ -35,15 +33,11 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (PipelineError, CommandError) as error:
-            raise click.ClickException(str(error)) from error
-        except DBAPIError as error:
-            diagnostic = getattr(error.orig, "diag", None)
-            reason = getattr(diagnostic, "message_primary", None) or str(error.orig).strip()
-            state = getattr(error.orig, "sqlstate", None)
-            raise click.ClickException(
-                f"PostgreSQL reports: {shorten(reason)}" + (f" (SQLSTATE {state})" if state else "")
-            ) from error
+        except Exception as error:
+            sentence = many.describe(error)
+            if sentence is None:
+                raise
+            raise click.ClickException(sentence) from error
 
 
 url_option = click.option(
@@ -61,6 +55,18 @@ x_option = click.option(
     help="lock_timeout, patience or yield, see docs/operations.md; may be repeated.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+urls_option = click.option(
+    "--urls",
+    "targets",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    callback=lambda _context, _option, path: None if path is None else many.read_targets(path),
+    help="Many databases: a file with a line NAME URL for each, or - for stdin. Lines that begin with # are comments.",
+)
+jobs_option = click.option(
+    "-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Worker processes for --urls, by default 1."
+)
+Targets = list[many.Target] | None
 
 
 @contextmanager
@@ -106,8 +112,8 @@ def _print_json(value: object) -> None:
 def cli() -> None:
     """The data layer of GatheRing's pipelines.
 
-    Exit codes: 0 success; 1 failure, with one sentence on stderr; 2 invalid command line; 3 doctor or preflight found
-    something that an operator has to act on.
+    Exit codes: 0 success; 1 failure, with one sentence on stderr, of many databases one for each that failed; 2 invalid
+    command line; 3 doctor or preflight found something that an operator has to act on.
     """
 
 
@@ -116,19 +122,55 @@ def db() -> None:
     """Migrate and maintain the schema of a database."""
 
 
+def _is_many(url: str | None, targets: Targets, jobs: int | None) -> bool:
+    """Whether --urls is given; refuses what contradicts that."""
+    if targets is None and jobs is not None:
+        raise click.UsageError("-j is for --urls")
+    if targets is not None and url is not None:
+        raise click.UsageError("--url and --urls are given: leave one of them out")
+    return targets is not None
+
+
+def _run(action: many.Action, url: str | None, targets: Targets, jobs: int | None, *, as_json: bool) -> None:
+    """Run a command on one database, or on many."""
+    if _is_many(url, targets, jobs):
+        assert targets is not None, "there are many"
+        click.get_current_context().exit(many.run(targets, action, jobs or 1, as_json=as_json))
+    with _progress(), _database(url) as engine:
+        outcome = action(engine)
+    if as_json:
+        _print_json(outcome.data)
+    else:
+        click.echo(outcome.text)
+
+
+def _revision(engine: Engine) -> Outcome:
+    with engine.connect() as connection:
+        revision = migrations.current(connection)
+    return Outcome(f"the schema is at revision {revision or 'none'}", {"revision": revision, "head": migrations.head()})
+
+
 @db.command()
 @click.argument("revision", default="head")
 @x_option
+@json_option
 @url_option
-def upgrade(revision: str, options: dict[str, str], url: str | None) -> None:
+@urls_option
+@jobs_option
+def upgrade(
+    *, revision: str, options: dict[str, str], as_json: bool, url: str | None, targets: Targets, jobs: int | None
+) -> None:
     """Upgrade the schema to REVISION, by default the newest.
 
     Runs concurrently with live writers: each step is short, waits for its locks for a moment, and is retried after a
     pause. Start an interrupted migration again; it continues. Only one runs at a time. Run preflight first.
     """
-    with _progress(), _database(url) as engine:
+
+    def action(engine: Engine) -> Outcome:
         migrations.upgrade(engine, revision, options)
-        _print_revision(engine)
+        return _revision(engine)
+
+    _run(action, url, targets, jobs, as_json=as_json)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision
@@ -147,38 +189,36 @@ def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None
         if not yes:  # after the name of the database is printed
             click.confirm("This deletes the objects of the later revisions with their data. Continue?", abort=True)
         migrations.downgrade(engine, revision, options)
-        _print_revision(engine)
-
-
-def _print_revision(engine: Engine) -> None:
-    with engine.connect() as connection:
-        click.echo(f"the schema is at revision {migrations.current(connection) or 'none'}")
+        click.echo(_revision(engine).text)
 
 
 @db.command()
 @json_option
 @url_option
-def current(as_json: bool, url: str | None) -> None:
+@urls_option
+@jobs_option
+def current(as_json: bool, url: str | None, targets: Targets, jobs: int | None) -> None:
     """Print the schema's revision."""
-    with _database(url) as engine:
-        if not as_json:
-            _print_revision(engine)
-            return
-        with engine.connect() as connection:
-            _print_json({"revision": migrations.current(connection), "head": migrations.head()})
+    _run(_revision, url, targets, jobs, as_json=as_json)
 
 
 @db.command()
+@json_option
 @url_option
-def check(url: str | None) -> None:
+@urls_option
+@jobs_option
+def check(as_json: bool, url: str | None, targets: Targets, jobs: int | None) -> None:
     """Fail unless the schema is at the revision of this version.
 
     A quick check for the start of a service; doctor examines the schema itself.
     """
-    with _database(url) as engine:
+
+    def action(engine: Engine) -> Outcome:
         with engine.connect() as connection:
             migrations.check(connection)
-        _print_revision(engine)
+        return _revision(engine)
+
+    _run(action, url, targets, jobs, as_json=as_json)
 
 
 @db.command()
@@ -196,7 +236,9 @@ def sql(revision: str, down: bool) -> None:
 @click.option("--repair", is_flag=True, help="Repair what can be repaired; docs/cli.md lists the locks.")
 @json_option
 @url_option
-def doctor(repair: bool, as_json: bool, url: str | None) -> None:
+@urls_option
+@jobs_option
+def doctor(repair: bool, as_json: bool, url: str | None, targets: Targets, jobs: int | None) -> None:
     """Report problems of the schema and the rows.
 
     Compares every column, constraint, index, trigger and function with a clean build, recounts the pipelines'
@@ -206,6 +248,8 @@ def doctor(repair: bool, as_json: bool, url: str | None) -> None:
     Reads every run and node run once. Run it as the owner of the tables; pg_monitor lets it see the sessions of other
     roles.
     """
+    if _is_many(url, targets, jobs):
+        _run(lambda engine: _summary(run_doctor(engine, repair=repair)), url, targets, jobs, as_json=as_json)
     with _progress(), _database(url) as engine:
         findings = run_doctor(engine, repair=repair)
     if as_json:
@@ -220,8 +264,18 @@ def doctor(repair: bool, as_json: bool, url: str | None) -> None:
                 click.echo(f"    {finding.outcome or finding.advice}")
         if not findings:
             click.echo("no problems found")
-    if any(finding.outcome != "repaired" for finding in findings):
+    if _summary(findings).needs_action:
         click.get_current_context().exit(ACTION_NEEDED)
+
+
+def _summary(findings: list[Finding]) -> Outcome:
+    """The result of doctor in one line."""
+    codes: dict[str, list[str]] = {"problems": [], "repaired": []}
+    for finding in findings:
+        codes["repaired" if finding.outcome == "repaired" else "problems"].append(finding.code)
+    parts = [f"{what}: {', '.join(dict.fromkeys(found))}" for what, found in codes.items() if found]
+    data = {"findings": [asdict(finding) for finding in findings]}
+    return Outcome("; ".join(parts) or "no problems found", data, needs_action=bool(codes["problems"]))
 
 
 @db.command()

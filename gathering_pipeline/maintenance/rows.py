@@ -119,6 +119,26 @@ _CHECKS = [
         """,
     ),
     _Check(
+        "wrong_untaken",
+        "error",
+        "the repair leaves successors of completed nodes only",
+        # the guard refuses the repair, too, and is disabled as for those of _NUMBER_GRAPH
+        """
+        SELECT 'circle.pipeline_node_runs',
+               format('untaken of %s rows isn''t of successors of a completed node: ids %s%s', count(*),
+                   array_to_string((array_agg(id ORDER BY id))[:10], ', '),
+                   CASE WHEN count(*) > 10 THEN ' and more' END),
+               format('ALTER TABLE circle.pipeline_node_runs DISABLE TRIGGER pipeline_node_runs_before;
+                       UPDATE circle.pipeline_node_runs SET untaken = CASE WHEN status = ''completed'' THEN
+                           nullif(ARRAY(SELECT p FROM unnest(untaken) p WHERE p = ANY (successors)), ''{}'') END
+                       WHERE id = ANY (%L);
+                       ALTER TABLE circle.pipeline_node_runs ENABLE ALWAYS TRIGGER pipeline_node_runs_before',
+                      array_agg(id ORDER BY id))
+        FROM circle.pipeline_node_runs
+        WHERE untaken IS NOT NULL AND (status = 'completed' AND untaken <@ successors) IS NOT TRUE HAVING count(*) > 0
+        """,
+    ),
+    _Check(
         "missing_nodes",
         "error",
         "cancel the run, and create it again",

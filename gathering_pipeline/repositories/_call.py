@@ -52,6 +52,7 @@ from gathering_pipeline.errors import (
     PipelineInactiveError,
     PipelineInUseError,
     PipelineNotFoundError,
+    ReadOnlySessionError,
     RunNotFoundError,
     RunOverError,
     SchemaRevisionError,
@@ -71,6 +72,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 _DRIVER = "psycopg"
+READING = "gathering_pipeline.reading"
+"""Key in the ``info`` of a session for reads only."""
 
 # --- ways to the database --------------------------------------------------------------------------------------------
 
@@ -414,7 +417,7 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
             return broken
         if connection is None and isinstance(getattr(error, "orig", error), psycopg.OperationalError):
             return _broken_connection(error, outcome_unknown=False)  # the server ended it before anything was sent
-        return _typed(error) or error
+        return (read_only_failure(error) if READING in session.info else None) or _typed(error) or error
     if isinstance(error, PendingRollbackError):
         return TransactionAbortedError()
     if isinstance(error, PoolTimeout):
@@ -537,10 +540,11 @@ _TRANSACTION_ABORTED = "25P02"
 _UNDEFINED = {"3F000", "42P01", "42703", "42883"}  # schema, table, column, function
 _UNDEFINED_COLUMN = "42703"
 _INSUFFICIENT_PRIVILEGE = "42501"
+_READ_ONLY = "25006"
 _ENDED_IDLE = {"57P05", "25P03"}  # the server ended an idle session: it did nothing of what was sent
 # Errors that the server may raise in any statement: by SQLSTATE, else by its class. What is left passes unchanged.
 _OF_ANY_STATEMENT: dict[str, tuple[type[PipelineError], str]] = {
-    "25006": (
+    _READ_ONLY: (
         DatabaseUnavailableError,
         "the server or the session is read-only: connect to the primary, or unset default_transaction_read_only",
     ),
@@ -576,6 +580,12 @@ def translate(error: psycopg.Error) -> PipelineError | None:
     if sqlstate.startswith("23"):  # integrity constraint violation
         return IntegrityViolationError(diagnostics.constraint_name or "", diagnostics.message_primary or "")
     return _of_any_statement(error)
+
+
+def read_only_failure(error: psycopg.Error | DBAPIError) -> ReadOnlySessionError | None:
+    """Make the typed error for a write in a session for reads; ``None`` for any other error."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return ReadOnlySessionError() if getattr(original, "sqlstate", None) == _READ_ONLY else None
 
 
 def commit_failure(error: DBAPIError) -> PipelineError | None:

@@ -53,7 +53,10 @@ FROM database d LEFT JOIN LATERAL (
 )
 IS_OVER = Statement(
     """
-SELECT pg_catalog.to_json(CASE WHEN r.id IS NOT NULL THEN r.completed_at IS NOT NULL END AND NOT EXISTS (
+SELECT pg_catalog.to_json(CASE
+    WHEN r.id IS NOT NULL THEN r.completed_at IS NOT NULL
+    WHEN pg_catalog.pg_is_in_recovery() THEN false -- it may not have come yet
+    END AND NOT EXISTS (
     SELECT FROM circle.pipeline_events e
     WHERE e.run_id = %(run)s AND (e.xid, e.id) > (%(xid)s::text::xid8, %(id)s::bigint)
     AND e.type = ANY (%(ends)s::text[])))::text
@@ -114,7 +117,7 @@ class AsyncEventRepository(AsyncRepository):
         """Whether a run has ended and its last event is not after a cursor: no event of it comes any more.
 
         Raises:
-            RunNotFoundError: The run doesn't exist, and no event after the cursor ends it.
+            RunNotFoundError: The run doesn't exist, and no event after the cursor ends it. A standby waits for the run.
             InvalidCursorError: ``after`` is not a cursor.
         """
         _, xid, last_id, _ = _parse_cursor(after)

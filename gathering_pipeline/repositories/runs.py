@@ -46,6 +46,7 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.json_values import MAX_DEPTH, json_path, quote
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import (
+    ChangedRuns,
     ClaimedRun,
     LogEntry,
     NodeExecutionResult,
@@ -69,6 +70,11 @@ CREATE = Statement(
     "SELECT pg_catalog.to_json(circle.create_run(%(pipeline_id)s, %(trigger_data)s::jsonb, %(key)s, "
     "%(priority)s, %(run_at)s::timestamptz, %(unless_live)s, %(tags)s::jsonb))::text"
 )
+RESUME = Statement("SELECT pg_catalog.to_json(circle.resume_run(%(run_id)s))::text")
+RERUN = Statement("SELECT pg_catalog.to_json(circle.rerun_run(%(run_id)s, %(key)s))::text")
+CHANGE_MANY = Statement("""
+SELECT circle.change_runs(%(resume)s, %(reason)s, %(pipeline)s, %(statuses)s::text[], %(tags)s::jsonb,
+                          %(since)s::timestamptz, %(until)s::timestamptz, %(after)s, %(limit)s)::text""")
 START = Statement("SELECT pg_catalog.to_json(circle.start_run(%(run_id)s, %(token)s))::text")
 CONCLUDE = Statement(
     "SELECT pg_catalog.to_json(circle.conclude_run(%(run_id)s, %(status)s, %(error)s, %(token)s))::text"
@@ -319,6 +325,94 @@ class AsyncRunRepository(AsyncRepository):
         """
         text = None if reason is None else check_text(reason, "reason")
         return await self._run(CONCLUDE, run_id, None, status="cancelled", error=text)
+
+    async def resume(self, run_id: int) -> RunRead:
+        """Go on with a failed, cancelled or timed-out run, in a new run of the same graph.
+
+        The new run is pending. It takes over each node that completed or was skipped and whose ancestors did, too;
+        the others begin anew. Trigger data, priority and tags are the same. A second call returns the run of the first
+        while that one is live or completed, and else resumes that one.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+            IllegalTransitionError: It is live or completed.
+            PipelineInactiveError: Its pipeline is not ``active``.
+            InvalidPipelineError: It is bound to no version of its pipeline's graph.
+        """
+        return (await self._read(RunRead, RESUME, run_id=check_run_id(run_id)))[0]
+
+    async def rerun(self, run_id: int, *, idempotency_key: str | None = None) -> RunRead:
+        """Create a run with the trigger data, priority and tags of another one, of the current graph.
+
+        Args:
+            run_id: The other run, in any status.
+            idempotency_key: As in ``create``.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+            PipelineInactiveError: Its pipeline is not ``active``.
+            InvalidPipelineError: The pipeline's stored graph is broken or empty.
+            IdempotencyConflictError: A run of the pipeline has the key, and other data.
+        """
+        key = None if idempotency_key is None else check_text(idempotency_key, "idempotency_key", 255)
+        return (await self._read(RunRead, RERUN, run_id=check_run_id(run_id), key=key))[0]
+
+    async def resume_all(
+        self,
+        pipeline_id: int | None = None,
+        status: RunStatus | Collection[RunStatus] = (RunStatus.FAILED, RunStatus.TIMEOUT),
+        after: int | None = None,
+        limit: int = 60,
+        *,
+        tags: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> ChangedRuns:
+        """Resume the runs that ``search`` finds, newest first; commit, and repeat while there is a cursor.
+
+        A call resumes at most 60 runs. One that can't be resumed stops no other.
+
+        Args:
+            pipeline_id: Only runs of this pipeline.
+            status: Only runs with this status, or one of these.
+            after: ``next_cursor`` of the call before.
+            limit: Most runs to resume.
+            tags: Only runs that have all of these.
+            created_after: Only runs that were created at this time or later.
+            created_before: Only runs that were created earlier.
+        """
+        filters = _encode_filters(pipeline_id, status, tags, created_after, created_before)
+        return await self._change(filters, after, limit, resume=True, reason=None)
+
+    async def cancel_all(
+        self,
+        pipeline_id: int | None = None,
+        status: RunStatus | Collection[RunStatus] = (RunStatus.PENDING, RunStatus.RUNNING),
+        after: int | None = None,
+        limit: int = 60,
+        *,
+        reason: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> ChangedRuns:
+        """Cancel the runs that ``search`` finds, newest first; commit, and repeat while there is a cursor.
+
+        A call cancels at most 60 runs. One that ended meanwhile stops no other.
+
+        Args:
+            pipeline_id: Only runs of this pipeline.
+            status: Only runs with this status, or one of these.
+            after: ``next_cursor`` of the call before.
+            limit: Most runs to cancel.
+            reason: As in ``cancel``.
+            tags: Only runs that have all of these.
+            created_after: Only runs that were created at this time or later.
+            created_before: Only runs that were created earlier.
+        """
+        filters = _encode_filters(pipeline_id, status, tags, created_after, created_before)
+        text = None if reason is None else check_text(reason, "reason")
+        return await self._change(filters, after, limit, resume=False, reason=text)
 
     async def append_log(self, run_id: int, entry: Any, *, token: int | None = None) -> None:
         """Append one JSON entry to the log of a run in any status; ``logs`` reads them.
@@ -727,25 +821,12 @@ class AsyncRunRepository(AsyncRepository):
             created_after: Only runs that were created at this time or later.
             created_before: Only runs that were created earlier.
         """
-        statuses = None if status is None else check_statuses(status, RunStatus)
-        pipeline = None if pipeline_id is None else check_id(pipeline_id, "pipeline_id")
-        since = None if created_after is None else check_time(created_after, "created_after")
-        until = None if created_before is None else check_time(created_before, "created_before")
-        wanted = {} if tags is None else check_tags(tags)
-        if not wanted and since is None and until is None and (statuses is None or len(statuses) == 1):
-            one = None if statuses is None else statuses[0]
-            return await self._page(RunSummary, SEARCH, after, limit, pipeline=pipeline, status=one)
-        (page,) = await self._read(
-            Page[RunSummary],
-            SEARCH_FILTERED,
-            pipeline=pipeline,
-            statuses=None if statuses is None else f"{{{','.join(statuses)}}}",
-            tags=json.dumps(wanted) if wanted else None,
-            since=since,
-            until=until,
-            after=check_cursor(after),
-            limit=check_count(limit, "limit"),
-        )
+        filters = _encode_filters(pipeline_id, status, tags, created_after, created_before)
+        if not tags and filters["since"] is filters["until"] is None and (status is None or isinstance(status, str)):
+            one = None if status is None else RunStatus(status).value
+            return await self._page(RunSummary, SEARCH, after, limit, pipeline=filters["pipeline"], status=one)
+        start, size = check_cursor(after), check_count(limit, "limit")
+        (page,) = await self._read(Page[RunSummary], SEARCH_FILTERED, after=start, limit=size, **filters)
         return page
 
     async def iterate(
@@ -890,6 +971,13 @@ class AsyncRunRepository(AsyncRepository):
         steps = {run_id: step and Step.model_validate(step) for run_id, step in rows}
         return [steps[report.run_id] for report in reports]
 
+    async def _change(
+        self, filters: dict[str, Any], after: int | None, limit: int, *, resume: bool, reason: str | None
+    ) -> ChangedRuns:
+        start, size = check_cursor(after), check_count(limit, "limit")
+        parameters = filters | {"resume": resume, "reason": reason, "after": start, "limit": size}
+        return (await self._read(ChangedRuns, CHANGE_MANY, **parameters))[0]
+
     async def _create(
         self, statement: Statement, pipeline_id: int, trigger_data: Any, idempotency_key: str | None, **parameters: Any
     ) -> RunRead:
@@ -943,6 +1031,10 @@ class RunRepository(Repository):
     finish = blocking(AsyncRunRepository.finish)
     fail = blocking(AsyncRunRepository.fail)
     cancel = blocking(AsyncRunRepository.cancel)
+    resume = blocking(AsyncRunRepository.resume)
+    rerun = blocking(AsyncRunRepository.rerun)
+    resume_all = blocking(AsyncRunRepository.resume_all)
+    cancel_all = blocking(AsyncRunRepository.cancel_all)
     append_log = blocking(AsyncRunRepository.append_log)
     start_node = blocking(AsyncRunRepository.start_node)
     complete_node = blocking(AsyncRunRepository.complete_node)
@@ -995,6 +1087,24 @@ def encode_report(
 ) -> EncodedReport:
     """Check the arguments of ``advance`` and write its results as JSON; raises as ``advance`` does."""
     return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token))
+
+
+def _encode_filters(
+    pipeline_id: int | None,
+    status: RunStatus | Collection[RunStatus] | None,
+    tags: Mapping[str, str] | None,
+    created_after: datetime | None,
+    created_before: datetime | None,
+) -> dict[str, Any]:
+    """Check the conditions of ``search`` and make the parameters of its statement."""
+    wanted = {} if tags is None else check_tags(tags)
+    return {
+        "pipeline": None if pipeline_id is None else check_id(pipeline_id, "pipeline_id"),
+        "statuses": None if status is None else f"{{{','.join(check_statuses(status, RunStatus))}}}",
+        "tags": json.dumps(wanted) if wanted else None,
+        "since": None if created_after is None else check_time(created_after, "created_after"),
+        "until": None if created_before is None else check_time(created_before, "created_before"),
+    }
 
 
 def _as_array(numbers: Iterable[int | None]) -> str:

@@ -302,7 +302,7 @@ def test_locks_that_a_thread_held_are_free_in_child(database_url: str) -> None:
 
         def hold() -> None:
             with (
-                database._lock,
+                database._main._lock,
                 migrations._alembic,
                 pool._overflow_lock,
                 pool._pool.mutex,

@@ -370,7 +370,7 @@ def test_only_the_compiler_writes_versions(
     assert caught.value.sqlstate == "PL008"
     raw.execute(insert + "(1, 9, %s, '[]', 7, '{}')", [node])
     row = raw.execute("SELECT node_count, compiled::text FROM circle.pipeline_versions WHERE version = 9").fetchone()
-    assert row == (1, '{"(a,action,{},{})"}')
+    assert row == (1, '{"(a,action,{},{},)"}')
 
 
 def test_statement_that_touches_a_terminal_run_inserts_no_node(

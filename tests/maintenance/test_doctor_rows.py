@@ -125,6 +125,28 @@ def test_pending_run_with_running_node_is_repaired(database: Database, raw: psyc
         assert [node.node_id for node in RunRepository(session).ready_nodes(run.id)] == ["a"]
 
 
+def test_untaken_of_no_successors_is_repaired(database: Database, raw: psycopg.Connection) -> None:
+    pipeline(database, runs=4)
+    with database.session() as session:
+        runs = RunRepository(session)
+        for run_id in (1, 2, 3):
+            runs.start(run_id)
+            runs.complete_node(run_id, "a", branch=run_id != 1)
+    assert found(database) == []
+    with unguarded(raw, "pipeline_node_runs"):
+        raw.execute(f"UPDATE {NODE_RUNS} SET untaken = '{{0,2,9,NULL}}' WHERE (run_id, node_id) = (2, 'a')")
+        raw.execute(f"UPDATE {NODE_RUNS} SET untaken = '{{7}}' WHERE (run_id, node_id) IN ((3, 'a'), (4, 'a'))")
+    (finding,) = doctor(database.engine)
+    assert (finding.code, finding.severity, finding.object) == ("wrong_untaken", "error", NODE_RUNS)
+    assert finding.message == "untaken of 3 rows isn't of successors of a completed node: ids 4, 7, 10"
+    assert outcomes(doctor(database.engine, repair=True)) == {"repaired"}
+    stored = raw.execute(f"SELECT run_id, untaken FROM {NODE_RUNS} WHERE node_id = 'a' ORDER BY run_id").fetchall()
+    assert stored == [(1, [1, 2]), (2, [2]), (3, None), (4, None)]
+    assert found(database) == []
+    with pytest.raises(psycopg.errors.IntegrityConstraintViolation):
+        raw.execute(f"UPDATE {NODE_RUNS} SET untaken = '{{1}}'")
+
+
 def test_live_run_with_missing_nodes_is_reported(database: Database, raw: psycopg.Connection) -> None:
     made = pipeline(database, runs=2)
     raw.execute(f"INSERT INTO {RUNS} (pipeline_id, status) VALUES (%s, 'running')", (made,))  # keeps no node runs
@@ -305,7 +327,7 @@ def test_versions_with_other_nodes_than_compiled_are_repaired(database: Database
             (
                 "compiled = compiled[:2], node_count = 2",  # fewer
                 "compiled = compiled || compiled[1], node_count = 4",  # more
-                "compiled[2] = ROW('b', 'parallel', '{}', '{}')::circle.compiled_node",  # an edge less
+                "compiled[2] = ROW('b', 'parallel', '{}', '{}', NULL)::circle.compiled_node",  # an edge less
                 "node_count = 9",
             ),
             made,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import psycopg
@@ -58,6 +59,49 @@ def test_upgrade_of_a_sequence_with_another_name(empty_database_url: str, connec
         scalar(raw, "SELECT seqtypid::regtype::text FROM pg_sequence WHERE seqrelid = 'circle.numbers'::regclass")
         == "bigint"
     )
+
+
+def test_pipelines_from_before_get_their_branches(empty_database_url: str, connect: Connect) -> None:
+    migrations.upgrade(empty_database_url, "007_pipeline_execution")
+    raw = connect(empty_database_url)
+    nodes = [{"id": name, "type": "parallel", "name": name} for name in "cyns"]
+    edges = [
+        {"id": "y", "from": "c", "to": "y", "condition": True},  # as JSON of before the checks may have it
+        {"id": "n", "from": "c", "to": "n", "condition": " FALSE"},
+        {"id": "s", "from": "c", "to": "s", "condition": None},
+    ]
+    raw.execute(
+        "INSERT INTO circle.pipelines (name, status, nodes, edges) VALUES ('p', 'active', %s, %s)",
+        [json.dumps(nodes), json.dumps(edges)],
+    )
+    raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id) VALUES (1)")
+    migrations.upgrade(empty_database_url)
+    assert scalar(raw, "SELECT branches FROM circle.pipeline_version_nodes WHERE position = 0") == {
+        "true": [1],
+        "false": [2],
+    }
+    with Database(empty_database_url) as database, database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        assert [node.node_id for node in runs.advance(1).started] == ["c"]
+        results = [{"node_id": "c", "status": "completed", "branch": True}]
+        assert [node.node_id for node in runs.advance(1, results).started] == ["y", "s"]
+        assert doctor(database.engine)[0].code == "broken_graph"  # the condition is no text
+
+
+def test_node_runs_from_before_take_every_edge(database_url: str, connect: Connect) -> None:
+    raw = connect(database_url)
+    with Database(database_url) as database, database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        run_id = runs.create(store(session, "c>y=true c>n=false y>z")).id
+        runs.advance(run_id)
+        runs.complete_node(run_id, "c", branch=True)
+    migrations.downgrade(database_url, "010_graph")
+    migrations.upgrade(database_url)
+    with Database(database_url) as database, database.session(autocommit=True) as session:
+        runs = RunRepository(session)
+        assert scalar(raw, "SELECT count(untaken) FROM circle.pipeline_node_runs") == 0
+        assert [node.node_id for node in runs.advance(run_id).started] == ["y"]  # n is skipped already
+        assert [node.node_id for node in runs.advance(run_id, [done("y")]).started] == ["z"]
 
 
 def test_pending_runs_from_before_are_bound_to_their_graph(empty_database_url: str, connect: Connect) -> None:

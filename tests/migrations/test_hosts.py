@@ -112,7 +112,7 @@ def test_upgrade_on_given_async_connection_yields_to_waiters(
 
 
 def test_upgrade_on_other_driver_raises() -> None:
-    with pytest.raises(ConfigurationError, match="driver is pysqlite: migrations need psycopg"):
+    with pytest.raises(ConfigurationError, match="the driver of the engine is pysqlite: this package needs psycopg"):
         migrations.upgrade(create_engine("sqlite://", poolclass=NullPool))
 
 

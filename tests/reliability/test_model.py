@@ -27,17 +27,23 @@ from hypothesis.stateful import (
 from gathering_pipeline import RunRepository
 from gathering_pipeline.database import Database
 from gathering_pipeline.errors import PipelineError
-from tests.support.runs import done, store
+from tests.support.runs import store
 from tests.support.servers import connect
 
 EXAMPLES = int(os.environ.get("GATHERING_EXAMPLES", "15"))
 LEASE = timedelta(minutes=5)
 RETRIES = 1
 MAX_CLAIMS = 3
-GRAPHS = ("a", "a>b", "a b", "a>b a>c b>d c>d", "a>b b>c a>c x", "t>l t>r l>m m>j r>j j>e")
+BRANCHES = "c>y=true c>n=false c>b y>j n>j d>n=true"
+GRAPHS = ("a", "a>b", "a b", "a>b a>c b>d c>d", "a>b b>c a>c x", "t>l t>r l>m m>j r>j j>e", BRANCHES)
 WORKERS = 3
 OVER = ("completed", "failed", "skipped", "cancelled")
 RUN_OVER = ("completed", "failed", "cancelled", "timeout")
+
+
+Branch = bool | str | None
+Result = tuple[str, str, Branch]
+"""A node, its status and, where it is completed, its branch."""
 
 
 class RefusedError(Exception):
@@ -48,6 +54,9 @@ class RefusedError(Exception):
 class Node:
     status: str = "pending"
     retries: int = 0
+    untaken: set[str] = field(default_factory=set)
+    labels: dict[str, set[str]] = field(default_factory=dict)
+    """The labels of the edges to each successor."""
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
 
@@ -81,20 +90,37 @@ class Run:
     def refuse(self) -> None:
         raise RefusedError("RunOverError" if self.status in RUN_OVER else "IllegalTransitionError")
 
-    def repeats(self, name: str, status: str, token: int | None) -> bool:
+    def repeats(self, name: str, status: str, branch: Branch, token: int | None) -> bool:
         """Whether a result that can't be applied repeats one that was."""
         node = self.nodes[name]
         if status == "skipped" or token is None:
             return status == node.status == "skipped"
+        if status == node.status == "completed" and branch is not None:
+            return self.outcome(name, branch) == node.untaken
         return node.status == status or (status == "failed" and node.status == "pending" and node.retries > 0)
+
+    def outcome(self, name: str, branch: Branch) -> set[str]:
+        """The successors that a node doesn't take."""
+        if branch is None:
+            return set()
+        labels = self.nodes[name].labels
+        known = set[str]().union(*labels.values()) - {""}
+        label = str(branch).lower()
+        if label not in known | {"true", "false"}:
+            raise RefusedError("InvalidDataError")
+        taken = {label, ""} if known or label == "true" else {label}
+        return {to for to, of_edges in labels.items() if not of_edges & taken}
+
+    def dead(self, source: str, target: str) -> bool:
+        node = self.nodes[source]
+        return node.status == "skipped" or (node.status == "completed" and target in node.untaken)
 
     def ready(self, name: str) -> bool:
         node = self.nodes[name]
-        before = [self.nodes[other].status for other in node.before]
         return (
             node.status == "pending"
-            and all(status in ("completed", "skipped") for status in before)
-            and ("completed" in before or not before)
+            and all(self.nodes[other].status in ("completed", "skipped") for other in node.before)
+            and (not node.before or not all(self.dead(other, name) for other in node.before))
         )
 
     def may_start(self, name: str) -> bool:
@@ -117,14 +143,14 @@ class Run:
         return True
 
     def skip_on(self, names: list[str]) -> list[str]:
-        """Skip what follows from skipped nodes alone; returns what was looked at."""
+        """Skip those to which no edge is alive; returns what was looked at."""
         seen = list(names)
         while names:
             skipped = [
                 name
                 for name in names
                 if self.nodes[name].status == "pending"
-                and all(self.nodes[other].status == "skipped" for other in self.nodes[name].before)
+                and all(self.dead(other, name) for other in self.nodes[name].before)
             ]
             for name in skipped:
                 self.nodes[name].status = "skipped"
@@ -132,25 +158,26 @@ class Run:
             seen += names
         return seen
 
-    def record(self, results: list[tuple[str, str]], token: int | None) -> tuple[list[str], bool]:
+    def record(self, results: list[Result], token: int | None) -> tuple[list[str], bool]:
         """Apply results; returns what may have become ready, and whether some results repeat earlier ones."""
-        if any(name not in self.nodes for name, _ in results):
+        if any(name not in self.nodes for name, *_ in results):
             raise RefusedError("NodeRunNotFoundError")
-        named = [name for name, _ in results]
+        named = [name for name, *_ in results]
         if len(set(named)) < len(named):
             raise RefusedError("IllegalTransitionError")
         new = []
-        for name, status in results:
+        for name, status, branch in results:
             live = self.nodes[name].status
             if self.status not in RUN_OVER and not (live in OVER or (live == "running" and status == "skipped")):
-                new.append((name, status))
-            elif not self.repeats(name, status, token):
+                new.append((name, status, branch))
+            elif not self.repeats(name, status, branch, token):
                 self.refuse()
-        for name, status in new:
+        for name, status, branch in new:
             self.nodes[name].status = status
+            self.nodes[name].untaken = self.outcome(name, branch)
             self.failed |= status == "failed"
-        followers = [follower for name, _ in new for follower in self.nodes[name].after]
-        if any(status == "skipped" for _, status in new):
+        followers = [follower for name, *_ in new for follower in self.nodes[name].after]
+        if any(status == "skipped" or self.nodes[name].untaken for name, status, _ in new):
             followers = self.skip_on(followers)
         return followers, len(new) < len(results)
 
@@ -161,15 +188,28 @@ class Run:
         return self.nodes[name]
 
 
+def reported(results: list[Result]) -> list[dict[str, Any]]:
+    return [
+        {"node_id": name, "status": status} | ({} if branch is None else {"branch": branch})
+        for name, status, branch in results
+    ]
+
+
 def nothing(_: object) -> None:
     """What a call returns that is compared with the rest of the database after the step."""
 
 
 PLACES = st.integers(0, 13)
 """A node by its place, beginning anew after the last; one place in two rounds is that of a node that is not there."""
-RESULTS = st.lists(st.tuples(PLACES, st.sampled_from(OVER)), max_size=3).filter(
+OUTCOMES = st.sampled_from([None, None, True, False])
+RESULTS = st.lists(
+    st.tuples(PLACES, st.sampled_from(OVER), OUTCOMES).map(
+        lambda result: result if result[1] == "completed" else (*result[:2], None)
+    ),
+    max_size=3,
+).filter(
     # of two failures at once the first is reported; which one that is, is tested elsewhere
-    lambda results: sum(status == "failed" for _, status in results) < 2
+    lambda results: sum(status == "failed" for _, status, _ in results) < 2
 )
 TOKENS = st.sampled_from(["current", "current", "current", "older", "none", "newer"])
 
@@ -231,11 +271,13 @@ class Lifecycle(RuleBasedStateMachine):
 
     def create_run(self, at: int) -> int:
         run_id = self.worker.create(self.pipelines[at]).id
-        nodes = {name: Node() for item in GRAPHS[at].split() for name in item.split(">")}
-        for item in GRAPHS[at].split():
-            if ">" in item:
-                source, target = item.split(">")
+        items = [item.partition("=")[::2] for item in GRAPHS[at].split()]
+        nodes = {name: Node() for ends, _ in items for name in ends.split(">")}
+        for ends, label in items:
+            if ">" in ends:
+                source, target = ends.split(">")
                 nodes[source].after.append(target)
+                nodes[source].labels.setdefault(target, set()).add(label)
                 nodes[target].before.append(source)
         self.model[run_id] = Run(self.pipelines[at], nodes)
         return run_id
@@ -327,21 +369,24 @@ class Lifecycle(RuleBasedStateMachine):
 
         self.both(start_node, lambda: nothing(self.worker.start_node(run_id, name, token=token)))
 
-    @rule(run_id=runs, place=PLACES, kind=TOKENS)
-    def complete_node(self, run_id: int, place: int, kind: str) -> None:
+    @rule(run_id=runs, place=PLACES, kind=TOKENS, branch=st.one_of(OUTCOMES, st.just("maybe")))
+    def complete_node(self, run_id: int, place: int, kind: str, branch: Branch) -> None:
         run = self.model[run_id]
         name = self.name(run, place)
         token = self.token(run, kind)
 
         def complete_node() -> None:
             node = run.node(name, token)
-            if token is not None and node.status == "completed":
+            if node.status == "completed" and run.repeats(name, "completed", branch, token):
                 return
             if run.status != "running" or node.status in OVER:
                 run.refuse()
+            node.untaken = run.outcome(name, branch)
             node.status = "completed"
+            if node.untaken:
+                run.skip_on(node.after)
 
-        self.both(complete_node, lambda: nothing(self.worker.complete_node(run_id, name, token=token)))
+        self.both(complete_node, lambda: nothing(self.worker.complete_node(run_id, name, branch=branch, token=token)))
 
     @rule(run_id=runs, place=PLACES, kind=TOKENS)
     def skip_node(self, run_id: int, place: int, kind: str) -> None:
@@ -385,10 +430,10 @@ class Lifecycle(RuleBasedStateMachine):
             node.status, run.failed = "failed", True
 
     @rule(run_id=runs, results=RESULTS, kind=TOKENS)
-    def record(self, run_id: int, results: list[tuple[int, str]], kind: str) -> None:
+    def record(self, run_id: int, results: list[tuple[int, str, Branch]], kind: str) -> None:
         run = self.model[run_id]
         token = self.token(run, kind)
-        named = [(self.name(run, place), status) for place, status in results]
+        named = [(self.name(run, place), status, branch) for place, status, branch in results]
 
         def record() -> None:
             if run.status in RUN_OVER and token == run.token and named:
@@ -398,20 +443,21 @@ class Lifecycle(RuleBasedStateMachine):
             run.record(named, token)
             run.status = "running"
 
-        self.both(record, lambda: self.worker.record(run_id, [done(*result) for result in named], token=token))
+        self.both(record, lambda: self.worker.record(run_id, reported(named), token=token))
 
     @rule(run_id=runs, results=RESULTS, kind=TOKENS)
-    def advance(self, run_id: int, results: list[tuple[int, str]], kind: str) -> None:
+    def advance(self, run_id: int, results: list[tuple[int, str, Branch]], kind: str) -> None:
         run = self.model[run_id]
-        self._advance(run_id, [(self.name(run, place), status) for place, status in results], kind)
+        self._advance(run_id, [(self.name(run, place), status, branch) for place, status, branch in results], kind)
 
-    @rule(run_id=runs, status=st.sampled_from(["completed", "completed", "completed", "failed"]))
-    def advance_properly(self, run_id: int, status: str) -> None:
+    @rule(run_id=runs, status=st.sampled_from(["completed", "completed", "completed", "failed"]), branch=OUTCOMES)
+    def advance_properly(self, run_id: int, status: str, branch: Branch) -> None:
         """What an executor does: report a node that runs, else begin."""
         running = [name for name, node in self.model[run_id].nodes.items() if node.status == "running"]
-        self._advance(run_id, [(name, status) for name in running[:1]], "current")
+        branch = branch if status == "completed" else None
+        self._advance(run_id, [(name, status, branch) for name in running[:1]], "current")
 
-    def _advance(self, run_id: int, results: list[tuple[str, str]], kind: str) -> None:
+    def _advance(self, run_id: int, results: list[Result], kind: str) -> None:
         run = self.model[run_id]
         token = self.token(run, kind)
 
@@ -442,8 +488,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.both(
             advance,
             lambda: sorted(
-                node.node_id
-                for node in self.worker.advance(run_id, [done(*result) for result in results], token=token).started
+                node.node_id for node in self.worker.advance(run_id, reported(results), token=token).started
             ),
         )
 
@@ -570,10 +615,13 @@ class Lifecycle(RuleBasedStateMachine):
             for run_id, run in sorted(self.model.items())
         ]
         nodes = self.raw.execute(
-            "SELECT run_id, node_id, status, retry_count FROM circle.pipeline_node_runs"
+            "SELECT n.run_id, n.node_id, n.status, n.retry_count, ARRAY("
+            "    SELECT s.node_id::text FROM circle.pipeline_node_runs s"
+            "    WHERE s.run_id = n.run_id AND s.position = ANY (n.untaken) ORDER BY s.node_id)"
+            " FROM circle.pipeline_node_runs n"
         ).fetchall()
         assert sorted(nodes) == sorted(
-            (run_id, name, node.status, node.retries)
+            (run_id, name, node.status, node.retries, sorted(node.untaken))
             for run_id, run in self.model.items()
             for name, node in run.nodes.items()
         )

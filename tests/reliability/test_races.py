@@ -336,6 +336,20 @@ def test_concurrent_create_unless_live_creates_one_run(session: Session, race: R
             runs.cancel(live.id)
 
 
+def test_concurrent_resume_makes_one_run(session: Session, race: Racers, raw: psycopg.Connection) -> None:
+    pipeline = store(session, "a>b")
+    runs = RunRepository(session)
+    for _ in range(ROUNDS):
+        run_id = runs.create(pipeline).id
+        runs.record(run_id, [done("a")])
+        runs.cancel(run_id)
+        resume = on(lambda runs, run_id: runs.resume(run_id).id, run_id)
+        (resumed,) = set(race(resume, resume, resume))
+        assert [node.status for node in runs.nodes(resumed)] == ["completed", "pending"]
+    assert raw.execute("SELECT count(*) FROM circle.pipeline_runs").fetchone() == (2 * ROUNDS,)
+    check_counters(raw)
+
+
 def test_concurrent_create_with_one_key_creates_one_run(
     session: Session, race: Racers, raw: psycopg.Connection
 ) -> None:

@@ -64,6 +64,7 @@ PIPELINES: list[tuple[str, dict[str, Any]]] = [
     ("r>a r>b r>c r>d r>e", {"timeout_seconds": 60}),
     ("a>b b>c", {"max_retries_per_node": 2}),
     (MANY_EDGES, {"max_retries_per_node": 1}),
+    ("c>y=true c>n=false c>b=maybe c>z y>j n>j b>d=true b>e=false j>d", {"max_retries_per_node": 1}),
 ]
 DEADLOCK = "40P01"
 
@@ -249,6 +250,8 @@ class Caller:
             result: dict[str, Any] = {"node_id": node_id, "status": status}
             if status == "completed":
                 result["output"] = self.output()
+                if self.chance.random() < 0.3:
+                    result["branch"] = self.chance.choice([True, False])
             elif status == "failed":
                 result |= {"error": f"by {self.number}", "retryable": self.chance.random() < 0.7}
             if status != "skipped" and self.chance.random() < 0.5:
@@ -354,7 +357,8 @@ class Caller:
         run_id = self.a_run()
         node, attempt = self.node(run_id)
         token, output = self.token(run_id), self.output()
-        named = {"attempt": self.chance.choice([None, attempt]), "token": token}
+        branch = self.chance.choice([None, None, True, False, "maybe"])
+        named = {"attempt": self.chance.choice([None, attempt]), "branch": branch, "token": token}
         state = self.call(self.runs.complete_node, run_id, node, output, **named)
         if not isinstance(state, PipelineError):
             self.acknowledge(run_id, [{"node_id": node, "status": "completed", "output": output}], None, token)
@@ -534,6 +538,14 @@ RAW_STATEMENTS = [
     "UPDATE circle.pipeline_node_runs SET run_id = %(other)s WHERE run_id = %(run)s AND node_id = %(node)s",
     "UPDATE circle.pipeline_node_runs SET node_id = 'z', position = 77, predecessors = '{5}' WHERE run_id = %(run)s AND node_id = %(node)s",
     "UPDATE circle.pipeline_node_runs SET position = NULL, successors = NULL WHERE run_id = %(run)s AND node_id = %(node)s",
+    # what isn't taken
+    *[
+        "UPDATE circle.pipeline_node_runs SET status = %(status)s, untaken = successors[:1] WHERE run_id = %(run)s AND node_id = %(node)s"
+    ]
+    * 3,
+    "UPDATE circle.pipeline_node_runs SET status = 'completed', untaken = '{0,1}' WHERE run_id = %(run)s AND node_id = %(node)s",
+    "UPDATE circle.pipeline_node_runs SET untaken = successors WHERE run_id = %(run)s",
+    "UPDATE circle.pipeline_node_runs SET untaken = NULL WHERE run_id = %(run)s",
     # tokens, leases, ends
     *["UPDATE circle.pipeline_runs SET claim_token = %(edge)s WHERE id = %(run)s"] * 2,
     "UPDATE circle.pipeline_runs SET claim_token = claim_token + 1 WHERE id = %(run)s",

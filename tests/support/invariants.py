@@ -32,6 +32,9 @@ ALWAYS = {
         SELECT id, status, started_at, completed_at FROM circle.pipeline_node_runs
         WHERE (status IN ('pending', 'running')) <> (completed_at IS NULL) OR completed_at < started_at OR status = 'running' AND started_at IS NULL
            OR retry_count < 0 OR duration_ms < 0""",
+    "untaken that isn't of successors of a completed node": """
+        SELECT run_id, node_id, status, successors, untaken FROM circle.pipeline_node_runs
+        WHERE untaken IS NOT NULL AND (status = 'completed' AND untaken <@ successors) IS NOT TRUE""",
     "a failed_node that didn't fail": """
         SELECT r.id, r.failed_node, n.status FROM circle.pipeline_runs r
         LEFT JOIN circle.pipeline_node_runs n ON n.run_id = r.id AND n.node_id = r.failed_node
@@ -86,6 +89,11 @@ OF_CALLS = {
         WHERE n.id IS NULL OR r.id IS NULL GROUP BY r.id""",
     "a pending run with a lease": """
         SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND (lease_expires_at IS NOT NULL OR worker_id IS NOT NULL)""",
+    "a pending node to which no edge is alive": """
+        SELECT n.run_id, n.node_id FROM circle.pipeline_node_runs n
+        WHERE n.status = 'pending' AND n.predecessors <> '{}' AND NOT EXISTS (
+            SELECT FROM circle.pipeline_node_runs p WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors)
+            AND p.status <> 'skipped' AND NOT (p.status = 'completed' AND n.position = ANY (coalesce(p.untaken, '{}'))))""",
     "a cancelled node of a run that goes on": """
         SELECT r.id, n.node_id FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
         WHERE r.status IN ('pending', 'running', 'completed') AND n.status = 'cancelled'""",
@@ -112,11 +120,13 @@ class Replay:
 
     Attributes:
         predecessors: Those of each node, where the run's graph is known; then each start is judged, too.
+        dead: The edges that completed nodes didn't take.
         foreign: Whether raw statements wrote, too: they may start nodes that aren't ready, and insert node runs that have ended.
     """
 
     predecessors: dict[str, list[str]] | None
     foreign: bool
+    dead: set[tuple[str, str]] = field(default_factory=set)
     status: str = "pending"
     claim: int = 0
     nodes: dict[str, str] = field(default_factory=dict)
@@ -158,9 +168,10 @@ class Replay:
         if after == "running" and not self.foreign:
             if "failed" in self.nodes.values() and node not in self.retried:
                 return "after a permanent failure"
-            ready = [self.nodes.get(other, "pending") for other in (self.predecessors or {}).get(node, [])]
-            if ready and not ("completed" in ready and set(ready) <= {"completed", "skipped"}):
-                return f"before its predecessors: {ready}"
+            sources = {other: self.nodes.get(other, "pending") for other in (self.predecessors or {}).get(node, [])}
+            alive = [other for other in sources if sources[other] == "completed" and (other, node) not in self.dead]
+            if sources and not (alive and set(sources.values()) <= {"completed", "skipped"}):
+                return f"before its predecessors: {sources}, of which {alive} take it"
         return None
 
     def differs(self, status: str, nodes: dict[str, str]) -> Iterator[str]:
@@ -198,13 +209,19 @@ def faults(raw: psycopg.Connection, *, foreign: bool, versions: dict[int, tuple[
     nodes: dict[int, dict[str, str]] = defaultdict(dict)
     for run_id, node, status in raw.execute("SELECT run_id, node_id, status FROM circle.pipeline_node_runs"):
         nodes[run_id][node] = status
+    dead: dict[int, set[tuple[str, str]]] = defaultdict(set)
+    for run_id, *edge in raw.execute(
+        "SELECT n.run_id, n.node_id, s.node_id FROM circle.pipeline_node_runs n"
+        " JOIN circle.pipeline_node_runs s ON s.run_id = n.run_id AND s.position = ANY (n.untaken)"
+    ):
+        dead[run_id].add((edge[0], edge[1]))
     replays: dict[int, Replay] = {}
     for run_id, node, event, data in raw.execute(
         "SELECT run_id, node_id, type, data FROM circle.pipeline_events ORDER BY xid, id"
     ):
         if run_id not in replays:
             graph = stored[run_id][1] if run_id in stored else (versions or {}).get(run_id, (0, 0))
-            replays[run_id] = Replay(graphs.get(graph), foreign)
+            replays[run_id] = Replay(graphs.get(graph), foreign, dead[run_id])
         if violated := replays[run_id].event(node, event, data):
             found.append(f"run {run_id}: {node or 'run'} {event} {violated}")
     for run_id, (status, graph) in stored.items():
@@ -217,7 +234,7 @@ def _graphs(raw: psycopg.Connection) -> tuple[Graphs, list[str]]:
     """The graphs of all versions, and what the compiler made wrong of them: a cycle, another order, other edges."""
     compiled: dict[tuple[int, int], list[tuple[Any, ...]]] = defaultdict(list)
     for pipeline, version, *node in raw.execute(
-        "SELECT pipeline_id, version, position, node_id, node_type, predecessors, successors"
+        "SELECT pipeline_id, version, position, node_id, node_type, predecessors, successors, branches"
         " FROM circle.pipeline_version_nodes ORDER BY 1, 2, 3"
     ):
         compiled[pipeline, version].append(tuple(node))
@@ -246,12 +263,30 @@ def _graphs(raw: psycopg.Connection) -> tuple[Graphs, list[str]]:
             name: sorted(place[other] for other in order if name in before[other]) for name in order
         }
         wanted = [
-            (at, name, types[name], sorted(place[other] for other in before[name]), after[name])
+            (
+                at,
+                name,
+                types[name],
+                sorted(place[other] for other in before[name]),
+                after[name],
+                labels(name, edges, place),
+            )
             for at, name in enumerate(order)
         ]
         if wanted != compiled[pipeline, version] or count != len(order):
             found.append(f"version {version} of pipeline {pipeline} is compiled wrongly: {compiled[pipeline, version]}")
     return graphs, found
+
+
+def labels(node: str, edges: list[dict[str, Any]], place: dict[str, int]) -> dict[str, list[int]] | None:
+    """The positions to which the edges of each label alone lead."""
+    ends = [(edge["to"], (edge.get("condition") or "").strip().lower()) for edge in edges if edge["from"] == node]
+    always = {to for to, label in ends if not label}
+    return {
+        label: sorted({place[to] for to, other in ends if other == label and to not in always})
+        for _, label in ends
+        if label
+    } or None
 
 
 def repeated(items: Collection[Any]) -> list[Any]:

@@ -150,6 +150,33 @@ def own() -> Iterator[EmbeddedServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def standby(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A streaming standby of an embedded server."""
+    folder = primary.data_dir.with_name("standby")
+    folder.mkdir(mode=0o700)
+    owner = primary.data_dir.stat()
+    os.chown(folder, owner.st_uid, owner.st_gid)
+    socket_folder = str(make_url(primary.url).query["host"])
+    where = ("-h", socket_folder, "-U", "postgres", "-D", str(folder))
+    program(primary, "pg_basebackup", *where, "--checkpoint=fast", "--no-sync", "--write-recovery-conf")
+    for left in ("log", embedded.KEEPER, ".s.PGSQL.5432.lock"):  # of the primary
+        (folder / left).unlink(missing_ok=True)
+    server = embedded.start(folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def relax(url: str) -> None:
+    """Let a server write to the disk as it likes."""
+    with connect(url) as admin:
+        for name, value in OPTIONS.items():
+            admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+        admin.execute("SELECT pg_reload_conf()")
+
+
 def postmaster(server: EmbeddedServer) -> psutil.Process:
     return psutil.Process(int((server.data_dir / "postmaster.pid").read_text(encoding="utf-8").split()[0]))
 
@@ -213,10 +240,8 @@ def _embedded(durable: bool) -> Iterator[Server]:
     try:
         running = embedded.start(folder / "data")
         try:
-            with connect(running.url) as admin:
-                for name, value in ({} if durable else OPTIONS).items():
-                    admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
-                admin.execute("SELECT pg_reload_conf()")
+            if not durable:
+                relax(running.url)
             yield Server("embedded", running.url)
         finally:
             running.stop()

@@ -3,11 +3,11 @@
 Nothing here is run. Both checkers report an ``assert_type`` that doesn't hold, and a ``type: ignore`` without need.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, assert_type
 
-from sqlalchemy import MetaData, insert, select, update
+from sqlalchemy import Engine, MetaData, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -17,6 +17,7 @@ from gathering_pipeline import (
     AsyncRunRepository,
     ClaimedRun,
     Database,
+    Databases,
     DatabaseSettings,
     EventPage,
     EventRepository,
@@ -47,6 +48,7 @@ from gathering_pipeline import (
     RunSummary,
     StartedNode,
     Step,
+    SweepResult,
     find_issues,
     get_execution_order,
     metadata,
@@ -225,9 +227,29 @@ def databases() -> None:
             pipelines(own)
 
 
+def many_databases(engine: Engine) -> None:
+    with Databases({"a": "postgresql://u:p@h/a"}, longest_pause=timedelta(seconds=1)) as databases:
+        assert_type(databases["a"], Database)
+        assert_type(databases.claim("w", timedelta(minutes=1), limit=3), list[tuple[str, ClaimedRun]])
+        assert_type(databases.recover().runs, tuple[tuple[str, RunRead], ...])
+        assert_type(databases.expire().failed, Mapping[str, Exception])
+        for name, event in databases.listen({"a": "cursor"}):
+            assert_type(name, str)
+            assert_type(event, PipelineEvent)
+    with Database(engine=engine, read_url="postgresql://u:p@standby/d").reading() as session:
+        assert_type(session, Session)
+
+
 async def async_databases() -> None:
     async with Database() as database:
         async with database.async_session(autocommit=True) as session:
             assert_type(session, AsyncSession)
         async with async_sessionmaker(database.async_engine).begin() as own:
             await async_pipelines(own)
+        async with database.areading() as session:
+            assert_type(session, AsyncSession)
+    async with Databases({"a": "postgresql://u:p@h/a"}) as databases:
+        assert_type(await databases.aclaim("w", timedelta(minutes=1)), list[tuple[str, ClaimedRun]])
+        assert_type(await databases.arecover(), SweepResult)
+        async for name, event in databases.alisten():
+            assert_type((name, event), tuple[str, PipelineEvent])

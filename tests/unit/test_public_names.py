@@ -26,6 +26,7 @@ PROMISED = [
     "validate_pipeline_dag",
     "get_execution_order",
     "parse_pipeline_definition",
+    "untaken_successors",
     "find_issues",
     "Issue",
     "IssueCode",

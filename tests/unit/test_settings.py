@@ -91,6 +91,7 @@ def test_the_password_is_never_shown() -> None:
         ("POOL_SIZE", "0", "a whole number, 1 or more"),
         ("MAX_OVERFLOW", "none", "a whole number, 0 or more"),
         ("POOL_TIMEOUT", "-1", "a number of seconds, 0 or more"),
+        ("IDLE_LIMIT", "0", "a number of seconds, 1 or more, or none"),
         ("CONNECT_TIMEOUT", "-1", "a number of seconds, 1 or more"),
         ("TCP_USER_TIMEOUT", "10ms", "a number of seconds, 1 or more"),
         ("ANSWER_TIMEOUT", "0", "a number of seconds, 1 or more, or none"),

@@ -15,11 +15,14 @@ ALTER TABLE circle.pipeline_runs
     ADD COLUMN IF NOT EXISTS priority SMALLINT NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS run_at TIMESTAMPTZ,
     ADD COLUMN IF NOT EXISTS waits_until TIMESTAMPTZ;
+ALTER TABLE circle.pipeline_runs ADD COLUMN IF NOT EXISTS resumed_from BIGINT
+    REFERENCES circle.pipeline_runs (id) ON DELETE SET NULL;
 
--- == pipeline_node_runs: add the due time of retries, and the successors that a completed node doesn't take
+-- == pipeline_node_runs: add the due time of retries, the successors that a completed node doesn't take, and where it was taken from
 ALTER TABLE circle.pipeline_node_runs
     ADD COLUMN IF NOT EXISTS available_at TIMESTAMPTZ,
-    ADD COLUMN IF NOT EXISTS untaken INTEGER[];
+    ADD COLUMN IF NOT EXISTS untaken INTEGER[],
+    ADD COLUMN IF NOT EXISTS taken_from BIGINT;
 
 -- == pipeline_node_runs: leave room on each page for new versions of its rows, so that a transition changes no index
 ALTER TABLE circle.pipeline_node_runs SET (fillfactor = 50);

@@ -73,6 +73,14 @@ BEGIN
             SELECT v.version INTO NEW.pipeline_version FROM circle.pipelines p
             JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
             WHERE p.id = NEW.pipeline_id;
+            IF NEW.resumed_from IS NOT NULL THEN   -- of the graph that the old run had
+                SELECT r.pipeline_version INTO NEW.pipeline_version FROM circle.pipeline_runs r
+                WHERE r.id = NEW.resumed_from AND r.pipeline_id = NEW.pipeline_id AND r.status IN ('failed', 'cancelled', 'timeout');
+                IF NOT FOUND THEN
+                    RAISE EXCEPTION 'resumed_from % is no failed, cancelled or timed-out run of pipeline %', NEW.resumed_from, NEW.pipeline_id
+                        USING ERRCODE = 'integrity_constraint_violation';
+                END IF;
+            END IF;
         END IF;
         IF NEW.status = 'pending' AND NEW.trigger_data = '{}' AND NEW.logs = '[]' THEN
             RETURN NEW;
@@ -86,7 +94,7 @@ BEGIN
                    AND NEW.duration_seconds IS NOT NULL END)
            AND NEW.pipeline_id = OLD.pipeline_id AND NEW.id = OLD.id AND NEW.claim_token = OLD.claim_token
            AND NEW.pipeline_version = OLD.pipeline_version AND NEW.error_message IS NULL AND NEW.failed_node IS NULL
-           AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs THEN
+           AND NEW.trigger_data = OLD.trigger_data AND NEW.logs = OLD.logs AND NEW.resumed_from IS NOT DISTINCT FROM OLD.resumed_from THEN
             RETURN NEW;
         END IF;
         -- a run from before there were versions gets one, once
@@ -94,6 +102,10 @@ BEGIN
            AND (OLD.pipeline_version IS NOT NULL OR NOT EXISTS (
                SELECT FROM circle.pipeline_versions WHERE pipeline_id = OLD.pipeline_id AND version = NEW.pipeline_version)) THEN
             PERFORM circle.refuse_change('run ' || OLD.id, 'id, pipeline_id and pipeline_version');
+        -- its foreign key sets it to NULL when the old run is deleted
+        ELSIF NEW.resumed_from IS DISTINCT FROM OLD.resumed_from AND NOT circle.is_replica()
+              AND (NEW.resumed_from IS NOT NULL OR EXISTS (SELECT FROM circle.pipeline_runs WHERE id = OLD.resumed_from)) THEN
+            PERFORM circle.refuse_change('run ' || OLD.id, 'resumed_from');
         ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.run_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
             PERFORM circle.refuse_transition(OLD.id, NULL, OLD.status, NEW.status, '');
         ELSIF OLD.completed_at IS NOT NULL AND (NEW.completed_at IS DISTINCT FROM OLD.completed_at
@@ -169,6 +181,14 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
+-- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
+CREATE OR REPLACE FUNCTION circle.start_event_data(r circle.pipeline_runs, p_claimed boolean) RETURNS jsonb
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN CASE WHEN p_claimed THEN jsonb_build_object('claim', r.claim_count) ELSE '{}' END
+        || CASE WHEN r.resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', r.resumed_from, 'taken_over', (
+               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = r.id AND taken_from IS NOT NULL)) END;
+END $$;
 -- Writes the event, takes live nodes along, refuses an end that would leave some.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_update() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -179,7 +199,7 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' AND NEW.claim_count > OLD.claim_count THEN jsonb_build_object('claim', NEW.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' THEN circle.start_event_data(NEW, NEW.claim_count > OLD.claim_count) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -264,6 +284,7 @@ BEGIN
            WHEN 'completed' THEN OLD.status IN ('pending', 'running') AND NEW.completed_at IS NOT NULL END)
        AND NEW.run_id = OLD.run_id AND NEW.node_id = OLD.node_id AND NEW.id = OLD.id AND NEW.node_type = OLD.node_type
        AND NEW.position = OLD.position AND NEW.predecessors = OLD.predecessors AND NEW.successors = OLD.successors AND NEW.untaken IS NULL
+       AND NEW.taken_from IS NULL
        AND (NEW.output_data = OLD.output_data OR circle.is_readable(NEW.output_data))
        AND (NEW.input_data = OLD.input_data OR circle.is_readable(NEW.input_data)) THEN
         RETURN NEW;
@@ -271,9 +292,9 @@ BEGIN
     IF NEW.run_id <> OLD.run_id OR NEW.node_id <> OLD.node_id OR NEW.id <> OLD.id OR NEW.node_type <> OLD.node_type
        OR OLD.position IS NOT NULL AND NEW.position IS DISTINCT FROM OLD.position
        OR OLD.predecessors IS NOT NULL AND NEW.predecessors IS DISTINCT FROM OLD.predecessors
-       OR OLD.successors IS NOT NULL AND NEW.successors IS DISTINCT FROM OLD.successors THEN
+       OR OLD.successors IS NOT NULL AND NEW.successors IS DISTINCT FROM OLD.successors OR NEW.taken_from IS DISTINCT FROM OLD.taken_from THEN
         PERFORM circle.refuse_change(format('node %s of run %s', OLD.node_id, OLD.run_id),
-                                     'id, run_id, node_id, node_type, position, predecessors and successors');
+                                     'id, run_id, node_id, node_type, position, predecessors, successors and taken_from');
     ELSIF NEW.status IS DISTINCT FROM OLD.status AND circle.node_may_become(OLD.status, NEW.status) IS NOT TRUE THEN
         PERFORM circle.refuse_transition(OLD.run_id, OLD.node_id, OLD.status, NEW.status,
             (SELECT 'its run is ' || r.status FROM circle.pipeline_runs r WHERE r.id = OLD.run_id AND r.status <> 'running'));
@@ -347,8 +368,8 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_insert', TG_RELID);
     END IF;
-    FOR r IN SELECT run_id, bool_or(status NOT IN ('pending', 'cancelled')) AS eventful, bool_or(status = 'failed') AS failed,
-                    min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
+    FOR r IN SELECT run_id, bool_or(status NOT IN ('pending', 'cancelled') AND taken_from IS NULL) AS eventful,
+                    bool_or(status = 'failed') AS failed, count(taken_from) > 0 AS taken, min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
              FROM new_rows GROUP BY run_id ORDER BY run_id LOOP
         -- locks the run, so that it doesn't end concurrently
         SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
@@ -358,13 +379,16 @@ BEGIN
         ELSIF r.failed THEN
             PERFORM circle.note_failure(r.run_id);
         END IF;
+        IF r.taken AND NOT EXISTS (SELECT FROM circle.pipeline_runs WHERE id = r.run_id AND resumed_from IS NOT NULL) THEN
+            RAISE EXCEPTION 'run % is not resumed: no node of it has taken_from', r.run_id USING ERRCODE = 'integrity_constraint_violation';
+        END IF;
         eventful := eventful OR r.eventful;
     END LOOP;
     IF eventful THEN
         INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
         SELECT circle.event_xid(), run_id, node_id, circle.node_event(status),
                CASE WHEN status = 'failed' THEN jsonb_build_object('error', error_message) ELSE '{}' END
-        FROM new_rows WHERE status NOT IN ('pending', 'cancelled') ORDER BY run_id, position, id;
+        FROM new_rows WHERE status NOT IN ('pending', 'cancelled') AND taken_from IS NULL ORDER BY run_id, position, id;
     END IF;
     RETURN NULL;
 END $$;

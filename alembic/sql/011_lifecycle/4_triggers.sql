@@ -5,7 +5,7 @@
 -- apart, because only a column list tells whether a statement sets the status.
 CREATE OR REPLACE TRIGGER pipeline_runs_before
     BEFORE INSERT OR UPDATE OF status, id, pipeline_id, pipeline_version, claim_token, completed_at, error_message, failed_node,
-        trigger_data, logs
+        trigger_data, logs, resumed_from
     ON circle.pipeline_runs FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_before();
 CREATE OR REPLACE TRIGGER pipeline_runs_same_status BEFORE UPDATE OF status ON circle.pipeline_runs
     FOR EACH ROW WHEN (NEW.status = OLD.status) EXECUTE FUNCTION circle.refuse_same_status();

@@ -469,7 +469,7 @@ DECLARE
 BEGIN
     SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id FOR NO KEY UPDATE;
     IF r.status = 'running' AND r.failed_node IS NULL AND circle.holds_run(r.claim_token, r.lease_expires_at, p_token)
-       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || exists(@.branch))' THEN
+       AND p_results <> '[]' AND NOT p_results @? '$[*] ? (@.status != "completed" || @.branch != null)' THEN
         WITH done AS (
             UPDATE circle.pipeline_node_runs n SET
                 status = 'completed', output_data = coalesce(x.output, n.output_data), error_message = NULL,
@@ -514,7 +514,7 @@ BEGIN
                 PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
                 RETURN json_build_object('status', r.status);
             END IF;
-            fresh := r.started_at IS NULL;
+            fresh := r.started_at IS NULL AND r.resumed_from IS NULL;
             r := circle.lock_run(p_run_id, p_token);
         END IF;
         IF p_results <> '[]' THEN
@@ -618,9 +618,9 @@ BEGIN
         PERFORM circle.refuse_isolation();
     END IF;
     SELECT array_agg(l.id) FILTER (WHERE l.status = 'running' AND l.reported) AS reported,
-           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL) AS fresh
+           array_agg(l.id) FILTER (WHERE l.status = 'pending' AND NOT l.reported AND l.started_at IS NULL AND l.resumed_from IS NULL) AS fresh
     INTO calls FROM (
-        SELECT r.id, r.status, r.started_at, x.run_id IS NOT NULL AS reported
+        SELECT r.id, r.status, r.started_at, r.resumed_from, x.run_id IS NOT NULL AS reported
         FROM unnest(p_run_ids, p_tokens) c (run_id, token)
         JOIN circle.pipeline_runs r ON r.id = c.run_id
         LEFT JOIN (SELECT DISTINCT run_id FROM jsonb_to_recordset(p_results) AS y (run_id bigint)) x ON x.run_id = c.run_id

@@ -32,7 +32,8 @@ END $fold$;
 
 -- == pipeline_node_runs: drop the due time of retries, the successors that aren't taken, and the index
 DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_position;
-ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at, DROP COLUMN IF EXISTS untaken;
+ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at, DROP COLUMN IF EXISTS untaken,
+    DROP COLUMN IF EXISTS taken_from;
 
 -- == pipeline_runs: add the check of revision 008, NOT VALID
 DO $checks$
@@ -54,7 +55,7 @@ DROP INDEX IF EXISTS circle.idx_pipeline_runs_queue, circle.idx_pipeline_runs_wa
 ALTER TABLE circle.pipeline_runs
     DROP COLUMN IF EXISTS failed_node, DROP COLUMN IF EXISTS worker_id, DROP COLUMN IF EXISTS claim_token,
     DROP COLUMN IF EXISTS claim_count, DROP COLUMN IF EXISTS lease_expires_at, DROP COLUMN IF EXISTS idempotency_key,
-    DROP COLUMN IF EXISTS lapsed_claims, DROP COLUMN IF EXISTS released_token, DROP COLUMN IF EXISTS priority,
+    DROP COLUMN IF EXISTS lapsed_claims, DROP COLUMN IF EXISTS resumed_from, DROP COLUMN IF EXISTS released_token, DROP COLUMN IF EXISTS priority,
     DROP COLUMN IF EXISTS run_at, DROP COLUMN IF EXISTS waits_until;
 
 -- == pipeline_node_runs: reset fillfactor

@@ -2,6 +2,10 @@
 CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_idempotency_key
     ON circle.pipeline_runs (pipeline_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
+-- == index: circle.idx_pipeline_runs_resumed_from
+CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_resumed_from
+    ON circle.pipeline_runs (resumed_from) WHERE resumed_from IS NOT NULL;
+
 -- == index: circle.idx_pipeline_runs_queue
 CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_queue ON circle.pipeline_runs (pipeline_id, priority DESC, id)
     WHERE status = 'pending' AND waits_until IS NULL AND pipeline_version IS NOT NULL;
