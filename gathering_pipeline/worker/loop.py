@@ -10,9 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
-from typing import Protocol
 
-from gathering_pipeline import AsyncRunRepository, ClaimedRun, Database, InvalidDataError
+from gathering_pipeline import AsyncRunRepository, ClaimedRun, Database, Databases, InvalidDataError
 from gathering_pipeline.worker.execution import (
     Execution,
     Shared,
@@ -25,22 +24,6 @@ from gathering_pipeline.worker.handlers import NEEDED, Handler, Slots, check_han
 
 RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
-
-
-class ManyDatabases(Protocol):
-    """What a worker needs of ``Databases``."""
-
-    def __getitem__(self, name: str, /) -> Database:
-        """The database with this name."""
-        ...
-
-    async def aclaim(self, worker_id: str, lease: timedelta, limit: int = 1) -> Sequence[tuple[str, ClaimedRun]]:
-        """Claim runs of one of the databases, each with the name of its database."""
-        ...
-
-    async def adispose(self) -> None:
-        """Close all idle connections."""
-        ...
 
 
 class Worker:
@@ -67,7 +50,7 @@ class Worker:
 
     def __init__(
         self,
-        database: Database | ManyDatabases,
+        database: Database | Databases,
         handlers: Mapping[str, Handler],
         *,
         concurrency: int = 8,
@@ -84,7 +67,7 @@ class Worker:
         if type(concurrency) is not int or concurrency < 1:
             raise InvalidDataError(f"concurrency must be a whole number from 1, not {concurrency!r:.100}")
         self._concurrency = concurrency
-        if pipelines is not None and not isinstance(database, Database):
+        if pipelines is not None and isinstance(database, Databases):
             raise InvalidDataError("pipelines are those of one Database: leave them out")
         self._pipelines = pipelines
         self._lease = _check_duration(lease, "lease")
@@ -171,7 +154,7 @@ class Worker:
             self._held[execution] = tasks.create_task(self._follow(execution))
 
     async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
-        if not isinstance(self.database, Database):
+        if isinstance(self.database, Databases):
             found = await self.database.aclaim(self.name, self._lease, room) if room > 0 else []
             if found:
                 self._changed.set()  # a call asks one database: the next one may have runs, too

@@ -9,6 +9,7 @@ from typing import Any
 
 from gathering_pipeline import (
     Database,
+    Databases,
     NodeContext,
     NodeRunRead,
     PipelineCreate,
@@ -18,7 +19,6 @@ from gathering_pipeline import (
     RunRepository,
     Worker,
 )
-from gathering_pipeline.worker.loop import ManyDatabases
 from tests.support.graphs import graph
 
 LIMIT_S = 60
@@ -54,7 +54,7 @@ def outcome(database: Database, run_id: int) -> tuple[RunRead, dict[str, NodeRun
         return runs.get(run_id), {node.node_id: node for node in runs.nodes(run_id)}
 
 
-def made(database: Database | ManyDatabases, handle: Callable[[NodeContext], Any], **options: Any) -> Worker:
+def made(database: Database | Databases, handle: Callable[[NodeContext], Any], **options: Any) -> Worker:
     """A quick worker with one handler for all types that need one."""
     options = {"poll": timedelta(seconds=0.02), "lease": timedelta(seconds=3)} | options
     return Worker(database, dict.fromkeys(("agent", "condition", "action"), handle), **options)
