@@ -169,14 +169,6 @@ def standby(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
         server.stop()
 
 
-def relax(url: str) -> None:
-    """Let a server write to the disk as it likes."""
-    with connect(url) as admin:
-        for name, value in OPTIONS.items():
-            admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
-        admin.execute("SELECT pg_reload_conf()")
-
-
 def postmaster(server: EmbeddedServer) -> psutil.Process:
     return psutil.Process(int((server.data_dir / "postmaster.pid").read_text(encoding="utf-8").split()[0]))
 
@@ -240,8 +232,10 @@ def _embedded(durable: bool) -> Iterator[Server]:
     try:
         running = embedded.start(folder / "data")
         try:
-            if not durable:
-                relax(running.url)
+            with connect(running.url) as admin:
+                for name, value in ({} if durable else OPTIONS).items():
+                    admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
+                admin.execute("SELECT pg_reload_conf()")
             yield Server("embedded", running.url)
         finally:
             running.stop()
