@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iter
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import psycopg
 from sqlalchemy.engine import URL
@@ -37,10 +37,13 @@ from gathering_pipeline.events import EventPage, PipelineEvent
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.listening import PAGE, POLL
 from gathering_pipeline.models import ClaimedRun, RunRead
-from gathering_pipeline.repositories import AsyncEventRepository, AsyncRunRepository, EventRepository, RunRepository
+from gathering_pipeline.repositories import AsyncEventRepository, AsyncRunRepository, EventRepository
 from gathering_pipeline.repositories._call import finish
+from gathering_pipeline.repositories.grouped import calls_on
 from gathering_pipeline.settings import DatabaseSettings
 from gathering_pipeline.urls import parse_url
+
+R = TypeVar("R", bound=RunRead)
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +160,9 @@ class Databases:
 
     # --- claims and sweeps ---
 
-    def claim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[tuple[str, ClaimedRun]]:
+    def claim(
+        self, worker_id: str, lease: timedelta, limit: int = 1, *, max_claims: int = 10
+    ) -> list[tuple[str, ClaimedRun]]:
         """Claim runs of the next database that has some; see ``RunRepository.claim``.
 
         The databases take turns: each call begins after the one at which the last call ended. A database that had
@@ -167,56 +172,62 @@ class Databases:
             worker_id: Name of the worker, at most 255 characters.
             lease: How long the claim lasts without ``heartbeat``.
             limit: Most runs to claim.
+            max_claims: For the sweep that a claim begins with: a run whose lease ran out so often fails.
 
         Returns:
             The claimed runs, each with the name of its database, which is the same for all of a call. Empty: wait a
             moment, and call again.
         """
-        return finish(self._claim(_blocking, worker_id, lease, limit))
+        return finish(self._claim(_blocking, lambda runs: runs.claim(worker_id, lease, limit, max_claims=max_claims)))
 
-    async def aclaim(self, worker_id: str, lease: timedelta, limit: int = 1) -> list[tuple[str, ClaimedRun]]:
+    async def aclaim(
+        self, worker_id: str, lease: timedelta, limit: int = 1, *, max_claims: int = 10
+    ) -> list[tuple[str, ClaimedRun]]:
         """The async twin of ``claim``."""
-        return await self._claim(_awaiting, worker_id, lease, limit)
+        return await self._claim(_awaiting, lambda runs: runs.claim(worker_id, lease, limit, max_claims=max_claims))
 
     def recover(self, limit: int = 60, max_claims: int = 10) -> SweepResult:
         """Release runs whose lease expired, in every database that can be used; see ``RunRepository.recover``.
 
-        A call opens a connection to each database: every minute is often enough for most leases.
+        Claims do so, too, in the databases that they ask. A call opens a connection to each database.
         """
-        return finish(self._sweep(_blocking, "recover", limit, max_claims))
+        return finish(self._sweep(_blocking, lambda runs: runs.recover(limit, max_claims)))
 
     async def arecover(self, limit: int = 60, max_claims: int = 10) -> SweepResult:
         """The async twin of ``recover``."""
-        return await self._sweep(_awaiting, "recover", limit, max_claims)
+        return await self._sweep(_awaiting, lambda runs: runs.recover(limit, max_claims))
 
     def expire(self, limit: int = 60) -> SweepResult:
-        """End runs that are past their time limit, in every database that can be used; see ``RunRepository.expire``."""
-        return finish(self._sweep(_blocking, "expire", limit))
+        """End runs that are past their time limit, in every database that can be used; see ``RunRepository.expire``.
+
+        Claims do so, too, as for ``recover``.
+        """
+        return finish(self._sweep(_blocking, lambda runs: runs.expire(limit)))
 
     async def aexpire(self, limit: int = 60) -> SweepResult:
         """The async twin of ``expire``."""
-        return await self._sweep(_awaiting, "expire", limit)
+        return await self._sweep(_awaiting, lambda runs: runs.expire(limit))
 
-    async def _claim(self, send: _Send, *arguments: Any) -> list[tuple[str, ClaimedRun]]:
+    async def _claim(self, send: _Send, call: _Call[ClaimedRun]) -> list[tuple[str, ClaimedRun]]:
         for _ in self._places:
             with self._lock:
                 place = self._places[self._turn]
                 self._turn = (self._turn + 1) % len(self._places)
             if place.pause.is_over and place.can_be_tried:
                 with place.attempt():
-                    if runs := await send(self[place.name], "claim", *arguments):
+                    if runs := await send(self[place.name], call):
                         place.pause.end()
                         return [(place.name, run) for run in runs]
                     place.pause.lengthen()
         return []
 
-    async def _sweep(self, send: _Send, method: str, *arguments: Any) -> SweepResult:
+    async def _sweep(self, send: _Send, call: _Call[RunRead]) -> SweepResult:
         swept: list[tuple[str, RunRead]] = []
         failed: dict[str, Exception] = {}
         for place in self._places:
             if place.can_be_tried:
                 with place.attempt():
-                    if runs := await send(self[place.name], method, *arguments):
+                    if runs := await send(self[place.name], call):
                         place.pause.end()  # they may be claimed now
                         swept += [(place.name, run) for run in runs]
             if place.failure is not None:
@@ -308,21 +319,24 @@ class Databases:
 
 # --- one database ----------------------------------------------------------------------------------------------------
 
-_Send = Callable[..., Coroutine[Any, Any, list[Any]]]
-"""Calls a method of the repository of runs on a database."""
+_Call = Callable[[AsyncRunRepository], Coroutine[Any, Any, list[R]]]
 
 
-async def _blocking(database: Database, method: str, *arguments: Any) -> list[Any]:
+class _Send(Protocol):
+    """Makes a call on the runs of a database."""
+
+    def __call__(self, database: Database, call: _Call[R], /) -> Coroutine[Any, Any, list[R]]: ...
+
+
+async def _blocking(database: Database, call: _Call[R]) -> list[R]:
     """Never waits, so that ``finish`` can run it."""
     with database.session(autocommit=True) as session:
-        runs: list[Any] = getattr(RunRepository(session), method)(*arguments)
-        return runs
+        return await call(calls_on(session))
 
 
-async def _awaiting(database: Database, method: str, *arguments: Any) -> list[Any]:
+async def _awaiting(database: Database, call: _Call[R]) -> list[R]:
     async with database.async_session(autocommit=True) as session:
-        runs: list[Any] = await getattr(AsyncRunRepository(session), method)(*arguments)
-        return runs
+        return await call(AsyncRunRepository(session))
 
 
 def _check_name(name: object) -> str:

@@ -216,6 +216,7 @@ class _Blocking:
         return _is_autocommit(self._session)
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
+        _refuse_write(self._session, statement)
         rows = _send(self._session, statement, parameters)
         if changed := _changed(self._session, statement, parameters):
             refresh(self._session, changed, deletes=statement.deletes)
@@ -239,6 +240,7 @@ class _Awaiting:
 
     async def send(self, statement: Statement, parameters: Mapping[str, Any]) -> Rows:
         session = self._current()
+        _refuse_write(session.sync_session, statement)
         connection = self._checked_out(session.sync_session)
         if connection is None:
             connection = await session.run_sync(self._check_out)
@@ -325,6 +327,12 @@ class ApartBlocking:
         """Run what needs the session itself."""
         with self._open_session() as session:
             return action(session)
+
+
+def _refuse_write(session: Session | scoped_session[Session], statement: Statement) -> None:
+    """Refuse a call that may write in a session for reads, also where it would find nothing to write."""
+    if not statement.read_only and READING in session.info:
+        raise ReadOnlySessionError
 
 
 def _send(session: Session | scoped_session[Session], statement: Statement, parameters: Mapping[str, Any]) -> Rows:

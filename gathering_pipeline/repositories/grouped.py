@@ -247,8 +247,8 @@ class GroupCommit(RunRepository):
     def __enter__(self) -> Self:
         """Open a connection for gathered calls, and one for a lone call."""
         try:
-            self._lone = _calls(self._opened.enter_context(self._open_session()))
-            self._batches = _calls(self._opened.enter_context(self._open_session()))
+            self._lone = calls_on(self._opened.enter_context(self._open_session()))
+            self._batches = calls_on(self._opened.enter_context(self._open_session()))
         except BaseException:
             self._opened.close()
             raise
@@ -281,7 +281,7 @@ class GroupCommit(RunRepository):
         if step is not None:
             return step
         with self._open_session() as session:
-            return finish(_calls(session)._advance(report, **options))  # noqa: SLF001 - the two are one piece
+            return finish(calls_on(session)._advance(report, **options))  # noqa: SLF001 - the two are one piece
 
     def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or wait until another thread has sent it; ``None``: it has to be sent by itself."""
@@ -340,7 +340,7 @@ class GroupCommit(RunRepository):
         return step
 
 
-def _calls(session: Session) -> AsyncRunRepository:
+def calls_on(session: Session) -> AsyncRunRepository:
     """The repository behind a sync one: its coroutines never wait."""
     calls = RunRepository(session)._calls  # noqa: SLF001
     assert isinstance(calls, AsyncRunRepository), "that is its source"

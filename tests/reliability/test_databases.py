@@ -38,15 +38,11 @@ LIMIT_S = 60
 
 
 def work(urls: str, name: str) -> None:
-    """Until it is killed: sweep, claim, run nodes."""
+    """Until it is killed: claim, which sweeps, and run nodes."""
     pause, backoff = timedelta(seconds=0.1), timedelta(seconds=1)
     with Databases(json.loads(urls), longest_pause=pause, longest_backoff=backoff) as databases:
-        swept_at = 0.0
         while True:
-            if time.monotonic() > swept_at + 0.5:
-                databases.recover(max_claims=1_000)
-                swept_at = time.monotonic()
-            claimed = databases.claim(name, LEASE, 2)
+            claimed = databases.claim(name, LEASE, 2, max_claims=1_000)
             for of, run in claimed:
                 try:
                     execute(databases[of], run.id, run.token)

@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL, make_url
 
 from gathering_pipeline import embedded
 from gathering_pipeline.embedded import EmbeddedServer
-from gathering_pipeline.testing import OPTIONS, container_server, embedded_server, temporary_folder
+from gathering_pipeline.testing import container_server, embedded_server, temporary_folder
 
 KINDS = ("container", "embedded")
 _number = count()
@@ -151,14 +151,6 @@ def standby(primary: EmbeddedServer) -> Iterator[EmbeddedServer]:
         yield server
     finally:
         server.stop()
-
-
-def relax(url: str) -> None:
-    """Let a server write to the disk as it likes."""
-    with connect(url) as admin:
-        for name, value in OPTIONS.items():
-            admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
-        admin.execute("SELECT pg_reload_conf()")
 
 
 def postmaster(server: EmbeddedServer) -> psutil.Process:

@@ -100,7 +100,10 @@ def test_run_to_end_raises_what_a_test_asserts_in_a_handler(database: Database, 
 
 
 def test_run_to_end_returns_when_a_handler_cancels_the_run(database: Database, runs: RunRepository) -> None:
-    run = run_to_end(runs, new_run(database, "a>b"), {"action": lambda context: runs.cancel(context.run.id) and None})
+    def handle(context: NodeContext) -> None:
+        runs.cancel(context.run.id)
+
+    run = run_to_end(runs, new_run(database, "a>b"), {"action": handle})
     assert run.status is RunStatus.CANCELLED
 
 
