@@ -208,9 +208,8 @@ def test_partial_worker_fails_nodes_that_it_has_no_handler_for(database: Databas
 
 def test_handlers_may_replace_what_types_do_without_one(database: Database) -> None:
     run_id = new_run(database, "t>d", {"t": {"type": "trigger"}, "d": {"type": "delay", "config": {"seconds": 3600}}})
-    handlers = dict.fromkeys(
-        ("trigger", "delay", "agent", "action", "condition"), lambda context: {"by": context.node.type}
-    )
+    types = ["trigger", "delay", "agent", "action", "condition"]
+    handlers = dict.fromkeys(types, lambda context: {"by": context.node.type})
     run_once(Worker(database, handlers))
     assert [node.output_data for node in outcome(database, run_id)[1].values()] == [{"by": "trigger"}, {"by": "delay"}]
 
