@@ -119,14 +119,17 @@ class Execution:
         """Let it look whether the worker stops."""
         self._changed.set()
 
-    async def extend_lease(self, longest_pause: float) -> None:
-        """Extend the lease; a run that is lost is dropped."""
+    async def extend_lease(self, seconds: float) -> None:
+        """Extend the lease within a time limit, as somebody may have locked the run. A run that is lost is dropped."""
 
         async def extend(runs: AsyncRunRepository) -> datetime:
             return await runs.heartbeat(self.run.id, self._shared.lease, token=self.run.token)
 
         try:
-            await insist(self._database, extend, longest_pause)
+            async with asyncio.timeout(seconds):
+                await insist(self._database, extend)
+        except TimeoutError:
+            logger.warning("the lease on run %s was not extended within %.1f s", self.run.id, seconds)
         except (LeaseLostError, RunNotFoundError) as error:
             self._lost = error
             self.wake()
@@ -369,13 +372,9 @@ def _key(node: StartedNode) -> tuple[str, int]:
 # --- calls that are made until they are answered ---------------------------------------------------------------------
 
 
-async def insist(
-    database: Database,
-    call: Callable[[AsyncRunRepository], Awaitable[T]],
-    longest_pause: float = MAX_PAUSE_SECONDS,
-) -> T:
+async def insist(database: Database, call: Callable[[AsyncRunRepository], Awaitable[T]]) -> T:
     """Make a call again and again while the database can't answer it; it has to be one that may be repeated."""
-    pauses = pauses_between_attempts(longest_pause)
+    pauses = pauses_between_attempts()
     while True:
         try:
             async with database.async_session(autocommit=True) as session:
@@ -398,9 +397,9 @@ def jittered(seconds: float) -> float:
     return seconds * random.uniform(0.5, 1)  # noqa: S311 - no secret
 
 
-def pauses_between_attempts(longest: float = MAX_PAUSE_SECONDS) -> Iterator[float]:
+def pauses_between_attempts() -> Iterator[float]:
     """Seconds, without end: each pause is up to twice the one before."""
     pause = FIRST_PAUSE_SECONDS
     while True:
-        yield jittered(min(pause, longest))
-        pause = min(2 * pause, longest)
+        yield jittered(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from gathering_pipeline import (
+    ClaimedRun,
     InvalidDataError,
     NodeExecutionResult,
     PermanentError,
@@ -77,6 +78,11 @@ class NodeContext:
     def config(self) -> dict[str, Any]:
         """The configuration of the node."""
         return self.node.config
+
+    @property
+    def token(self) -> int | None:
+        """The token of the claim, which calls on the run need, such as ``append_log``; None: nobody has claimed it."""
+        return self.run.token if isinstance(self.run, ClaimedRun) else None
 
 
 def check_handlers(handlers: Mapping[str, Handler], needed: Iterable[str]) -> dict[str, Handler]:

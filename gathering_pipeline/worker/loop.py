@@ -22,6 +22,8 @@ from gathering_pipeline.worker.execution import (
 )
 from gathering_pipeline.worker.handlers import NEEDED, Handler, Slots, check_handlers
 
+HEARTBEATS = 4
+"""Leases that are extended at the same time: a run that somebody has locked keeps no other waiting."""
 RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
 
@@ -177,11 +179,18 @@ class Worker:
 
     async def _extend_leases(self) -> None:
         interval = self._lease.total_seconds() / 3
-        while True:
-            await asyncio.sleep(jittered(interval))
-            for execution in [*self._held]:
+        limit = asyncio.Semaphore(HEARTBEATS)
+
+        async def extend(execution: Execution) -> None:
+            async with limit:
                 if execution in self._held:
                     await execution.extend_lease(interval)
+
+        while True:
+            await asyncio.sleep(jittered(interval))
+            async with asyncio.TaskGroup() as heartbeats:
+                for execution in self._held:
+                    heartbeats.create_task(extend(execution))
 
     async def _let_end(self) -> None:
         """Let the runs that are held end or be released; cancel those that take longer than the grace time."""

@@ -19,6 +19,7 @@ from gathering_pipeline import (
     NodeResult,
     NodeStatus,
     PermanentError,
+    RunRepository,
     RunStatus,
     Worker,
 )
@@ -48,6 +49,8 @@ def test_handler_gets_its_context_and_its_output_is_stored(database: Database, k
 
     def handle(context: NodeContext) -> dict[str, Any]:
         seen.append(context)
+        with database.session() as session:
+            RunRepository(session).append_log(context.run.id, context.node.id, token=context.token)
         return {"node": context.node.id}
 
     run_once(made(database, of_kind(kind, handle), name="ada"))
@@ -64,6 +67,8 @@ def test_handler_gets_its_context_and_its_output_is_stored(database: Database, k
     assert first.config == first.node.config == {"action": "do"}
     assert (first.inputs, last.inputs) == ({"t": {}}, {"p": {"a": {"node": "a"}}})
     assert not first.cancelled.is_set()
+    with database.session() as session:
+        assert [line.entry for line in RunRepository(session).logs(run_id)] == ["a", "b"]
 
 
 def test_concurrency_limits_handlers_and_a_delay_takes_no_slot(database: Database) -> None:

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from gathering_pipeline import Database, LeaseLostError, NodeContext, NodeStatus, RunRepository, RunStatus
+from tests.support.databases import Connect
 from tests.support.workers import made, new_run, outcome, run_once, run_with, until
 
 
@@ -197,6 +198,31 @@ def test_leases_are_extended_while_handlers_and_delays_take_long(database: Datab
     for run_id in run_ids:
         run, _ = outcome(database, run_id)
         assert (run.status, run.claim_count, run.lapsed_claims) == (RunStatus.COMPLETED, 1, 0)
+
+
+def test_lease_is_extended_while_another_run_is_locked(
+    database: Database, database_url: str, connect: Connect, raw: psycopg.Connection
+) -> None:
+    locked_id, other_id = new_run(database, "a"), new_run(database, "b")
+    blocking = Blocking("async")
+    worker = made(database, blocking.handle, concurrency=2, lease=timedelta(seconds=1))
+
+    async def meanwhile(_running: asyncio.Task[None]) -> None:
+        await until(lambda: len(blocking.begun) == 2)
+        holder = connect(database_url)
+        holder.execute("BEGIN")
+        holder.execute("SELECT FROM circle.pipeline_runs WHERE id = %s FOR UPDATE", [locked_id])
+        await asyncio.sleep(2.5)
+        expired = raw.execute(
+            "SELECT id FROM circle.pipeline_runs WHERE lease_expires_at < clock_timestamp()"
+        ).fetchall()
+        assert expired == [(locked_id,)]  # nobody can take it, either
+        holder.execute("ROLLBACK")
+        blocking.go.set()
+        await until(lambda: outcome(database, locked_id)[0].status is RunStatus.COMPLETED)
+
+    run_with(worker, meanwhile)
+    assert outcome(database, other_id)[0].claim_count == 1
 
 
 def test_run_that_is_deleted_is_dropped(database: Database, raw: psycopg.Connection) -> None:
