@@ -42,6 +42,7 @@ DROP FUNCTION IF EXISTS circle.next_token(bigint);
 DROP FUNCTION IF EXISTS circle.node_answer(circle.pipeline_node_runs);
 DROP FUNCTION IF EXISTS circle.node_event_data(circle.pipeline_node_runs);
 DROP FUNCTION IF EXISTS circle.node_may_become(text,text);
+DROP FUNCTION IF EXISTS circle.nodes_at(bigint,integer[]);
 DROP FUNCTION IF EXISTS circle.note_failure(bigint);
 DROP FUNCTION IF EXISTS circle.page_of_runs(bigint,text,bigint,integer);
 DROP FUNCTION IF EXISTS circle.pipeline_node_runs_after_delete();
