@@ -2345,6 +2345,17 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/6_nodes.sql
 
+-- The node runs at these positions. Inlined. OFFSET 0, because a join would be planned for the few nodes of most runs, and read all nodes
+-- of a large run again and again.
+CREATE OR REPLACE FUNCTION circle.nodes_at(p_run_id bigint, p_positions integer[])
+ RETURNS SETOF circle.pipeline_node_runs
+ LANGUAGE sql
+ STABLE
+AS $function$
+    SELECT n.* FROM unnest(p_positions) u (position)
+    CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_node_runs t WHERE t.run_id = p_run_id AND t.position = u.position OFFSET 0) n
+$function$;
+
 -- Whether the edge from a node run to the one at a position is dead. Inlined.
 CREATE OR REPLACE FUNCTION circle.is_dead(p_status text, p_untaken integer[], p_position integer)
  RETURNS boolean
@@ -2368,7 +2379,7 @@ AS $function$
         WHEN p_predecessors <> '{}' THEN (
             SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
                         WHEN bool_and(circle.is_dead(p.status, p.untaken, p_position)) THEN 'skipped' END
-            FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
+            FROM circle.nodes_at(p_run_id, p_predecessors) p)
     END
 $function$;
 
@@ -2379,8 +2390,8 @@ CREATE OR REPLACE VIEW circle.pending_node_runs WITH (security_invoker=true) AS
     n."position",
     b.reason AS blocked_by,
     ARRAY( SELECT p.node_id
-           FROM circle.pipeline_node_runs p
-          WHERE ((p.run_id = n.run_id) AND (p."position" = ANY (n.predecessors)) AND ((p.status)::text <> ALL ((ARRAY['completed'::character varying, 'skipped'::character varying])::text[])))
+           FROM circle.nodes_at(n.run_id, n.predecessors) p(id, run_id, node_id, node_type, status, input_data, output_data, error_message, retry_count, started_at, completed_at, duration_ms, "position", predecessors, successors, available_at, untaken, taken_from)
+          WHERE ((p.status)::text <> ALL ((ARRAY['completed'::character varying, 'skipped'::character varying])::text[]))
           ORDER BY p."position") AS waiting_for
    FROM ((circle.pipeline_node_runs n
      JOIN circle.pipeline_runs r ON ((r.id = n.run_id)))
@@ -2534,8 +2545,7 @@ BEGIN
         WITH skipped AS (
             UPDATE circle.pipeline_node_runs n SET status = 'skipped'
             WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
-              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.pipeline_node_runs p
-                   WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
+              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.nodes_at(p_run_id, n.predecessors) p)
             RETURNING n.successors
         )
         SELECT array_agg(DISTINCT s.position) INTO following FROM skipped k CROSS JOIN unnest(k.successors) s (position);
@@ -2794,9 +2804,8 @@ BEGIN
         RETURN (SELECT json_agg(json_build_object(
                     'node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint, 'inputs', (
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
-                        FROM circle.pipeline_node_runs p
-                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'
-                          AND NOT circle.is_dead(p.status, p.untaken, n.position)))
+                        FROM circle.nodes_at(p_run_id, n.predecessors) p
+                        WHERE p.status = 'completed' AND NOT circle.is_dead(p.status, p.untaken, n.position)))
                     ORDER BY n.position, n.id)
                 FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
@@ -2917,9 +2926,8 @@ BEGIN
             WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
               AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
               -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it, and takes each edge
-              AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
-                              WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
-                                AND p.status NOT IN ('completed', 'skipped')
+              AND NOT EXISTS (SELECT FROM circle.nodes_at(p_run_id, n.predecessors) p
+                              WHERE p.status NOT IN ('completed', 'skipped')
                                 AND p.position NOT IN (SELECT done.position FROM done WHERE done.position IS NOT NULL))
             RETURNING n.id, n.node_id, n.node_type, n.position, n.retry_count
         ), current AS (
@@ -3105,8 +3113,8 @@ BEGIN
         FROM following f
         WHERE n.run_id = f.run_id AND n.position = f.position AND (n.status = 'pending') IS TRUE
           AND coalesce(n.available_at <= clock_timestamp(), true)
-          AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
-                          WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
+          AND NOT EXISTS (SELECT FROM circle.nodes_at(n.run_id, n.predecessors) p
+                          WHERE p.status NOT IN ('completed', 'skipped')
                             AND NOT (p.run_id, p.position) IN (
                                 SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
         RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
@@ -3519,6 +3527,43 @@ BEGIN
         END IF;
         EXIT WHEN deleted >= p_limit;
     END LOOP;
+END $function$;
+
+-- Deletes versions of before p_older_than that neither their pipeline nor a run names. Returns how many.
+CREATE OR REPLACE FUNCTION circle.purge_versions(p_older_than interval, p_limit integer)
+ RETURNS bigint
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+AS $function$
+DECLARE
+    deleted bigint;
+BEGIN
+    -- in the order of their pipelines, whose locks keep creators of runs out until the transaction ends
+    WITH unused AS MATERIALIZED (
+        SELECT v.pipeline_id, v.version FROM circle.pipeline_versions v
+        JOIN circle.pipelines p ON p.id = v.pipeline_id AND p.version <> v.version
+        WHERE v.created_at < clock_timestamp() - p_older_than AND NOT EXISTS (
+            SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = v.pipeline_id AND r.pipeline_version = v.version)
+        ORDER BY v.pipeline_id, v.version LIMIT p_limit
+    ), locked AS MATERIALIZED (
+        SELECT u.*, pg_advisory_xact_lock(1734964328, hashint8(u.pipeline_id)) FROM unused u
+    )
+    DELETE FROM circle.pipeline_versions v USING locked l WHERE v.pipeline_id = l.pipeline_id AND v.version = l.version
+      AND NOT circle.version_is_used(v.pipeline_id, v.version);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $function$;
+
+-- Whether a run or its pipeline names a version now: a run may have been created since the caller's statement began.
+CREATE OR REPLACE FUNCTION circle.version_is_used(p_pipeline_id integer, p_version integer)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN EXISTS (SELECT FROM circle.pipelines WHERE id = p_pipeline_id AND version = p_version)
+        OR EXISTS (SELECT FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND pipeline_version = p_version);
 END $function$;
 
 -- ---- alembic/sql/011_lifecycle/8_again.sql

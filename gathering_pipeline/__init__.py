@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         StatementCancelledError,
         TransactionAbortedError,
         TransactionConflictError,
+        WaitTimeoutError,
         is_transient,
     )
     from .events import EventPage, EventType, PipelineEvent
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         PipelineNode,
         PipelineRead,
         PipelineUpdate,
+        PipelineVersion,
         PurgeResult,
         RunRead,
         RunReport,
@@ -185,6 +187,7 @@ __all__ = [
     "PipelineRun",
     "PipelineStatus",
     "PipelineUpdate",
+    "PipelineVersion",
     "PurgeResult",
     "ReadOnlySessionError",
     "RunNotFoundError",
@@ -204,6 +207,7 @@ __all__ = [
     "TransactionAbortedError",
     "TransactionConflictError",
     "TriggerNodeConfig",
+    "WaitTimeoutError",
     "Worker",
     "find_issues",
     "get_execution_order",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
@@ -26,18 +27,22 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 from gathering_pipeline import connections, health, listening, migrations, urls
+from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.errors import (
     ConfigurationError,
     DatabaseError,
     ForkedConnectionError,
     TransactionAbortedError,
+    WaitTimeoutError,
     shorten,
 )
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.health import Health
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.models import RunRead
 from gathering_pipeline.repositories._call import READING, commit_failure, read_only_failure
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
+from gathering_pipeline.repositories.runs import AsyncRunRepository, RunRepository
 from gathering_pipeline.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -200,6 +205,31 @@ class Database:
         listener waits for another one. The shortest ``poll`` counts.
         """
         return listening.alisten(self._reader.asynchronous, run_id, after, poll)
+
+    def wait_for_run(self, run_id: int, timeout: timedelta) -> RunRead:
+        """Wait until a run has ended, and read it. It is asked for up to ten times a second.
+
+        Raises:
+            WaitTimeoutError: It is still live when the time is over.
+            RunNotFoundError: The run doesn't exist.
+        """
+        pauses = _Pauses(timeout)
+        while True:
+            with self.session(autocommit=True) as session:
+                run = RunRepository(session).get(run_id)
+            if run.completed_at is not None:
+                return run
+            time.sleep(pauses.next(run))
+
+    async def await_for_run(self, run_id: int, timeout: timedelta) -> RunRead:  # noqa: ASYNC109 - as its twin
+        """The async twin of ``wait_for_run``."""
+        pauses = _Pauses(timeout)
+        while True:
+            async with self.async_session(autocommit=True) as session:
+                run = await AsyncRunRepository(session).get(run_id)
+            if run.completed_at is not None:
+                return run
+            await asyncio.sleep(pauses.next(run))
 
     def upgrade(self, revision: str = "head") -> None:
         """Upgrade the schema to a revision; see ``migrations.upgrade`` for the errors."""
@@ -459,3 +489,23 @@ def _commit(session: Session, autocommit: bool) -> None:
             raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error
+
+
+class _Pauses:
+    """The pauses of a caller who waits for a run: short ones first, and none beyond the end of its time."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._ends_at = time.monotonic() + check_duration(timeout, "timeout", allow_zero=True)
+        self._pause = 0.02
+
+    def next(self, run: RunRead) -> float:
+        """The seconds to wait before the run is read again.
+
+        Raises:
+            WaitTimeoutError: The time is over.
+        """
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise WaitTimeoutError(run.id, run.status)
+        self._pause = min(self._pause * 1.5, left, 0.1)
+        return min(self._pause, left)

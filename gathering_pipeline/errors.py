@@ -32,6 +32,7 @@
     │   ├── ForkedConnectionError              the connection belongs to the process that forked this one
     │   ├── SchemaRevisionError                the schema is at another revision than the code
     │   └── AdoptionError                      existing tables differ from those of this package
+    ├── WaitTimeoutError                       a run was still live when the time to wait for it was over
     ├── InvalidCursorError (ValueError)        not a cursor of this repository
     └── PermanentError                         raised by a worker's handler: the node fails without a retry
 
@@ -204,11 +205,16 @@ class NotFoundError(PipelineError, LookupError):
 
 
 class PipelineNotFoundError(NotFoundError):
-    """There is no pipeline with this id."""
+    """There is no pipeline with this id, or it has no such version of its graph."""
 
-    def __init__(self, pipeline_id: int) -> None:
+    def __init__(self, pipeline_id: int, version: int | None = None) -> None:
         self.pipeline_id = pipeline_id
-        super().__init__(f"pipeline {pipeline_id} does not exist")
+        self.version = version
+        super().__init__(
+            f"pipeline {pipeline_id} does not exist"
+            if version is None
+            else f"there is no version {version} of the graph of pipeline {pipeline_id}"
+        )
 
 
 class RunNotFoundError(NotFoundError):
@@ -512,6 +518,19 @@ class AdoptionError(DatabaseError):
     def __init__(self, differences: Sequence[str]) -> None:
         self.differences = tuple(differences)
         super().__init__("existing tables can't be adopted:\n" + "\n".join(f"  - {line}" for line in self.differences))
+
+
+class WaitTimeoutError(PipelineError):
+    """A run was still live when the time to wait for it was over.
+
+    Attributes:
+        status: The run's status.
+    """
+
+    def __init__(self, run_id: int, status: str) -> None:
+        self.run_id = run_id
+        self.status = status
+        super().__init__(f"run {run_id} is still {status}")
 
 
 class InvalidCursorError(PipelineError, ValueError):

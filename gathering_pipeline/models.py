@@ -62,6 +62,7 @@ __all__ = [
     "PipelineNode",
     "PipelineRead",
     "PipelineUpdate",
+    "PipelineVersion",
     "RunRead",
     "RunStatistics",
     "RunSummary",
@@ -406,6 +407,20 @@ class PipelineRead(_Read):
             InvalidPipelineError: The stored JSON is not a graph.
         """
         return PipelineDefinition.from_json(self.nodes, self.edges)
+
+
+class PipelineVersion(_Read):
+    """A version of a pipeline's graph.
+
+    Attributes:
+        version: Its number.
+        node_count: How many nodes it has.
+        created_at: When it was written.
+    """
+
+    version: int
+    node_count: int
+    created_at: datetime
 
 
 class RunSummary(_Read):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Executable, Row, func, insert, literal, literal_column, update
@@ -11,6 +12,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.util import identity_key
 
 from gathering_pipeline.arguments import (
+    check_count,
+    check_cursor,
+    check_duration,
     check_flag,
     check_id,
     check_pipeline_id,
@@ -22,7 +26,14 @@ from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import PipelineNotFoundError, StaleVersionError
 from gathering_pipeline.hooks import prepare_graph
 from gathering_pipeline.lifecycle import PipelineStatus
-from gathering_pipeline.models import Page, PipelineCreate, PipelineRead, PipelineUpdate
+from gathering_pipeline.models import (
+    Page,
+    PipelineCreate,
+    PipelineDefinition,
+    PipelineRead,
+    PipelineUpdate,
+    PipelineVersion,
+)
 from gathering_pipeline.orm import Pipeline
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking, connected, refresh
 
@@ -39,6 +50,22 @@ WHERE p.id < %(after)s::bigint AND (%(status)s::text IS NULL OR p.status::text =
   AND (%(name)s::text IS NULL OR strpos(lower(p.name::text), lower(%(name)s::text)) > 0)
 ORDER BY p.id DESC LIMIT %(limit)s""",
     read_only=True,
+)
+VERSIONS = Statement(
+    """
+SELECT pg_catalog.json_build_object('version', v.version, 'node_count', v.node_count, 'created_at', v.created_at)::text
+FROM circle.pipeline_versions v WHERE v.pipeline_id = %(pipeline_id)s::bigint AND v.version < %(after)s::bigint
+ORDER BY v.version DESC LIMIT %(limit)s""",
+    read_only=True,
+)
+DEFINITION = Statement(
+    """
+SELECT pg_catalog.json_build_array(v.nodes, v.edges)::text FROM circle.pipeline_versions v
+WHERE v.pipeline_id = %(pipeline_id)s::bigint AND v.version = %(version)s::bigint""",
+    read_only=True,
+)
+PURGE_VERSIONS = Statement(
+    "SELECT circle.purge_versions(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s)::text"
 )
 DELETE = Statement("SELECT circle.delete_pipeline(%(pipeline_id)s, %(force)s)", deletes=True)
 
@@ -176,6 +203,53 @@ class AsyncPipelineRepository(AsyncRepository):
         """
         await self._rows(DELETE, pipeline_id=check_pipeline_id(pipeline_id), force=check_flag(force, "force"))
 
+    async def versions(self, pipeline_id: int, after: int | None = None, limit: int = 50) -> Page[PipelineVersion]:
+        """Read a page of the versions of a pipeline's graph, newest first; ``definition`` reads the graph of one.
+
+        Args:
+            pipeline_id: The pipeline.
+            after: ``next_cursor`` of the page before.
+            limit: Most versions of a page.
+
+        Raises:
+            PipelineNotFoundError: The pipeline doesn't exist.
+        """
+        start, size = check_cursor(after), check_count(limit, "limit")
+        number = check_pipeline_id(pipeline_id)
+        rows = await self._read(PipelineVersion, VERSIONS, pipeline_id=number, after=start, limit=size + 1)
+        if not rows:
+            await self.get(pipeline_id)  # raises if the pipeline doesn't exist
+        return Page(items=tuple(rows[:size]), next_cursor=rows[size - 1].version if len(rows) > size else None)
+
+    async def definition(self, pipeline_id: int, version: int) -> PipelineDefinition:
+        """Read a version of a pipeline's graph.
+
+        Raises:
+            PipelineNotFoundError: The pipeline doesn't exist, or has no such version (any more).
+        """
+        rows = await self._values(
+            DEFINITION, pipeline_id=check_pipeline_id(pipeline_id), version=check_id(version, "version")
+        )
+        if not rows:
+            raise PipelineNotFoundError(pipeline_id, version)
+        return PipelineDefinition.from_json(*rows[0])
+
+    async def purge_versions(self, older_than: timedelta, limit: int = 100) -> int:
+        """Delete versions that were written over ``older_than`` ago and that neither their pipeline nor a run has.
+
+        Commit, and repeat until it returns 0. The role needs DELETE on ``pipeline_versions``.
+
+        Args:
+            older_than: Age of the version.
+            limit: Most versions to delete.
+
+        Returns:
+            How many were deleted.
+        """
+        age = check_duration(older_than, "older_than", allow_zero=True)
+        deleted: int = (await self._values(PURGE_VERSIONS, older_than=age, limit=check_count(limit, "limit")))[0]
+        return deleted
+
     async def _row(
         self, statement: Executable, options: Mapping[str, Any], pipeline_id: int | None = None
     ) -> Row[Any] | None:
@@ -209,3 +283,6 @@ class PipelineRepository(Repository):
     activate = blocking(AsyncPipelineRepository.activate)
     pause = blocking(AsyncPipelineRepository.pause)
     delete = blocking(AsyncPipelineRepository.delete)
+    versions = blocking(AsyncPipelineRepository.versions)
+    definition = blocking(AsyncPipelineRepository.definition)
+    purge_versions = blocking(AsyncPipelineRepository.purge_versions)

@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 
-from gathering_pipeline import AsyncRunRepository, Database, InvalidDataError
+from gathering_pipeline import AsyncRunRepository, ClaimedRun, Database, Databases, InvalidDataError
 from gathering_pipeline.worker.execution import (
     Execution,
     Shared,
@@ -30,7 +30,7 @@ class Worker:
     """Claims runs and executes their nodes by handlers; any number of workers may run at the same time.
 
     Args:
-        database: The database.
+        database: The database, or ``Databases``.
         handlers: A function for each type of nodes, async or sync; a sync one runs in a thread. It takes a
             ``NodeContext`` and returns the output as a dict, the branch to take as a bool or a text, a ``NodeResult``,
             or None. An exception is a failed attempt, which is retried while retries are left, unless it is a
@@ -50,7 +50,7 @@ class Worker:
 
     def __init__(
         self,
-        database: Database,
+        database: Database | Databases,
         handlers: Mapping[str, Handler],
         *,
         concurrency: int = 8,
@@ -67,6 +67,8 @@ class Worker:
         if type(concurrency) is not int or concurrency < 1:
             raise InvalidDataError(f"concurrency must be a whole number from 1, not {concurrency!r:.100}")
         self._concurrency = concurrency
+        if pipelines is not None and isinstance(database, Databases):
+            raise InvalidDataError("pipelines are those of one Database: leave them out")
         self._pipelines = pipelines
         self._lease = _check_duration(lease, "lease")
         self._poll = _check_duration(poll, "poll")
@@ -147,15 +149,23 @@ class Worker:
         """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
         room = self._shared.slots.free - sum(execution.demand for execution in self._held)
         room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
+        for database, run in await self._claimed(room):
+            execution = Execution(self._shared, database, run)
+            self._held[execution] = tasks.create_task(self._follow(execution))
+
+    async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
+        if isinstance(self.database, Databases):
+            found = await self.database.aclaim(self.name, self._lease, room) if room > 0 else []
+            if found:
+                self._changed.set()  # a call asks one database: the next one may have runs, too
+            return [(self.database[name], run) for name, run in found]
         async with self.database.async_session(autocommit=True) as session:
             runs = AsyncRunRepository(session)
             if room <= 0:
                 await runs.sweep()
-                return
+                return []
             claimed = await runs.claim(self.name, self._lease, room, self._pipelines)
-        for run in claimed:
-            execution = Execution(self._shared, self.database, run)
-            self._held[execution] = tasks.create_task(self._follow(execution))
+        return [(self.database, run) for run in claimed]
 
     async def _follow(self, execution: Execution) -> None:
         try:

@@ -14,9 +14,11 @@ import pytest
 from sqlalchemy.orm import Session
 
 import gathering_pipeline
-from gathering_pipeline import RunRepository
+from gathering_pipeline import Database, RunRepository
 from tests.support.readme import BLOCK, blocks
 from tests.support.runs import store
+from tests.support.servers import Server
+from tests.support.workers import new_run, outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +68,33 @@ def test_scale_page_claims_and_follows(database_url: str, session: Session) -> N
     code["print"] = stop
     with pytest.raises(KeyboardInterrupt):
         code["follow"]({"north": database_url}, cursors)
+
+
+def test_worker_page_python_runs(database: Database, database_url: str) -> None:
+    run_ids = [new_run(database, "a>b a>c", {"a": {"type": "agent"}, "b": {"type": "condition"}}) for _ in range(2)]
+    text = (ROOT / "docs" / "worker.md").read_text(encoding="utf-8")
+    first, second = BLOCK.findall(text)
+    environment = {"GATHERING_DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-c", first + "Database().dispose()\n" + second]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "0 runs executed"
+    for run_id in run_ids:
+        run, nodes = outcome(database, run_id)
+        assert run.status == "completed"
+        assert nodes["a"].output_data == {"text": "done: do", "sources": []}
+
+
+def test_testing_page_python_is_a_test_that_passes(server: Server, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    for name, block in zip(("conftest.py", "test_mine.py"), BLOCK.findall(text), strict=True):
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    environment = {"GATHERING_TEST_URL": server.url, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_readme_begins_with_the_two_commands() -> None:

@@ -1,6 +1,7 @@
 """Versions of a graph, and runs that keep theirs."""
 
 import threading
+from datetime import timedelta
 
 import psycopg
 import pytest
@@ -8,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
     Database,
+    PipelineNotFoundError,
     PipelineRepository,
     PipelineUpdate,
     RunRepository,
@@ -109,3 +111,55 @@ def test_update_graph_leaves_running_runs_on_their_version(each: Session) -> Non
     assert steps == [["t"], ["a"]]
     assert runs.get(old.id).status == RunStatus.COMPLETED
     assert pipelines.get(made.id).success_count == 1
+
+
+def test_versions_are_read_in_pages_and_purged_when_unused(each: Session, raw: psycopg.Connection) -> None:
+    pipelines, runs = PipelineRepository(each), RunRepository(each)
+    made = pipelines.create(new(status="active"))
+    run = runs.create(made.id)
+    for count in (0, 1, 0):
+        pipelines.update(made.id, PipelineUpdate(edges=EDGES[:count]))
+    each.commit()
+    first = pipelines.versions(made.id, limit=3)
+    assert [version.version for version in first.items] == [4, 3, 2]
+    (last,) = pipelines.versions(made.id, first.next_cursor).items
+    assert (last.version, last.node_count) == (1, len(NODES))
+    assert pipelines.definition(made.id, 2).edges == []
+    assert pipelines.definition(made.id, 1) == runs.definition(run.id)
+    assert pipelines.purge_versions(timedelta(hours=1)) == 0
+    assert pipelines.purge_versions(timedelta(0), limit=1) == 1
+    assert pipelines.purge_versions(timedelta(0)) == 1
+    each.commit()
+    assert [version.version for version in pipelines.versions(made.id).items] == [4, 1]
+    for read in (
+        lambda: pipelines.versions(-1),
+        lambda: pipelines.definition(made.id, 2),
+        lambda: pipelines.definition(-1, 1),
+    ):
+        with pytest.raises(PipelineNotFoundError):
+            read()
+
+
+def test_purge_of_versions_spares_one_of_which_a_run_is_being_created(
+    database: Database, raw: psycopg.Connection
+) -> None:
+    with database.session() as session:
+        pipeline = PipelineRepository(session).create(new(status="active")).id
+    with database.session() as creating:
+        run_id = RunRepository(creating).create(pipeline).id  # of version 1
+        with database.session() as session:
+            PipelineRepository(session).update(pipeline, PipelineUpdate(edges=[]))
+        deleted: list[int] = []
+
+        def purge() -> None:
+            with database.session() as session:
+                deleted.append(PipelineRepository(session).purge_versions(timedelta(0)))
+
+        thread = threading.Thread(target=purge)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()  # it waits for the creator
+    thread.join()
+    assert deleted == [0]
+    with database.session() as session:
+        assert RunRepository(session).definition(run_id).edges != []

@@ -24,16 +24,9 @@ from sqlalchemy.engine import URL, make_url
 
 from gathering_pipeline import embedded
 from gathering_pipeline.embedded import EmbeddedServer
+from gathering_pipeline.testing import container_server, embedded_server, temporary_folder
 
 KINDS = ("container", "embedded")
-OPTIONS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
-"""Data that live for one test need not outlive a power cut. All of them can be changed while the server runs."""
-
-MEMORY = Path("/dev/shm")  # noqa: S108 - folders in it are made by mkdtemp
-"""A file system in memory, where the system has one."""
-ENOUGH_MEMORY = 4 * 2**30
-"""Bytes that have to be free there."""
-
 _number = count()
 
 
@@ -130,24 +123,15 @@ def _container_at_hand() -> bool:
     return found
 
 
-def _folder(purpose: str, *, durable: bool = False) -> Path:
-    """A new folder for a server's data: in memory where that is possible, as copies of databases take long on a disk."""
-    in_memory = not durable and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ENOUGH_MEMORY
-    return Path(tempfile.mkdtemp(prefix=f"gathering-{purpose}-", dir=MEMORY if in_memory else None))
-
-
 @contextmanager
 def own() -> Iterator[EmbeddedServer]:
     """An embedded server that serves one test, which may restart it or change how it is configured."""
-    folder = _folder("own")
-    try:
+    with temporary_folder("own") as folder:
         server = embedded.start(folder / "data")
         try:
             yield server
         finally:
             server.stop()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -205,42 +189,11 @@ def start(*, durable: bool = False) -> Iterator[Server]:
             .render_as_string(hide_password=False),
         )
     elif wanted == "container":
-        yield from _container(durable)
+        with container_server(image(), durable=durable) as url:
+            yield Server("container", url)
     else:
-        yield from _embedded(durable)
-
-
-def _container(durable: bool) -> Iterator[Server]:
-    # Its helper container would have to be fetched from a registry; this process removes what it starts.
-    os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
-    from testcontainers.community.postgres import PostgresContainer
-
-    settings = {"max_connections": "300"} | ({} if durable else OPTIONS)
-    options = " ".join(f"-c {name}={value}" for name, value in settings.items())
-    container = PostgresContainer(image(), username="postgres", password="test", dbname="postgres", driver="psycopg")
-    # PGDATA by name: the usual place differs between the images of PostgreSQL 17 and 18.
-    container.with_env("PGDATA", "/pgdata").with_command(f"postgres {options}")
-    container.with_kwargs(shm_size="1g")  # docker's 64 MB are too few for parallel work on millions of rows
-    if not durable:
-        container.with_tmpfs_mount("/pgdata")
-    with container:
-        yield Server("container", container.get_connection_url())
-
-
-def _embedded(durable: bool) -> Iterator[Server]:
-    folder = _folder("test", durable=durable)
-    try:
-        running = embedded.start(folder / "data")
-        try:
-            with connect(running.url) as admin:
-                for name, value in ({} if durable else OPTIONS).items():
-                    admin.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
-                admin.execute("SELECT pg_reload_conf()")
-            yield Server("embedded", running.url)
-        finally:
-            running.stop()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with embedded_server(durable=durable) as url:
+            yield Server("embedded", url)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from gathering_pipeline import (
     Database,
+    Databases,
     NodeContext,
     NodeRunRead,
     PipelineCreate,
@@ -53,7 +54,7 @@ def outcome(database: Database, run_id: int) -> tuple[RunRead, dict[str, NodeRun
         return runs.get(run_id), {node.node_id: node for node in runs.nodes(run_id)}
 
 
-def made(database: Database, handle: Callable[[NodeContext], Any], **options: Any) -> Worker:
+def made(database: Database | Databases, handle: Callable[[NodeContext], Any], **options: Any) -> Worker:
     """A quick worker with one handler for all types that need one."""
     options = {"poll": timedelta(seconds=0.02), "lease": timedelta(seconds=3)} | options
     return Worker(database, dict.fromkeys(("agent", "condition", "action"), handle), **options)
@@ -65,24 +66,26 @@ def run_once(worker: Worker) -> None:
 
 
 async def _run_once(worker: Worker) -> None:
-    async with worker.database:
+    try:
         await worker.run(once=True)
+    finally:
+        await worker.database.adispose()
 
 
 def run_with(worker: Worker, meanwhile: Callable[[asyncio.Task[None]], Awaitable[None]]) -> None:
     """Let a worker run while something else happens; it is stopped at the end unless that has been done."""
 
     async def work() -> None:
-        async with worker.database:
-            running = asyncio.create_task(worker.run())
-            try:
-                await meanwhile(running)
-                if not running.done():
-                    worker.stop()
-                    await running
-            finally:
-                running.cancel()
-                await asyncio.wait([running])
+        running = asyncio.create_task(worker.run())
+        try:
+            await meanwhile(running)
+            if not running.done():
+                worker.stop()
+                await running
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+            await worker.database.adispose()
 
     asyncio.run(asyncio.wait_for(work(), LIMIT_S))
 

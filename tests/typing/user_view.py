@@ -25,6 +25,7 @@ from gathering_pipeline import (
     InvalidPipelineError,
     Issue,
     IssueCode,
+    NodeContext,
     NodeExecutionResult,
     NodeRunRead,
     NodeState,
@@ -49,6 +50,7 @@ from gathering_pipeline import (
     StartedNode,
     Step,
     SweepResult,
+    Worker,
     find_issues,
     get_execution_order,
     metadata,
@@ -214,6 +216,29 @@ def orm(session: Session) -> None:
     session.execute(insert(Pipeline), [{"name": "p"}])
     session.execute(update(Pipeline).where(Pipeline.id == 1).values(status="paused"))
     assert_type(metadata, MetaData)
+
+
+async def call_agent(context: NodeContext) -> dict[str, Any]:
+    assert_type(context.run, RunRead)
+    assert_type(context.node, PipelineNode)
+    assert_type(context.config, dict[str, Any])
+    assert_type(context.attempt, int)
+    assert_type(context.cancelled.is_set(), bool)
+    await context.cancelled.wait_async()
+    return {}
+
+
+def decide(_context: NodeContext) -> bool:
+    return True
+
+
+async def workers(database: Database, many: Databases) -> None:
+    handlers = {"agent": call_agent, "condition": decide, "action": lambda _: None}
+    worker = Worker(database, handlers, concurrency=2, lease=timedelta(seconds=5), pipelines=[1], partial=True)
+    await worker.run(once=True)
+    worker.stop()
+    Worker(many, {"agent": call_agent}, partial=True).main()
+    Worker(database, {"agent": 1})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
 
 
 def databases() -> None:

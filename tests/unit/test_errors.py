@@ -34,6 +34,7 @@ from gathering_pipeline.errors import (
     RunNotFoundError,
     SchemaRevisionError,
     StaleVersionError,
+    WaitTimeoutError,
     shorten,
 )
 
@@ -98,6 +99,7 @@ def test_pickled_error_has_its_message_and_attributes(kind: type[PipelineError])
         (NodeRunNotFoundError, NotFoundError),
         (LeaseLostError, ConflictError),
         (StaleVersionError, ConflictError),
+        (WaitTimeoutError, PipelineError),
         (IdempotencyConflictError, ConflictError),
         (AdoptionError, DatabaseError),
         (SchemaRevisionError, DatabaseError),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -88,6 +88,10 @@ def losing_answers(url: str) -> Iterator[list[str]]:
         thread = threading.Thread(target=terminate)
         thread.start()
         try:
+            with suppress(psycopg.OperationalError):  # until the server has read its configuration
+                while True:
+                    with connect(url) as raw:
+                        raw.execute("SELECT pg_logical_emit_message(true, 'test', '')")  # a commit that waits
             yield lost
         finally:
             admin.execute("ALTER SYSTEM RESET synchronous_standby_names")

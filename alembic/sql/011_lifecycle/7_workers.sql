@@ -310,3 +310,31 @@ BEGIN
         EXIT WHEN deleted >= p_limit;
     END LOOP;
 END $$;
+-- Deletes versions of before p_older_than that neither their pipeline nor a run names. Returns how many.
+CREATE OR REPLACE FUNCTION circle.purge_versions(p_older_than interval, p_limit integer) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+DECLARE
+    deleted bigint;
+BEGIN
+    -- in the order of their pipelines, whose locks keep creators of runs out until the transaction ends
+    WITH unused AS MATERIALIZED (
+        SELECT v.pipeline_id, v.version FROM circle.pipeline_versions v
+        JOIN circle.pipelines p ON p.id = v.pipeline_id AND p.version <> v.version
+        WHERE v.created_at < clock_timestamp() - p_older_than AND NOT EXISTS (
+            SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = v.pipeline_id AND r.pipeline_version = v.version)
+        ORDER BY v.pipeline_id, v.version LIMIT p_limit
+    ), locked AS MATERIALIZED (
+        SELECT u.*, pg_advisory_xact_lock(1734964328, hashint8(u.pipeline_id)) FROM unused u
+    )
+    DELETE FROM circle.pipeline_versions v USING locked l WHERE v.pipeline_id = l.pipeline_id AND v.version = l.version
+      AND NOT circle.version_is_used(v.pipeline_id, v.version);
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    RETURN deleted;
+END $$;
+-- Whether a run or its pipeline names a version now: a run may have been created since the caller's statement began.
+CREATE OR REPLACE FUNCTION circle.version_is_used(p_pipeline_id integer, p_version integer) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM circle.pipelines WHERE id = p_pipeline_id AND version = p_version)
+        OR EXISTS (SELECT FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND pipeline_version = p_version);
+END $$;

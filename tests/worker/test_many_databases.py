@@ -1,0 +1,39 @@
+"""One worker for several databases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from gathering_pipeline import Databases, InvalidDataError, NodeContext, RunStatus
+from tests.support.servers import Server
+from tests.support.workers import made, new_run, outcome, run_once
+
+
+@pytest.fixture
+def databases(database_url: str, server: Server, template: str) -> Iterator[Databases]:
+    name = server.create(template)
+    with Databases({"a": database_url, "b": server.database_url(name)}) as opened:
+        yield opened
+    server.drop(name)
+
+
+def test_worker_of_two_databases_executes_the_runs_of_both(databases: Databases) -> None:
+    run_ids = [new_run(databases["a"], "a>b") for _ in range(3)]
+    other_ids = [new_run(databases["b"], "c>d") for _ in range(3)]
+    assert run_ids == other_ids  # and the pipelines' ids are the same, with other graphs
+    seen: list[tuple[int, str]] = []
+
+    async def handle(context: NodeContext) -> None:
+        seen.append((context.run.id, context.node.id))
+
+    run_once(made(databases, handle))
+    for name in databases:
+        assert {outcome(databases[name], run_id)[0].status for run_id in run_ids} == {RunStatus.COMPLETED}
+    assert sorted(seen) == sorted((run_id, node_id) for run_id in run_ids for node_id in "abcd")
+
+
+def test_pipelines_of_many_databases_are_refused(databases: Databases) -> None:
+    with pytest.raises(InvalidDataError, match="pipelines are those of one Database"):
+        made(databases, lambda _: None, pipelines=[1])
