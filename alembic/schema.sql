@@ -1526,16 +1526,16 @@ END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_runs_after_insert() FROM PUBLIC;
 
 -- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
-CREATE OR REPLACE FUNCTION circle.start_event_data(r circle.pipeline_runs, p_claimed boolean)
+CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_resumed_from bigint)
  RETURNS jsonb
  LANGUAGE plpgsql
  STABLE
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RETURN CASE WHEN p_claimed THEN jsonb_build_object('claim', r.claim_count) ELSE '{}' END
-        || CASE WHEN r.resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', r.resumed_from, 'taken_over', (
-               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = r.id AND taken_from IS NOT NULL)) END;
+    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim) END
+        || CASE WHEN p_resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', p_resumed_from, 'taken_over', (
+               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND taken_from IS NOT NULL)) END;
 END $function$;
 
 -- Writes the event, takes live nodes along, refuses an end that would leave some.
@@ -1552,7 +1552,8 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' THEN circle.start_event_data(NEW, NEW.claim_count > OLD.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' THEN circle.start_event_data(
+                    NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.resumed_from) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -2366,15 +2367,16 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/6_nodes.sql
 
--- The node runs at these positions. Inlined. OFFSET 0, because a join would be planned for the few nodes of most runs, and read all nodes
--- of a large run again and again.
+-- The node runs at these positions. Inlined. Each is looked up by an ordered range of one, for which only the index on position saves a
+-- sort: where most runs are small, the planner takes that on run_id for as good, and would read all nodes of a large run each time.
 CREATE OR REPLACE FUNCTION circle.nodes_at(p_run_id bigint, p_positions integer[])
  RETURNS SETOF circle.pipeline_node_runs
  LANGUAGE sql
  STABLE
 AS $function$
-    SELECT n.* FROM unnest(p_positions) u (position)
-    CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_node_runs t WHERE t.run_id = p_run_id AND t.position = u.position OFFSET 0) n
+    SELECT n.* FROM unnest(p_positions) u (position) CROSS JOIN LATERAL (
+        SELECT * FROM circle.pipeline_node_runs t
+        WHERE t.run_id = p_run_id AND t.position >= u.position AND t.position <= u.position ORDER BY t.position LIMIT 1) n
 $function$;
 
 -- Whether the edge from a node run to the one at a position is dead. Inlined.

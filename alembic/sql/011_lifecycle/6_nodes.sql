@@ -13,12 +13,13 @@
 -- Nothing precedes a node run whose predecessors are NULL: it was inserted raw, or before there were versions.
 
 -- == create the rule on ready nodes
--- The node runs at these positions. Inlined. OFFSET 0, because a join would be planned for the few nodes of most runs, and read all nodes
--- of a large run again and again.
+-- The node runs at these positions. Inlined. Each is looked up by an ordered range of one, for which only the index on position saves a
+-- sort: where most runs are small, the planner takes that on run_id for as good, and would read all nodes of a large run each time.
 CREATE OR REPLACE FUNCTION circle.nodes_at(p_run_id bigint, p_positions integer[]) RETURNS SETOF circle.pipeline_node_runs
 LANGUAGE sql STABLE AS $$
-    SELECT n.* FROM unnest(p_positions) u (position)
-    CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_node_runs t WHERE t.run_id = p_run_id AND t.position = u.position OFFSET 0) n
+    SELECT n.* FROM unnest(p_positions) u (position) CROSS JOIN LATERAL (
+        SELECT * FROM circle.pipeline_node_runs t
+        WHERE t.run_id = p_run_id AND t.position >= u.position AND t.position <= u.position ORDER BY t.position LIMIT 1) n
 $$;
 -- Whether the edge from a node run to the one at a position is dead. Inlined.
 CREATE OR REPLACE FUNCTION circle.is_dead(p_status text, p_untaken integer[], p_position integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$

@@ -92,7 +92,7 @@ DROP FUNCTION IF EXISTS circle.run_statistics(bigint,timestamp with time zone,in
 DROP FUNCTION IF EXISTS circle.settle_run(bigint,boolean);
 DROP FUNCTION IF EXISTS circle.skip_followers(bigint,integer[]);
 DROP FUNCTION IF EXISTS circle.skip_node(bigint,text,bigint);
-DROP FUNCTION IF EXISTS circle.start_event_data(circle.pipeline_runs,boolean);
+DROP FUNCTION IF EXISTS circle.start_event_data(bigint,integer,bigint);
 DROP FUNCTION IF EXISTS circle.start_node(bigint,text,jsonb,bigint);
 DROP FUNCTION IF EXISTS circle.start_ready_nodes(circle.pipeline_runs,integer[]);
 DROP FUNCTION IF EXISTS circle.start_run(bigint,bigint);
