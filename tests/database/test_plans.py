@@ -338,7 +338,7 @@ def test_claim_reads_few_rows(history: Session, stale: Session, limit: int) -> N
 
 
 def test_sweep_reads_running_runs_only(history: Session) -> None:
-    running = RUNS // 100 * 2 + 100
+    running = RUNS // 100 * 2 + 500
     for sweep in (lambda runs: runs.recover(), lambda runs: runs.expire()):
         reads, taken = reads_of(history, sweep)
         assert taken == []
