@@ -50,8 +50,9 @@ if TYPE_CHECKING:
         is_transient,
     )
     from .events import EventPage, EventType, PipelineEvent
+    from .explaining import Explanation, HistoryEntry, NodeExplanation, Reason, ReasonCode
     from .health import Health
-    from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+    from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
     from .models import (
         ChangedRuns,
         ClaimedRun,
@@ -113,6 +114,7 @@ _MODULES = (
     "node_types",
     "models",
     "validator",
+    "explaining",
     "settings",
     "orm",
     "repositories",
@@ -143,8 +145,11 @@ __all__ = [
     "EventPage",
     "EventRepository",
     "EventType",
+    "Explanation",
     "ForkedConnectionError",
     "Health",
+    "HistoryEntry",
+    "HistoryKind",
     "IdempotencyConflictError",
     "IdsExhaustedError",
     "IllegalTransitionError",
@@ -161,6 +166,7 @@ __all__ = [
     "NodeConfig",
     "NodeContext",
     "NodeExecutionResult",
+    "NodeExplanation",
     "NodeNotReadyError",
     "NodeResult",
     "NodeRunNotFoundError",
@@ -190,6 +196,8 @@ __all__ = [
     "PipelineVersion",
     "PurgeResult",
     "ReadOnlySessionError",
+    "Reason",
+    "ReasonCode",
     "RunNotFoundError",
     "RunOverError",
     "RunRead",

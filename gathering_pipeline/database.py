@@ -51,6 +51,12 @@ if TYPE_CHECKING:
 E = TypeVar("E", Engine, AsyncEngine)
 
 _UNHEALTHY = (DatabaseError, DBAPIError, PoolTimeout)
+_EXECUTION_OPTIONS: dict[str, dict[str, Any]] = {
+    "autocommit": {"isolation_level": "AUTOCOMMIT"},
+    "transaction": {"isolation_level": "READ COMMITTED"},
+    "reading": {"isolation_level": "READ COMMITTED", "postgresql_readonly": True},
+}
+"""Of the engines of sessions."""
 
 
 class Database:
@@ -324,7 +330,7 @@ class _Engines:
         self._given = engine is not None or async_engine is not None
         self._sync, self._async = engine, async_engine
         self._url: URL | None = None
-        self._derived: dict[tuple[object, ...], tuple[Any, Any]] = {}
+        self._derived: dict[tuple[type, str], tuple[Any, Any]] = {}
         self._lock = threading.RLock()
         renew_in_child(self, _Engines._renew_lock)
 
@@ -366,18 +372,18 @@ class _Engines:
     def for_sessions(self, engine: E, *, autocommit: bool) -> E:
         """The engine that a session uses, which has the level of the lifecycle, or autocommit."""
         if autocommit:
-            return self._derive(engine, isolation_level="AUTOCOMMIT")
-        return self._derive(engine, isolation_level="READ COMMITTED") if self._given else engine
+            return self._derive(engine, "autocommit")
+        return self._derive(engine, "transaction") if self._given else engine
 
     def for_reading(self, engine: E) -> E:
         """The engine that a session for reads uses, whose transactions are read-only."""
-        return self._derive(engine, isolation_level="READ COMMITTED", postgresql_readonly=True)
+        return self._derive(engine, "reading")
 
-    def _derive(self, engine: E, **options: Any) -> E:
+    def _derive(self, engine: E, kind: str) -> E:
         # cached, because deriving an engine takes as long as a statement
-        key = type(engine), *options.items()
+        key = type(engine), kind
         if self._derived.get(key, (None, None))[0] is not engine:
-            self._derived[key] = engine, engine.execution_options(**options)
+            self._derived[key] = engine, engine.execution_options(**_EXECUTION_OPTIONS[kind])
             if self._given:
                 connections.refuse_failed_commits(self._derived[key][1])
         derived: E = self._derived[key][1]
@@ -433,9 +439,14 @@ class GroupCommits:
 
 @contextmanager
 def _open(engine: Engine, *, autocommit: bool = False, reading: bool = False) -> Iterator[Session]:
-    with Session(engine, **_options(reading)) as session, _refused_writes(reading):
-        yield session
-        _commit(session, autocommit)
+    with Session(engine, expire_on_commit=False, close_resets_only=False, info=_info(reading)) as session:
+        try:
+            yield session
+            _commit(session, autocommit)
+        except DBAPIError as error:
+            if reading and (failure := read_only_failure(error)):  # of a flush, or of SQL of the caller
+                raise failure from error
+            raise
 
 
 @asynccontextmanager
@@ -445,9 +456,9 @@ async def _open_async(
     connections.check_asyncio()
     process = os.getpid()
     async with AsyncExitStack() as stack:
-        session = AsyncSession(engine, **_options(reading))
+        session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False, info=_info(reading))
         await stack.enter_async_context(session)
-        with _refused_writes(reading):
+        try:
             try:
                 yield session
             finally:
@@ -456,21 +467,14 @@ async def _open_async(
             if os.getpid() != process:
                 raise ForkedConnectionError
             await session.run_sync(_commit, autocommit)
+        except DBAPIError as error:
+            if reading and (failure := read_only_failure(error)):  # of a flush, or of SQL of the caller
+                raise failure from error
+            raise
 
 
-def _options(reading: bool) -> dict[str, Any]:
-    return {"expire_on_commit": False, "close_resets_only": False, "info": {READING: True} if reading else None}
-
-
-@contextmanager
-def _refused_writes(reading: bool) -> Iterator[None]:
-    """Raise the typed error also for a write of the caller, such as a flush, in a session for reads."""
-    try:
-        yield
-    except DBAPIError as error:
-        if reading and (failure := read_only_failure(error)):
-            raise failure from error
-        raise
+def _info(reading: bool) -> dict[Any, Any] | None:
+    return {READING: True} if reading else None
 
 
 def _commit(session: Session, autocommit: bool) -> None:

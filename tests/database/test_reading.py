@@ -298,6 +298,17 @@ def test_listen_on_a_standby_yields_each_event(replicated: Database) -> None:
     assert asyncio.run(work()) is EventType.PIPELINE_RUN_CANCELLED
 
 
+def test_read_url_of_several_hosts_prefers_the_standby(pair: tuple[EmbeddedServer, EmbeddedServer]) -> None:
+    primary, standby = pair
+    hosts = "&".join(f"host={server.data_dir}:5432" for server in (primary, standby))
+    url = f"postgresql://postgres@/postgres?{hosts}&target_session_attrs=prefer-standby"
+    with Database(primary.url, read_url=url) as database, database.reading() as reads:
+        assert reads.scalar(text("SELECT pg_is_in_recovery()"))
+    url = f"postgresql://postgres@/postgres?host={standby.data_dir}x:5432&{hosts}&target_session_attrs=read-write"
+    with Database(primary.url, read_url=url) as database, database.reading() as reads:
+        assert not reads.scalar(text("SELECT pg_is_in_recovery()"))
+
+
 def test_standby_reports_its_lag(pair: tuple[EmbeddedServer, EmbeddedServer]) -> None:
     with Database(pair[1].url) as database:
         health = database.health()

@@ -7,12 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psycopg
+import pytest
+from sqlalchemy.orm import Session
 
 import gathering_pipeline
-from gathering_pipeline import Database
+from gathering_pipeline import Database, RunRepository
 from tests.support.readme import BLOCK, blocks
+from tests.support.runs import store
 from tests.support.servers import Server
 from tests.support.workers import new_run, outcome
 
@@ -44,6 +48,26 @@ def test_operations_page_purge_deletes_history(database_url: str, raw: psycopg.C
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
     assert raw.execute("SELECT id FROM circle.pipeline_runs").fetchall() == [(2,)]
     assert raw.execute("SELECT count(*) FROM circle.pipeline_events").fetchone() == (1,)  # the newest
+
+
+def test_scale_page_claims_and_follows(database_url: str, session: Session) -> None:
+    run = RunRepository(session).create(store(session, "a"))
+    session.commit()
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    code: dict[str, Any] = {}
+    for block in BLOCK.findall(text)[1:]:  # the first one has hosts that are not there
+        exec(block, code)  # noqa: S102 - of the page
+    cursors: dict[str, str] = {}
+
+    def stop(name: str, kind: str) -> None:
+        assert (name, kind) == ("north", "pipeline_run.started")
+        raise KeyboardInterrupt
+
+    code["work"]({"north": database_url})
+    assert RunRepository(session).get(run.id).status == "running"
+    code["print"] = stop
+    with pytest.raises(KeyboardInterrupt):
+        code["follow"]({"north": database_url}, cursors)
 
 
 def test_worker_page_python_runs(database: Database, database_url: str) -> None:

@@ -28,7 +28,7 @@ CREATE OPERATOR public.>= (LEFTARG = integer, RIGHTARG = integer, FUNCTION = pub
 INLINED = {
     *("begins_well", "blocked_by", "branch_label", "elapsed_ms", "event_types", "event_xid", "graph_issue"),
     *("holds_run", "is_dead", "is_read_committed", "is_readable", "is_repeat", "is_replica", "nested_too_deep"),
-    *("next_token", "node_answer", "node_event", "node_event_data", "node_may_become", "node_types"),
+    *("next_token", "node_answer", "node_event", "node_event_data", "node_may_become", "node_types", "nodes_at"),
     *("number_too_large", "retry_due", "run_event", "run_may_become", "surely_trimmed", "trimmed", "was_reported"),
 }
 """SQL functions without a setting, which would keep PostgreSQL from inlining them."""

@@ -1,6 +1,6 @@
-"""Workers over three servers, of which one is killed and restarted: every node once, and the others' shares never stop.
+"""Many servers: workers over three of which one is killed and restarted, and a database that is moved.
 
-The worker is this file, run as a program. Beside each result it writes, in the same transaction, a line of its own, so
+Every node is completed once, and the shares of the other servers never stop. The worker is this file, run as a program. Beside each result it writes, in the same transaction, a line of its own, so
 that it is known afterwards what was accepted. ``GATHERING_KILLS`` times a server gets SIGKILL, once unless that is set.
 """
 
@@ -11,17 +11,19 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import psycopg
+import pytest
 from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import Database, Databases, RunRepository, embedded
 from gathering_pipeline.embedded import EmbeddedServer
-from gathering_pipeline.errors import ConflictError, DatabaseError
+from gathering_pipeline.errors import ConflictError, DatabaseError, DatabaseUnavailableError, InvalidCursorError
+from gathering_pipeline.maintenance.doctor import doctor
 from tests.support import servers
 from tests.support.runs import store
 from tests.support.servers import connect
@@ -148,6 +150,51 @@ def test_killed_server_stops_no_other_share(tmp_path: Path) -> None:
                 assert number(raw, done) == runs * NODES
                 total += runs
     print(f"{KILLS} kills of one of three servers: {total} runs, every node completed once")
+
+
+def test_moved_database_goes_on(tmp_path: Path) -> None:
+    """As docs/scale.md says."""
+    with servers.own() as old, servers.own() as new:
+        with Database(old.url) as database:
+            database.upgrade()
+            with database.session() as session:
+                runs = RunRepository(session)
+                waiting = [runs.create(store(session, "a>b")).id for _ in range(2)]
+        backoff = timedelta(seconds=0.1)
+        with Databases({"north": old.url}, longest_backoff=backoff) as databases:
+            ((_, held),) = databases.claim("worker", timedelta(minutes=5))
+            with databases["north"].session(autocommit=True) as session:
+                RunRepository(session).advance(held.id, token=held.token)
+            with closing(databases.listen()) as events:
+                cursor = next(events)[1].cursor
+            with connect(old.url) as admin:
+                admin.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+                )
+            assert databases.claim("worker", LEASE) == []
+            assert isinstance(databases.recover().failed["north"], DatabaseUnavailableError)
+
+            dump = new.data_dir / "north.dump"
+            where = ("-U", "postgres", "-d", "postgres")
+            servers.program(old, "pg_dump", *where, "-h", str(old.data_dir), "-Fc", "--schema=circle", "-f", str(dump))
+            servers.program(new, "pg_restore", *where, "-h", str(new.data_dir), "--exit-on-error", str(dump))
+            with connect(new.url) as raw:
+                raw.execute("SELECT circle.reset_event_xids()")
+
+        with Databases({"north": new.url}) as databases:
+            with databases["north"].session(autocommit=True) as session:
+                result = {"node_id": "a", "status": "completed"}
+                started = RunRepository(session).advance(held.id, [result], token=held.token).started
+                assert [node.node_id for node in started] == ["b"]
+            ((_, claimed),) = databases.claim("worker", LEASE)
+            assert {held.id, claimed.id} == set(waiting)
+            with pytest.raises(InvalidCursorError, match="^north: the cursor .* is of another database"):
+                next(databases.listen({"north": cursor}))
+            with closing(databases.listen()) as events:
+                assert next(events)[1].run_id == held.id
+        with Database(new.url) as database:
+            assert doctor(database.engine) == []
 
 
 def live(url: str) -> int:

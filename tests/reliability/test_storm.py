@@ -34,6 +34,7 @@ from gathering_pipeline import (
     EventRepository,
     PipelineRepository,
     PipelineUpdate,
+    RunRead,
     RunReport,
     RunRepository,
     RunStatus,
@@ -188,7 +189,7 @@ class Caller:
             return error
         self.outcomes[call.__name__, "done"] += 1
         for run in answer if isinstance(answer, list) else [answer]:
-            if isinstance(run, ClaimedRun) and not self.repeats_a_release(call.__name__, run):
+            if isinstance(run, RunRead):
                 self.note(run)
         return answer
 
@@ -198,14 +199,10 @@ class Caller:
             time.sleep(self.chance.random() * 0.004)
         self.session.commit()
 
-    @staticmethod
-    def repeats_a_release(name: str, run: ClaimedRun) -> bool:
-        """A repeat tells the token that was given up, not that of the run's next holder."""
-        return name == "release" and run.status != "pending"
-
-    def note(self, run: ClaimedRun) -> None:
+    def note(self, run: RunRead) -> None:
         """What a thread sees of a run never goes back, and its end never changes."""
-        self.grows("token of run", run.id, run.token)
+        if isinstance(run, ClaimedRun):
+            self.grows("token of run", run.id, run.token)
         self.grows("claims of run", run.id, run.claim_count)
         if run.status.is_terminal:
             end = (run.status, run.completed_at, run.error_message)
@@ -275,7 +272,7 @@ class Caller:
             self.started += [(run_id, node.node_id, node.attempt, token) for node in step.started]
 
     def created(self, run: object) -> None:
-        if isinstance(run, ClaimedRun):
+        if isinstance(run, RunRead):
             assert run.pipeline_version is not None
             if run.id not in self.made:
                 self.storm.names[run.id] = self.storm.spec_of[run.pipeline_id]
@@ -309,8 +306,8 @@ class Caller:
         pipelines = self.chance.choice([None, [self.pipeline(), self.pipeline()]])
         claimed = self.call(self.runs.claim, f"worker {self.number}", LEASE, self.chance.choice([1, 1, 3]), pipelines)
         for run in claimed if isinstance(claimed, list) else []:
-            self.claims.append((run.id, run.claim_token))
-            self.storm.tokens[run.id].append(run.claim_token)
+            self.claims.append((run.id, run.token))
+            self.storm.tokens[run.id].append(run.token)
             self.storm.runs.append(run.id)
 
     def heartbeat(self) -> None:

@@ -94,6 +94,10 @@ OF_CALLS = {
         WHERE n.status = 'pending' AND n.predecessors <> '{}' AND NOT EXISTS (
             SELECT FROM circle.pipeline_node_runs p WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors)
             AND p.status <> 'skipped' AND NOT (p.status = 'completed' AND n.position = ANY (coalesce(p.untaken, '{}'))))""",
+    "a run whose history doesn't have its claims": """
+        SELECT r.id, r.claim_count, array_agg(h.kind ORDER BY h.id) FROM circle.pipeline_runs r
+        LEFT JOIN circle.pipeline_run_history h ON h.run_id = r.id GROUP BY r.id
+        HAVING count(*) FILTER (WHERE h.kind = 'claimed') <> r.claim_count""",
     "a cancelled node of a run that goes on": """
         SELECT r.id, n.node_id FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
         WHERE r.status IN ('pending', 'running', 'completed') AND n.status = 'cancelled'""",

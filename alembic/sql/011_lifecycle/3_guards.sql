@@ -182,12 +182,12 @@ BEGIN
     RETURN NULL;
 END $$;
 -- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
-CREATE OR REPLACE FUNCTION circle.start_event_data(r circle.pipeline_runs, p_claimed boolean) RETURNS jsonb
+CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_resumed_from bigint) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN CASE WHEN p_claimed THEN jsonb_build_object('claim', r.claim_count) ELSE '{}' END
-        || CASE WHEN r.resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', r.resumed_from, 'taken_over', (
-               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = r.id AND taken_from IS NOT NULL)) END;
+    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim) END
+        || CASE WHEN p_resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', p_resumed_from, 'taken_over', (
+               SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND taken_from IS NOT NULL)) END;
 END $$;
 -- Writes the event, takes live nodes along, refuses an end that would leave some.
 CREATE OR REPLACE FUNCTION circle.pipeline_runs_after_update() RETURNS trigger
@@ -199,7 +199,8 @@ BEGIN
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
            CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' THEN circle.start_event_data(NEW, NEW.claim_count > OLD.claim_count) ELSE '{}' END
+                WHEN NEW.status = 'running' THEN circle.start_event_data(
+                    NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.resumed_from) ELSE '{}' END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (

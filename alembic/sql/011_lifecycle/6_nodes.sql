@@ -13,6 +13,14 @@
 -- Nothing precedes a node run whose predecessors are NULL: it was inserted raw, or before there were versions.
 
 -- == create the rule on ready nodes
+-- The node runs at these positions. Inlined. Each is looked up by an ordered range of one, for which only the index on position saves a
+-- sort: where most runs are small, the planner takes that on run_id for as good, and would read all nodes of a large run each time.
+CREATE OR REPLACE FUNCTION circle.nodes_at(p_run_id bigint, p_positions integer[]) RETURNS SETOF circle.pipeline_node_runs
+LANGUAGE sql STABLE AS $$
+    SELECT n.* FROM unnest(p_positions) u (position) CROSS JOIN LATERAL (
+        SELECT * FROM circle.pipeline_node_runs t
+        WHERE t.run_id = p_run_id AND t.position >= u.position AND t.position <= u.position ORDER BY t.position LIMIT 1) n
+$$;
 -- Whether the edge from a node run to the one at a position is dead. Inlined.
 CREATE OR REPLACE FUNCTION circle.is_dead(p_status text, p_untaken integer[], p_position integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT p_status = 'skipped' OR p_status = 'completed' AND coalesce(p_position = ANY (p_untaken), false)
@@ -29,13 +37,12 @@ RETURNS SETOF text LANGUAGE sql STABLE AS $$
         WHEN p_predecessors <> '{}' THEN (
             SELECT CASE WHEN bool_and(p.status IN ('completed', 'skipped')) IS NOT TRUE THEN 'predecessors'
                         WHEN bool_and(circle.is_dead(p.status, p.untaken, p_position)) THEN 'skipped' END
-            FROM circle.pipeline_node_runs p WHERE p.run_id = p_run_id AND p.position = ANY (p_predecessors))
+            FROM circle.nodes_at(p_run_id, p_predecessors) p)
     END
 $$;
 CREATE OR REPLACE VIEW circle.pending_node_runs WITH (security_invoker = true) AS
 SELECT n.id, n.run_id, n.node_id, n.position, b.reason AS blocked_by,
-       ARRAY(SELECT p.node_id FROM circle.pipeline_node_runs p
-             WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
+       ARRAY(SELECT p.node_id FROM circle.nodes_at(n.run_id, n.predecessors) p WHERE p.status NOT IN ('completed', 'skipped')
              ORDER BY p.position) AS waiting_for
 FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id
 CROSS JOIN LATERAL circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count, n.available_at) b (reason)
@@ -160,8 +167,7 @@ BEGIN
         WITH skipped AS (
             UPDATE circle.pipeline_node_runs n SET status = 'skipped'
             WHERE n.run_id = p_run_id AND n.status = 'pending' AND n.position = ANY (following)
-              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.pipeline_node_runs p
-                   WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors))
+              AND (SELECT bool_and(circle.is_dead(p.status, p.untaken, n.position)) FROM circle.nodes_at(p_run_id, n.predecessors) p)
             RETURNING n.successors
         )
         SELECT array_agg(DISTINCT s.position) INTO following FROM skipped k CROSS JOIN unnest(k.successors) s (position);
@@ -385,9 +391,8 @@ BEGIN
         RETURN (SELECT json_agg(json_build_object(
                     'node_id', n.node_id, 'node_type', n.node_type, 'attempt', n.retry_count + 1::bigint, 'inputs', (
                         SELECT coalesce(json_object_agg(p.node_id, p.output_data ORDER BY p.position), '{}')
-                        FROM circle.pipeline_node_runs p
-                        WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors) AND p.status = 'completed'
-                          AND NOT circle.is_dead(p.status, p.untaken, n.position)))
+                        FROM circle.nodes_at(p_run_id, n.predecessors) p
+                        WHERE p.status = 'completed' AND NOT circle.is_dead(p.status, p.untaken, n.position)))
                     ORDER BY n.position, n.id)
                 FROM circle.pipeline_node_runs n WHERE n.id = ANY (p_ids));
     END IF;
@@ -485,9 +490,8 @@ BEGIN
             WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
               AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
               -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it, and takes each edge
-              AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
-                              WHERE p.run_id = p_run_id AND p.position = ANY (n.predecessors)
-                                AND p.status NOT IN ('completed', 'skipped')
+              AND NOT EXISTS (SELECT FROM circle.nodes_at(p_run_id, n.predecessors) p
+                              WHERE p.status NOT IN ('completed', 'skipped')
                                 AND p.position NOT IN (SELECT done.position FROM done WHERE done.position IS NOT NULL))
             RETURNING n.id, n.node_id, n.node_type, n.position, n.retry_count
         ), current AS (
@@ -658,8 +662,8 @@ BEGIN
         FROM following f
         WHERE n.run_id = f.run_id AND n.position = f.position AND (n.status = 'pending') IS TRUE
           AND coalesce(n.available_at <= clock_timestamp(), true)
-          AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs p
-                          WHERE p.run_id = n.run_id AND p.position = ANY (n.predecessors) AND p.status NOT IN ('completed', 'skipped')
+          AND NOT EXISTS (SELECT FROM circle.nodes_at(n.run_id, n.predecessors) p
+                          WHERE p.status NOT IN ('completed', 'skipped')
                             AND NOT (p.run_id, p.position) IN (
                                 SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
         RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count

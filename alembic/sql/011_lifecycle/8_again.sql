@@ -79,6 +79,8 @@ BEGIN
     WHERE v.pipeline_id = r.pipeline_id AND v.version = r.pipeline_version ORDER BY c.place;
     INSERT INTO circle.pipeline_run_tags (run_id, key, value)
     SELECT r.id, t.key, t.value FROM circle.pipeline_run_tags t WHERE t.run_id = old.id;
+    INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, reason)
+    VALUES (r.id, 'resumed', session_user, format('from run %s', old.id));
     INSERT INTO circle.pipeline_counters (pipeline_id, run_count, last_run) VALUES (r.pipeline_id, 1, clock_timestamp());
     RETURN r;
 END $$;
