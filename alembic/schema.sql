@@ -2198,15 +2198,16 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/6_nodes.sql
 
--- The node runs at these positions. Inlined. OFFSET 0, because a join would be planned for the few nodes of most runs, and read all nodes
--- of a large run again and again.
+-- The node runs at these positions. Inlined. Each is looked up by an ordered range of one, for which only the index on position saves a
+-- sort: where most runs are small, the planner takes that on run_id for as good, and would read all nodes of a large run each time.
 CREATE OR REPLACE FUNCTION circle.nodes_at(p_run_id bigint, p_positions integer[])
  RETURNS SETOF circle.pipeline_node_runs
  LANGUAGE sql
  STABLE
 AS $function$
-    SELECT n.* FROM unnest(p_positions) u (position)
-    CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_node_runs t WHERE t.run_id = p_run_id AND t.position = u.position OFFSET 0) n
+    SELECT n.* FROM unnest(p_positions) u (position) CROSS JOIN LATERAL (
+        SELECT * FROM circle.pipeline_node_runs t
+        WHERE t.run_id = p_run_id AND t.position >= u.position AND t.position <= u.position ORDER BY t.position LIMIT 1) n
 $function$;
 
 -- Whether the edge from a node run to the one at a position is dead. Inlined.

@@ -2,7 +2,7 @@
 --
 --   PL001 illegal transition   PL002 no such pipeline   PL003 no such run       PL004 no such node run   PL005 node not ready
 --   PL006 pipeline not active  PL007 lease lost         PL008 invalid graph     PL009 stale version      PL010 pipeline in use
---   PL011 isolation level      PL012 run is over      PL013 unknown branch
+--   PL011 isolation level      PL012 run is over       PL013 unknown branch
 
 -- == create functions that raise errors
 -- PL001: an illegal transition, of a run where p_node_id is NULL, else of its node run. It returns boolean, so that a condition can
