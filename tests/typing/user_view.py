@@ -29,6 +29,7 @@ from gathering_pipeline import (
     IssueCode,
     NodeContext,
     NodeExecutionResult,
+    NodeResult,
     NodeRunRead,
     NodeState,
     NodeStatus,
@@ -58,6 +59,7 @@ from gathering_pipeline import (
     get_execution_order,
     metadata,
     parse_pipeline_definition,
+    untaken_successors,
     validate_pipeline_dag,
 )
 
@@ -67,6 +69,7 @@ def graphs() -> None:
     assert_type(definition, PipelineDefinition)
     assert_type(validate_pipeline_dag(definition), list[str])
     assert_type(get_execution_order(definition), list[str])
+    assert_type(untaken_successors(definition, "a", True), list[str])
     issues = find_issues(definition)
     assert_type(issues, list[Issue])
     assert_type(issues[0].code, IssueCode)
@@ -122,6 +125,10 @@ def runs(session: Session) -> None:
     assert_type(node.attempt, int)
     assert_type(node.status, NodeStatus)
     assert_type(repository.complete_node(1, "a", output=[1]), NodeState)
+    repository.complete_node(1, "a", branch=True)
+    repository.complete_node(1, "a", branch="low")
+    repository.complete_node(1, "a", branch=1.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(NodeResult(node_id="a", status="completed", branch=False).branch, bool | str | None)
     assert_type(repository.fail_node(1, "a", "boom", retryable=False), NodeState)
     assert_type(repository.advance(1, [NodeExecutionResult(node_id="a", status="failed")]), Step)
     assert_type(repository.advance(1).started, tuple[StartedNode, ...])
