@@ -47,6 +47,7 @@ CREATE TABLE circle.pipelines (
     version integer NOT NULL DEFAULT 1,
     revision bigint NOT NULL DEFAULT 1,
     max_running integer NOT NULL DEFAULT 0,
+    status_changed_at timestamp with time zone,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
     CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
     CONSTRAINT ck_pipelines_max_running CHECK (max_running >= 0),
@@ -61,7 +62,7 @@ CREATE TRIGGER pipelines_after_insert AFTER INSERT ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_after();
 CREATE TRIGGER pipelines_after_update AFTER UPDATE ON circle.pipelines
     FOR EACH ROW WHEN (old.version IS DISTINCT FROM new.version) EXECUTE FUNCTION circle.pipelines_after();
-CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base, retry_backoff_max, max_running, version, revision ON circle.pipelines
+CREATE TRIGGER pipelines_before BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base, retry_backoff_max, max_running, version, revision, status_changed_at ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();  -- ALWAYS
 
 -- ---- table circle.pipeline_versions
@@ -220,6 +221,21 @@ CREATE INDEX idx_pipeline_events_run ON circle.pipeline_events USING btree (run_
 
 CREATE TRIGGER pipeline_events_frozen BEFORE UPDATE ON circle.pipeline_events
     FOR EACH ROW WHEN (new.xid <> '0'::xid8 OR new.id IS DISTINCT FROM old.id OR new.run_id IS DISTINCT FROM old.run_id OR new.node_id IS DISTINCT FROM old.node_id OR new.type IS DISTINCT FROM old.type OR new.data IS DISTINCT FROM old.data OR new.created_at IS DISTINCT FROM old.created_at) EXECUTE FUNCTION circle.pipeline_events_frozen();  -- ALWAYS
+
+-- ---- table circle.pipeline_run_history
+
+CREATE TABLE circle.pipeline_run_history (
+    run_id bigint NOT NULL,
+    id bigint NOT NULL GENERATED ALWAYS AS IDENTITY (INCREMENT BY 1),
+    at timestamp with time zone NOT NULL DEFAULT clock_timestamp(),
+    kind character varying(20) NOT NULL,
+    worker_id character varying(255),
+    token bigint,
+    reason text,
+    CONSTRAINT pipeline_run_history_pkey PRIMARY KEY (run_id, id),
+    CONSTRAINT pipeline_run_history_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
+    CONSTRAINT ck_pipeline_run_history CHECK (kind = ANY (ARRAY['claimed', 'released', 'recovered', 'cancelled', 'resumed']))
+);
 
 -- ---- table circle.pipeline_run_logs
 
@@ -998,7 +1014,8 @@ AS $function$
 $function$;
 
 -- Numbers the graphs and the revisions of the row: 1 for the first, one more for each other. An UPDATE may set the revision that its
--- writer has read, to be refused if the row has another one by now: PL009. Replicas keep the revision that they are given.
+-- writer has read, to be refused if the row has another one by now: PL009. Notes when the status changed. Replicas keep the revision and
+-- the time that they are given.
 CREATE OR REPLACE FUNCTION circle.pipelines_before()
  RETURNS trigger
  LANGUAGE plpgsql
@@ -1014,6 +1031,7 @@ BEGIN
                 USING ERRCODE = 'PL009', DETAIL = jsonb_build_object('pipeline_id', OLD.id, 'expected', NEW.revision,
                                                                      'current', OLD.revision);
         END IF;
+        NEW.status_changed_at := CASE WHEN NEW.status IS DISTINCT FROM OLD.status THEN clock_timestamp() ELSE OLD.status_changed_at END;
         NEW.revision := NEW.revision + (
             NEW.version <> OLD.version OR NEW.status IS DISTINCT FROM OLD.status OR NEW.name IS DISTINCT FROM OLD.name
             OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
@@ -1023,6 +1041,7 @@ BEGIN
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
         NEW.revision := 1;
+        NEW.status_changed_at := clock_timestamp();
     END IF;
     RETURN NEW;
 END $function$;
@@ -2121,6 +2140,8 @@ BEGIN
         PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
     ELSIF p_status = 'completed' THEN
         PERFORM circle.fill_run(p_run_id);   -- a run never succeeds without its nodes
+    ELSIF p_status = 'cancelled' THEN
+        INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, reason) VALUES (p_run_id, 'cancelled', session_user, p_error);
     END IF;
     RETURN circle.end_run(p_run_id, p_status, p_error);
 END $function$;
@@ -3194,10 +3215,16 @@ BEGIN
             picked := array_remove(picked, head.id);
         END;
     END LOOP;
-    RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
-        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        lease_expires_at = clock_timestamp() + p_lease
-    WHERE r.id = ANY (picked) RETURNING r.*;
+    RETURN QUERY WITH claimed AS (
+        UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+            claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+            lease_expires_at = clock_timestamp() + p_lease
+        WHERE r.id = ANY (picked) RETURNING r.*
+    ), noted AS (
+        INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token)
+        SELECT c.id, 'claimed', c.worker_id, c.claim_token FROM claimed c
+    )
+    SELECT * FROM claimed;
 END $function$;
 
 CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval)
@@ -3248,7 +3275,7 @@ AS $function$
     WHERE id = p_run_id RETURNING *
 $function$;
 
-CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint)
+CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint, p_reason text DEFAULT NULL::text)
  RETURNS circle.pipeline_runs
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3257,7 +3284,7 @@ AS $function$
 DECLARE
     r circle.pipeline_runs;
 BEGIN
-    PERFORM FROM circle.pipeline_runs
+    SELECT * INTO r FROM circle.pipeline_runs
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
@@ -3273,6 +3300,8 @@ BEGIN
     END IF;
     -- the release is deliberate: the attempts of its nodes don't count
     UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
+    INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
+    VALUES (p_run_id, 'released', r.worker_id, p_token, p_reason);
     RETURN circle.requeue_run(p_run_id, 0, p_token);
 END $function$;
 
@@ -3355,10 +3384,13 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
+    FOR r IN SELECT id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
+                    to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS "UTC"') AS lease_end FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
+            INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
+            VALUES (r.id, 'recovered', r.worker_id, r.claim_token, 'the lease ended at ' || r.lease_end);
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
             IF result.id IS NULL AND r.lapsed >= p_max_claims THEN
@@ -3486,4 +3518,165 @@ BEGIN
         END IF;
         EXIT WHEN deleted >= p_limit;
     END LOOP;
+END $function$;
+
+-- ---- alembic/sql/011_lifecycle/10_explaining.sql
+
+-- The last claim of a run of a pipeline, and when one of its runs was last claimed or ended: of its last 100 runs, the last 100 before
+-- the head of its queue, because the claimed ones stand before a long queue, and 100 running ones.
+CREATE OR REPLACE FUNCTION circle.last_claim(p_pipeline_id bigint, OUT claimed_at timestamp with time zone, OUT worker_id text, OUT moved_at timestamp with time zone)
+ RETURNS record
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+#variable_conflict use_column
+DECLARE
+    head bigint;
+BEGIN
+    SELECT r.id INTO head FROM circle.pipeline_runs r
+    WHERE r.pipeline_id = p_pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+    ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1;
+    SELECT max(c.at), (array_agg(c.worker_id ORDER BY c.at DESC) FILTER (WHERE c.at IS NOT NULL))[1], max(greatest(c.at, n.completed_at))
+    INTO claimed_at, worker_id, moved_at
+    FROM (
+        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+         WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
+         ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
+        UNION
+        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+         WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, head)
+         ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
+        UNION
+        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r WHERE r.pipeline_id = p_pipeline_id AND r.status = 'running'
+         ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
+    ) n
+    LEFT JOIN LATERAL (
+        SELECT h.at, h.worker_id, h.kind FROM circle.pipeline_run_history h WHERE h.run_id = n.id
+        ORDER BY h.run_id DESC, h.id DESC LIMIT 4) c ON c.kind = 'claimed';   -- at most three rows follow the last claim
+END $function$;
+
+-- When something last moved in a run: a status, or who holds it. An event that was purged is older than those that are kept.
+CREATE OR REPLACE FUNCTION circle.last_move(p_run_id bigint, p_since timestamp with time zone)
+ RETURNS timestamp with time zone
+ LANGUAGE sql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+    SELECT greatest(p_since,
+        (SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = p_run_id ORDER BY h.run_id DESC, h.id DESC LIMIT 1),
+        (SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = p_run_id ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1))
+$function$;
+
+-- The facts from which gathering_pipeline/explaining.py says why a run stands still; NULL: there is no such run. Of its nodes at most
+-- 100 that are live, failed, skipped or taken over, those first that something can be done about. Tokens stay secret.
+CREATE OR REPLACE FUNCTION circle.explain_run(p_run_id bigint)
+ RETURNS json
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+DECLARE
+    r circle.pipeline_runs;
+    p circle.pipelines;
+    resumed_as bigint;
+    ahead bigint := 0;
+    running bigint[] := '{}';
+    last_claim record;
+    nodes record;
+BEGIN
+    SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+    IF NOT FOUND THEN
+        RETURN NULL;
+    END IF;
+    SELECT * INTO p FROM circle.pipelines WHERE id = r.pipeline_id;
+    resumed_as := NULL;   -- HOOK resume: (SELECT id FROM circle.pipeline_runs WHERE resumed_from = p_run_id)
+    SELECT NULL::timestamptz AS claimed_at, NULL::text AS worker_id INTO last_claim;
+    IF r.status = 'pending' THEN
+        ahead := (SELECT count(*) FROM (
+            (SELECT 1 FROM circle.pipeline_runs q
+             WHERE q.pipeline_id = r.pipeline_id AND q.status = 'pending' AND q.waits_until IS NULL AND q.pipeline_version IS NOT NULL
+               AND q.priority > r.priority
+             ORDER BY q.pipeline_id, q.priority DESC, q.id LIMIT 1000)
+            UNION ALL
+            (SELECT 1 FROM circle.pipeline_runs q
+             WHERE q.pipeline_id = r.pipeline_id AND q.status = 'pending' AND q.waits_until IS NULL AND q.pipeline_version IS NOT NULL
+               AND q.priority = r.priority AND q.id < r.id
+             ORDER BY q.pipeline_id, q.priority DESC, q.id LIMIT 1000)
+            LIMIT 1000) q);
+        running := ARRAY(SELECT q.id FROM circle.pipeline_runs q WHERE q.pipeline_id = r.pipeline_id AND q.status = 'running'
+                         ORDER BY q.pipeline_id, q.id LIMIT CASE WHEN p.max_running > 0 THEN p.max_running + 1000::bigint ELSE 0 END);
+        SELECT c.claimed_at, c.worker_id INTO last_claim FROM circle.last_claim(r.pipeline_id) c;
+    END IF;
+    WITH judged AS MATERIALIZED (
+        SELECT n.id, n.position, n.status, n.started_at, n.completed_at, n.available_at,
+               NULL::bigint AS taken_from,   -- HOOK resume: n.taken_from
+               CASE WHEN n.status = 'pending' THEN (
+                   SELECT b.reason FROM circle.blocked_by(r.status, r.failed_node, n.run_id, n.position, n.predecessors, n.retry_count,
+                                                          n.available_at) b (reason)) END AS blocked_by
+        FROM circle.pipeline_node_runs n WHERE n.run_id = p_run_id
+    ), ranked AS MATERIALIZED (
+        SELECT j.*, CASE
+                   WHEN j.status = 'failed' THEN 0
+                   WHEN j.status = 'running' THEN 1
+                   WHEN j.status = 'pending' THEN coalesce(array_position('{retry,skipped,failure,predecessors,run}', j.blocked_by), 0) + 2
+                   WHEN j.taken_from IS NOT NULL THEN 9
+                   WHEN j.status = 'skipped' THEN 8 END AS rank
+        FROM judged j
+    ), chosen AS MATERIALIZED (
+        SELECT k.id, k.blocked_by, k.taken_from FROM ranked k WHERE k.rank IS NOT NULL ORDER BY k.rank, k.position, k.id LIMIT 100
+    )
+    SELECT count(*) AS number, count(k.rank) AS listable, coalesce(bool_or(k.position = 0), false) AS filled,
+           max(greatest(k.started_at, k.completed_at)) AS moved_at, count(*) FILTER (WHERE k.status = 'running') AS running,
+           min(k.started_at) FILTER (WHERE k.status = 'running') AS running_since,
+           count(*) FILTER (WHERE k.rank = 2) AS ready, count(*) FILTER (WHERE k.blocked_by = 'retry') AS retrying,
+           min(k.available_at) FILTER (WHERE k.blocked_by = 'retry') AS retry_at,
+           (SELECT json_agg(json_build_object(
+                'node_id', n.node_id, 'status', n.status, 'attempt', n.retry_count + 1::bigint, 'started_at', n.started_at,
+                'completed_at', n.completed_at, 'available_at', n.available_at, 'error', left(n.error_message, 1000),
+                'blocked_by', c.blocked_by, 'taken_from', c.taken_from, 'waiting_for', coalesce(w.names[:10], '{}'),
+                'waiting', coalesce(cardinality(w.names), 0), 'skipped_by', s.by, 'untaken_by', s.node_id)
+                ORDER BY n.position, n.id)
+            FROM chosen c
+            CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_node_runs t WHERE t.id = c.id OFFSET 0) n
+            LEFT JOIN LATERAL (
+                SELECT v.waiting_for AS names FROM circle.pending_node_runs v
+                WHERE v.id = c.id AND c.blocked_by = 'predecessors' OFFSET 0) w ON true
+            LEFT JOIN LATERAL (
+                SELECT CASE WHEN bool_and(circle.is_dead(q.status, q.untaken, n.position)) IS NOT TRUE THEN 'report'
+                            WHEN bool_and(q.status = 'skipped') THEN 'cascade' ELSE 'branch' END AS by,
+                       min(q.node_id) FILTER (WHERE q.status = 'completed') AS node_id
+                FROM circle.pipeline_node_runs q
+                WHERE n.status = 'skipped' AND q.run_id = p_run_id AND q.position = ANY (n.predecessors)) s ON true) AS listed
+    INTO nodes FROM ranked k;
+    RETURN json_build_object(
+        'now', clock_timestamp(),
+        'run', json_build_object(
+            'id', r.id, 'status', r.status, 'pipeline_version', r.pipeline_version, 'error_message', left(r.error_message, 1000),
+            'failed_node', r.failed_node, 'worker_id', r.worker_id, 'lapsed_claims', r.lapsed_claims,
+            'lease_expires_at', r.lease_expires_at, 'run_at', r.run_at, 'waits_until', r.waits_until, 'started_at', r.started_at,
+            'completed_at', r.completed_at, 'created_at', r.created_at, 'resumed_as', resumed_as),
+        'pipeline', json_build_object(
+            'id', p.id, 'status', p.status, 'status_changed_at', p.status_changed_at, 'timeout_seconds', p.timeout_seconds,
+            'max_retries_per_node', p.max_retries_per_node, 'max_running', p.max_running),
+        'queue', json_build_object(
+            'ahead', ahead, 'running', cardinality(running), 'running_ids', running[:10], 'claimed_at', last_claim.claimed_at,
+            'claimed_by', last_claim.worker_id),
+        'nodes', to_json(nodes),
+        'history', (SELECT json_agg(json_build_object('at', h.at, 'kind', h.kind, 'worker_id', h.worker_id,
+                                                      'reason', left(h.reason, 1000), 'is_current', h.token = r.claim_token) ORDER BY h.id)
+                    FROM (SELECT * FROM circle.pipeline_run_history t WHERE t.run_id = p_run_id
+                          ORDER BY t.run_id DESC, t.id DESC LIMIT 20) h));
 END $function$;

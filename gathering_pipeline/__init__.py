@@ -46,8 +46,9 @@ if TYPE_CHECKING:
         is_transient,
     )
     from .events import EventPage, EventType, PipelineEvent
+    from .explaining import Explanation, HistoryEntry, NodeExplanation, Reason, ReasonCode
     from .health import Health
-    from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+    from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
     from .models import (
         ClaimedRun,
         LogEntry,
@@ -106,6 +107,7 @@ _MODULES = (
     "node_types",
     "models",
     "validator",
+    "explaining",
     "settings",
     "orm",
     "repositories",
@@ -132,8 +134,11 @@ __all__ = [
     "EventPage",
     "EventRepository",
     "EventType",
+    "Explanation",
     "ForkedConnectionError",
     "Health",
+    "HistoryEntry",
+    "HistoryKind",
     "IdempotencyConflictError",
     "IdsExhaustedError",
     "IllegalTransitionError",
@@ -149,6 +154,7 @@ __all__ = [
     "LogEntry",
     "NodeConfig",
     "NodeExecutionResult",
+    "NodeExplanation",
     "NodeNotReadyError",
     "NodeResult",
     "NodeRunNotFoundError",
@@ -175,6 +181,8 @@ __all__ = [
     "PipelineStatus",
     "PipelineUpdate",
     "PurgeResult",
+    "Reason",
+    "ReasonCode",
     "RunNotFoundError",
     "RunOverError",
     "RunRead",

@@ -53,6 +53,16 @@ class NodeStatus(StrEnum):
         return not NODE_TRANSITIONS[self]
 
 
+class HistoryKind(StrEnum):
+    """What an entry of the history of a run's claims is about."""
+
+    CLAIMED = "claimed"
+    RELEASED = "released"
+    RECOVERED = "recovered"
+    CANCELLED = "cancelled"
+    RESUMED = "resumed"
+
+
 RUN_TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = MappingProxyType(
     {
         RunStatus.PENDING: frozenset({RunStatus.RUNNING, RunStatus.FAILED, RunStatus.CANCELLED}),

@@ -375,12 +375,14 @@ class PipelineRead(_Read):
     Attributes:
         version: Number of the graph.
         revision: Number of the row, for ``expected_revision``: each edit adds one, counters don't.
+        status_changed_at: Since when it has its status; ``None`` where that is older than this column.
     """
 
     id: int
     name: str
     description: str | None
     status: PipelineStatus
+    status_changed_at: datetime | None
     nodes: Any
     edges: Any
     version: int

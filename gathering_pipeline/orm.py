@@ -65,7 +65,7 @@ from . import hooks
 from .arguments import check_json
 from .errors import InvalidDataError
 from .json_values import quote
-from .lifecycle import NodeStatus, PipelineStatus, RunStatus
+from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
 from .models import PipelineDefinition
 
 SCHEMA = "circle"
@@ -149,9 +149,9 @@ Table(  # Alembic's own: a host that autogenerates with this metadata would prop
 )
 
 
-def _status_check(table: str, statuses: type[StrEnum]) -> CheckConstraint:
-    values = ", ".join(f"'{status}'" for status in statuses)
-    return CheckConstraint(f"status IN ({values})", name=conv(f"{table}_status_check"))
+def _value_check(column: str, values: type[StrEnum], name: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=conv(name))
 
 
 def _by_trigger() -> Any:
@@ -172,7 +172,7 @@ class Pipeline(Base):
 
     __tablename__ = "pipelines"
     __table_args__ = (
-        _status_check("pipelines", PipelineStatus),
+        _value_check("status", PipelineStatus, "pipelines_status_check"),
         CheckConstraint(
             "timeout_seconds >= 0 AND max_retries_per_node >= 0"
             " AND retry_backoff_base >= 0 AND retry_backoff_base <= 31536000"
@@ -209,6 +209,7 @@ class Pipeline(Base):
     max_running: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     version: Mapped[int] = mapped_column(Integer, server_default=text("1"), server_onupdate=FetchedValue())
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("1"), server_onupdate=FetchedValue())
+    status_changed_at: Mapped[datetime | None] = _by_trigger()
 
     __mapper_args__ = {  # noqa: RUF012 (SQLAlchemy's)
         "version_id_col": revision,
@@ -247,7 +248,7 @@ class PipelineRun(Base):
 
     __tablename__ = "pipeline_runs"
     __table_args__ = (
-        _status_check("pipeline_runs", RunStatus),
+        _value_check("status", RunStatus, "pipeline_runs_status_check"),
         CheckConstraint(
             "circle.is_valid_run(status, duration_seconds, created_at, started_at, completed_at, claim_token,"
             " claim_count, lapsed_claims, worker_id, lease_expires_at, run_at, waits_until)",
@@ -312,7 +313,7 @@ class PipelineNodeRun(Base):
 
     __tablename__ = "pipeline_node_runs"
     __table_args__ = (
-        _status_check("pipeline_node_runs", NodeStatus),
+        _value_check("status", NodeStatus, "pipeline_node_runs_status_check"),
         CheckConstraint(
             "circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)",
             name=conv("ck_pipeline_node_runs"),
@@ -422,6 +423,24 @@ class PipelineRunLog(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
 
 
+class PipelineRunHistory(Base):
+    """Who took or gave up a run, or cancelled it; written by the functions that do so."""
+
+    __tablename__ = "pipeline_run_history"
+    __table_args__ = (
+        PrimaryKeyConstraint("run_id", "id"),
+        _value_check("kind", HistoryKind, "ck_pipeline_run_history"),
+    )
+
+    run_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="CASCADE"))
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True))
+    at: Mapped[datetime] = mapped_column(server_default=text("clock_timestamp()"))
+    kind: Mapped[str] = mapped_column(String(20))
+    worker_id: Mapped[str | None] = mapped_column(String(255))
+    token: Mapped[int | None] = mapped_column(BigInteger)
+    reason: Mapped[str | None]
+
+
 class PipelineSweep(Base):
     """The one row that says when the next sweep may begin."""
 
@@ -493,10 +512,10 @@ def _unset_list(pipeline: Pipeline, key: str, dict_: dict[str, Any]) -> JSONList
 @event.listens_for(Pipeline, "before_update", propagate=True)
 def _before_pipeline(_mapper: Mapper[Pipeline], _connection: Connection, pipeline: Pipeline) -> None:
     state = inspect(pipeline)
-    for key in ("version", "revision"):  # the database sets them, whatever was given
+    for key in ("version", "revision", "status_changed_at"):  # the database sets them, whatever was given
         if state.key is None and key in state.dict:
             delattr(pipeline, key)
-        elif key == "version" and state.attrs[key].history.has_changes() and state.session is not None:
+        elif key != "revision" and state.attrs[key].history.has_changes() and state.session is not None:
             state.session.expire(pipeline, [key])
     keys = {key for key in state.mapper.column_attrs.keys() if state.attrs[key].history.has_changes()}  # noqa: SIM118
     if not state.persistent or keys.intersection(_GRAPH) or ("status" in keys and pipeline.status == "active"):

@@ -12,7 +12,7 @@ from gathering_pipeline.migrator import SCHEMA
 Purpose = Literal["service", "read-only", "migrate"]
 
 _WRITTEN = ("pipelines", "pipeline_runs", "pipeline_node_runs")
-_INSERTED = ("pipeline_counters", "pipeline_run_tags", "pipeline_run_logs")
+_INSERTED = ("pipeline_counters", "pipeline_run_tags", "pipeline_run_logs", "pipeline_run_history")
 _READ = (
     *(*_WRITTEN, *_INSERTED, "pipeline_versions", "pipeline_events"),
     *("startable_node_runs", "pending_node_runs", "alembic_version"),

@@ -43,6 +43,7 @@ from gathering_pipeline.errors import (
     RunNotFoundError,
     shorten,
 )
+from gathering_pipeline.explaining import Explanation, Facts, explain
 from gathering_pipeline.json_values import MAX_DEPTH, json_path, quote
 from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.models import (
@@ -100,7 +101,7 @@ HEARTBEAT = Statement(
     "SELECT pg_catalog.to_json("
     "circle.heartbeat_run(%(run_id)s, %(token)s, pg_catalog.make_interval(secs => %(lease)s)))::text"
 )
-RELEASE = Statement("SELECT pg_catalog.to_json(circle.release_run(%(run_id)s, %(token)s))::text")
+RELEASE = Statement("SELECT pg_catalog.to_json(circle.release_run(%(run_id)s, %(token)s, %(reason)s))::text")
 RECOVER = Statement(
     "SELECT pg_catalog.to_json(r)::text FROM circle.recover_runs(%(limit)s, %(max_claims)s) r ORDER BY r.id"
 )
@@ -188,6 +189,7 @@ SELECT coalesce((SELECT pg_catalog.json_object_agg(n.node_id, n.output_data ORDE
 FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint""",
     read_only=True,
 )
+EXPLAIN = Statement("SELECT f::text FROM circle.explain_run(%(run_id)s) f WHERE f IS NOT NULL", read_only=True)
 COUNTS = Statement(
     """
 SELECT pg_catalog.json_build_object('pending', coalesce(sum(pending), 0), 'running', coalesce(sum(running), 0),
@@ -623,17 +625,23 @@ class AsyncRunRepository(AsyncRepository):
         rows = await self._values(HEARTBEAT, run_id=check_run_id(run_id), token=check_token(token), lease=seconds)
         return datetime.fromisoformat(rows[0])
 
-    async def release(self, run_id: int, *, token: int) -> RunRead:
+    async def release(self, run_id: int, *, token: int, reason: str | None = None) -> RunRead:
         """Release a claimed run: the run and its running nodes become pending again, and no attempt is counted.
 
         If its nodes wait for retries, the run isn't claimed before the first is due. A second call with the same token
         changes nothing.
 
+        Args:
+            run_id: The run.
+            token: The token of the claim.
+            reason: Why; ``explain`` tells it.
+
         Raises:
             RunNotFoundError: The run doesn't exist.
             LeaseLostError: The caller doesn't hold the run any more.
         """
-        return await self._run(RELEASE, run_id, token)
+        text = None if reason is None else check_text(reason, "reason")
+        return await self._run(RELEASE, run_id, token, reason=text)
 
     async def recover(self, limit: int = 60, max_claims: int = 10) -> list[RunRead]:
         """Release runs whose lease expired: their running nodes count as failed attempts.
@@ -841,6 +849,22 @@ class AsyncRunRepository(AsyncRepository):
             raise InvalidPipelineError([Issue("error", IssueCode.NO_VERSION, message)])
         return PipelineDefinition.from_json(nodes, edges)
 
+    async def explain(self, run_id: int, *, max_claims: int = 10) -> Explanation:
+        """Say why a run stands still, or how it ended: what holds it or its nodes, since when, and what is to be done.
+
+        Args:
+            run_id: The run.
+            max_claims: As the workers give it to ``claim``; a run that comes close to it is reported.
+
+        Raises:
+            RunNotFoundError: The run doesn't exist.
+        """
+        most = check_count(max_claims, "max_claims")
+        found = await self._read(Facts, EXPLAIN, run_id=check_run_id(run_id))
+        if not found:
+            raise RunNotFoundError(run_id)
+        return explain(found[0], most)
+
     async def counts(self) -> dict[RunStatus, int]:
         """Count runs by status, from counters that every change of a status keeps; a status without runs is 0."""
         counted = (await self._values(COUNTS))[0]
@@ -968,6 +992,7 @@ class RunRepository(Repository):
     nodes = blocking(AsyncRunRepository.nodes)
     ready_nodes = blocking(AsyncRunRepository.ready_nodes)
     definition = blocking(AsyncRunRepository.definition)
+    explain = blocking(AsyncRunRepository.explain)
     counts = blocking(AsyncRunRepository.counts)
     statistics = blocking(AsyncRunRepository.statistics)
 

@@ -93,6 +93,7 @@ def read(database: Database) -> None:
             runs.definition(run.id)
             runs.logs(run.id)
             runs.tags(run.id)
+            runs.explain(run.id)
         runs.counts()
         events.read()
         events.last()

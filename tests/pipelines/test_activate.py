@@ -2,6 +2,7 @@
 
 import json
 import threading
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -10,11 +11,15 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import (
     Database,
     InvalidPipelineError,
+    Pipeline,
     PipelineInactiveError,
+    PipelineRead,
     PipelineRepository,
     PipelineStatus,
+    PipelineUpdate,
     RunRepository,
 )
+from tests.support.databases import unguarded
 from tests.support.graphs import TRIGGER, UNFINISHED
 from tests.support.pipelines import new
 
@@ -33,6 +38,50 @@ def test_activate_and_pause_change_status(each: Session) -> None:
         runs.create(made.id)
     assert runs.start(run.id).status == "running"  # those under way go on
     assert pipelines.pause(made.id).status == "paused"
+
+
+def test_status_changed_at_is_the_time_of_the_last_change(each: Session, raw: psycopg.Connection) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    assert made.status_changed_at is not None
+    active = pipelines.activate(made.id)
+    paused = pipelines.pause(made.id)
+    assert active.status_changed_at is not None
+    assert paused.status_changed_at is not None
+    assert made.status_changed_at < active.status_changed_at < paused.status_changed_at
+    renamed = pipelines.update(made.id, PipelineUpdate(name="q", status=PipelineStatus.PAUSED))
+    assert renamed.status_changed_at == paused.status_changed_at
+    raw.execute("UPDATE circle.pipelines SET status_changed_at = '2020-01-01 00:00:00+00'")  # the database decides
+    assert pipelines.get(made.id) == renamed
+
+
+def test_status_changed_at_of_an_older_row_is_none_until_it_changes(each: Session, raw: psycopg.Connection) -> None:
+    with unguarded(raw, "pipelines"):
+        raw.execute("INSERT INTO circle.pipelines (name) VALUES ('old')")
+    pipelines = PipelineRepository(each)
+    (old,) = pipelines.search().items
+    assert old.status_changed_at is None
+    assert pipelines.update(old.id, PipelineUpdate(name="q")).status_changed_at is None
+    assert pipelines.pause(old.id).status_changed_at is not None
+
+
+def test_status_changed_at_of_an_object_is_the_databases(database: Database) -> None:
+    nodes = [TRIGGER]
+    with database.session() as session:
+        given = datetime(2020, 1, 1, tzinfo=UTC)
+        pipeline = Pipeline(name="p", nodes=nodes, status_changed_at=given)
+        session.add(pipeline)
+        session.flush()
+        first = pipeline.status_changed_at
+        assert first is not None
+        assert first > given
+        pipeline.status_changed_at = given
+        pipeline.name = "q"
+        session.flush()
+        assert pipeline.status_changed_at == first
+        pipeline.status = "paused"
+        session.flush()
+        assert PipelineRead.model_validate(pipeline, from_attributes=True).status_changed_at != first
 
 
 def test_activate_broken_graph_writes_nothing(each: Session, raw: psycopg.Connection) -> None:

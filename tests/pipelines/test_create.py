@@ -32,7 +32,7 @@ def test_create_returns_what_is_stored(each: Session) -> None:
     pipelines = PipelineRepository(each)
     made = pipelines.create(new(description="d", timeout_seconds=None, retry_backoff_max=2.5, status="active"))
     assert made == pipelines.get(made.id)
-    assert made.model_dump(exclude={"id", "created_at", "updated_at"}) == {
+    assert made.model_dump(exclude={"id", "created_at", "updated_at", "status_changed_at"}) == {
         "name": "p",
         "description": "d",
         "status": PipelineStatus.ACTIVE,

@@ -25,6 +25,7 @@ BY_RUN: dict[str, Callable[[RunRepository, int], object]] = {
     "nodes": lambda runs, run_id: runs.nodes(run_id),
     "ready_nodes": lambda runs, run_id: runs.ready_nodes(run_id),
     "definition": lambda runs, run_id: runs.definition(run_id),
+    "explain": lambda runs, run_id: runs.explain(run_id),
     "start": lambda runs, run_id: runs.start(run_id),
     "complete": lambda runs, run_id: runs.complete(run_id),
     "finish": lambda runs, run_id: runs.finish(run_id),

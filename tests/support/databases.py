@@ -33,7 +33,7 @@ def contents(raw: psycopg.Connection) -> list[tuple[Any, ...]]:
     """All rows of all tables."""
     tables = (
         *("pipelines", "pipeline_runs", "pipeline_node_runs", "pipeline_versions"),
-        *("pipeline_events", "pipeline_counters", "pipeline_run_tags", "pipeline_run_logs"),
+        *("pipeline_events", "pipeline_counters", "pipeline_run_tags", "pipeline_run_logs", "pipeline_run_history"),
     )
     return [
         row for table in tables for row in raw.execute(f"SELECT t::text FROM circle.{table} t ORDER BY 1").fetchall()

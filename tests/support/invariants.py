@@ -86,6 +86,10 @@ OF_CALLS = {
         WHERE n.id IS NULL OR r.id IS NULL GROUP BY r.id""",
     "a pending run with a lease": """
         SELECT id FROM circle.pipeline_runs WHERE status = 'pending' AND (lease_expires_at IS NOT NULL OR worker_id IS NOT NULL)""",
+    "a run whose history doesn't have its claims": """
+        SELECT r.id, r.claim_count, array_agg(h.kind ORDER BY h.id) FROM circle.pipeline_runs r
+        LEFT JOIN circle.pipeline_run_history h ON h.run_id = r.id GROUP BY r.id
+        HAVING count(*) FILTER (WHERE h.kind = 'claimed') <> r.claim_count""",
     "a cancelled node of a run that goes on": """
         SELECT r.id, n.node_id FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id
         WHERE r.status IN ('pending', 'running', 'completed') AND n.status = 'cancelled'""",

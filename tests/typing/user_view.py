@@ -21,6 +21,8 @@ from gathering_pipeline import (
     EventPage,
     EventRepository,
     EventType,
+    Explanation,
+    HistoryEntry,
     InvalidPipelineError,
     Issue,
     IssueCode,
@@ -40,6 +42,7 @@ from gathering_pipeline import (
     PipelineRun,
     PipelineStatus,
     PipelineUpdate,
+    ReasonCode,
     RunRead,
     RunRepository,
     RunStatistics,
@@ -123,6 +126,9 @@ def runs(session: Session) -> None:
     assert_type(repository.nodes(1), list[NodeRunRead])
     assert_type(repository.search(pipeline_id=1), Page[RunSummary])
     assert_type(repository.definition(1), PipelineDefinition)
+    assert_type(repository.explain(1), Explanation)
+    assert_type(repository.explain(1).reasons[0].code, ReasonCode)
+    assert_type(repository.explain(1).history, tuple[HistoryEntry, ...])
     assert_type(repository.counts(), dict[RunStatus, int])
     assert_type(repository.statistics(1), RunStatistics)
     assert_type(repository.purge(timedelta(days=30)).deleted, int)

@@ -1,12 +1,14 @@
 -- Revision 010: the versions of a pipeline's graph, and the revisions of its row.
 
--- == pipelines: add version, revision and max_running
+-- == pipelines: add version, revision, max_running and status_changed_at
 -- version numbers the graphs; revision numbers all that people edit, so that an edit of what was changed meanwhile is refused.
 -- max_running is the number of runs that workers may have claimed at the same time; 0 is any number.
+-- status_changed_at is NULL until the status of an older row changes.
 ALTER TABLE circle.pipelines
     ADD COLUMN IF NOT EXISTS version INTEGER NOT NULL DEFAULT 1,
     ADD COLUMN IF NOT EXISTS revision BIGINT NOT NULL DEFAULT 1,
-    ADD COLUMN IF NOT EXISTS max_running INTEGER NOT NULL DEFAULT 0;
+    ADD COLUMN IF NOT EXISTS max_running INTEGER NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS status_changed_at TIMESTAMPTZ;
 
 -- == pipelines: add a check of max_running, NOT VALID
 DO $checks$

@@ -14,7 +14,8 @@ $$;
 
 -- == create trigger functions of pipelines and versions
 -- Numbers the graphs and the revisions of the row: 1 for the first, one more for each other. An UPDATE may set the revision that its
--- writer has read, to be refused if the row has another one by now: PL009. Replicas keep the revision that they are given.
+-- writer has read, to be refused if the row has another one by now: PL009. Notes when the status changed. Replicas keep the revision and
+-- the time that they are given.
 CREATE OR REPLACE FUNCTION circle.pipelines_before() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -27,6 +28,7 @@ BEGIN
                 USING ERRCODE = 'PL009', DETAIL = jsonb_build_object('pipeline_id', OLD.id, 'expected', NEW.revision,
                                                                      'current', OLD.revision);
         END IF;
+        NEW.status_changed_at := CASE WHEN NEW.status IS DISTINCT FROM OLD.status THEN clock_timestamp() ELSE OLD.status_changed_at END;
         NEW.revision := NEW.revision + (
             NEW.version <> OLD.version OR NEW.status IS DISTINCT FROM OLD.status OR NEW.name IS DISTINCT FROM OLD.name
             OR NEW.description IS DISTINCT FROM OLD.description OR NEW.timeout_seconds IS DISTINCT FROM OLD.timeout_seconds
@@ -36,6 +38,7 @@ BEGIN
     ELSIF NOT circle.is_replica() THEN
         NEW.version := 1;
         NEW.revision := 1;
+        NEW.status_changed_at := clock_timestamp();
     END IF;
     RETURN NEW;
 END $$;
@@ -127,7 +130,7 @@ ALTER TABLE circle.pipeline_versions ENABLE ALWAYS TRIGGER pipeline_versions_bef
 -- counter update.
 CREATE OR REPLACE TRIGGER pipelines_before
     BEFORE INSERT OR UPDATE OF name, description, status, nodes, edges, timeout_seconds, max_retries_per_node, retry_backoff_base,
-        retry_backoff_max, max_running, version, revision
+        retry_backoff_max, max_running, version, revision, status_changed_at
     ON circle.pipelines FOR EACH ROW EXECUTE FUNCTION circle.pipelines_before();
 CREATE OR REPLACE TRIGGER pipelines_accept AFTER INSERT OR UPDATE OF nodes, edges, status ON circle.pipelines
     FOR EACH ROW EXECUTE FUNCTION circle.pipelines_accept();

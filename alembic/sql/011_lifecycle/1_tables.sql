@@ -97,6 +97,21 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_run_logs (
     CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
 );
 
+-- == create pipeline_run_history
+-- Who took and gave up a run, and who cancelled it: a row for each claim, release, recovery, cancellation and resumption, none for a
+-- node. token is that of the claim which the row is about.
+CREATE TABLE IF NOT EXISTS circle.pipeline_run_history (
+    run_id BIGINT NOT NULL REFERENCES circle.pipeline_runs (id) ON DELETE CASCADE,
+    id BIGINT NOT NULL GENERATED ALWAYS AS IDENTITY,
+    at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
+    kind VARCHAR(20) NOT NULL,
+    worker_id VARCHAR(255),
+    token BIGINT,
+    reason TEXT,
+    PRIMARY KEY (run_id, id),
+    CONSTRAINT ck_pipeline_run_history CHECK (kind IN ('claimed', 'released', 'recovered', 'cancelled', 'resumed'))
+);
+
 -- == create pipeline_sweep
 -- One row: no sweep by a claim begins before next_at.
 CREATE TABLE IF NOT EXISTS circle.pipeline_sweep (

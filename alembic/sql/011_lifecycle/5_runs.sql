@@ -268,6 +268,8 @@ BEGIN
         PERFORM circle.refuse_run(p_run_id, (SELECT claim_token FROM circle.pipeline_runs WHERE id = p_run_id), p_status);
     ELSIF p_status = 'completed' THEN
         PERFORM circle.fill_run(p_run_id);   -- a run never succeeds without its nodes
+    ELSIF p_status = 'cancelled' THEN
+        INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, reason) VALUES (p_run_id, 'cancelled', session_user, p_error);
     END IF;
     RETURN circle.end_run(p_run_id, p_status, p_error);
 END $$;

@@ -76,10 +76,16 @@ BEGIN
             picked := array_remove(picked, head.id);
         END;
     END LOOP;
-    RETURN QUERY UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
-        claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
-        lease_expires_at = clock_timestamp() + p_lease
-    WHERE r.id = ANY (picked) RETURNING r.*;
+    RETURN QUERY WITH claimed AS (
+        UPDATE circle.pipeline_runs r SET status = 'running', worker_id = p_worker_id, claim_token = circle.next_token(r.claim_token),
+            claim_count = least(r.claim_count, 2147483646) + 1, started_at = coalesce(r.started_at, clock_timestamp()),
+            lease_expires_at = clock_timestamp() + p_lease
+        WHERE r.id = ANY (picked) RETURNING r.*
+    ), noted AS (
+        INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token)
+        SELECT c.id, 'claimed', c.worker_id, c.claim_token FROM claimed c
+    )
+    SELECT * FROM claimed;
 END $$;
 CREATE OR REPLACE FUNCTION circle.heartbeat_run(p_run_id bigint, p_token bigint, p_lease interval) RETURNS timestamptz
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
@@ -115,12 +121,12 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
         released_token = coalesce(p_released_token, released_token), waits_until = circle.run_due(id)
     WHERE id = p_run_id RETURNING *
 $$;
-CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint) RETURNS circle.pipeline_runs
+CREATE OR REPLACE FUNCTION circle.release_run(p_run_id bigint, p_token bigint, p_reason text DEFAULT NULL) RETURNS circle.pipeline_runs
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     r circle.pipeline_runs;
 BEGIN
-    PERFORM FROM circle.pipeline_runs
+    SELECT * INTO r FROM circle.pipeline_runs
     WHERE id = p_run_id AND (status = 'running') IS TRUE AND claim_token = p_token AND lease_expires_at IS NOT NULL
     FOR NO KEY UPDATE;
     IF NOT FOUND THEN
@@ -136,6 +142,8 @@ BEGIN
     END IF;
     -- the release is deliberate: the attempts of its nodes don't count
     UPDATE circle.pipeline_node_runs SET status = 'pending' WHERE run_id = p_run_id AND status = 'running';
+    INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
+    VALUES (p_run_id, 'released', r.worker_id, p_token, p_reason);
     RETURN circle.requeue_run(p_run_id, 0, p_token);
 END $$;
 -- Adds the counters of runs to the columns of their pipelines. A pipeline that somebody changes is left for the next sweep.
@@ -198,10 +206,13 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, lapsed_claims + 1::bigint AS lapsed FROM circle.pipeline_runs
+    FOR r IN SELECT id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
+                    to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS "UTC"') AS lease_end FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
+            INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
+            VALUES (r.id, 'recovered', r.worker_id, r.claim_token, 'the lease ended at ' || r.lease_end);
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
             IF result.id IS NULL AND r.lapsed >= p_max_claims THEN

@@ -27,5 +27,6 @@ DROP FUNCTION IF EXISTS circle.refuse_graph(text, text, jsonb, text, text);
 DROP FUNCTION IF EXISTS circle.refuse_issues(jsonb);
 DROP FUNCTION IF EXISTS circle.graph_issue(text, text, jsonb, text, text);
 
--- == pipelines: drop version, revision and max_running
-ALTER TABLE circle.pipelines DROP COLUMN IF EXISTS version, DROP COLUMN IF EXISTS revision, DROP COLUMN IF EXISTS max_running;
+-- == pipelines: drop version, revision, max_running and status_changed_at
+ALTER TABLE circle.pipelines DROP COLUMN IF EXISTS version, DROP COLUMN IF EXISTS revision, DROP COLUMN IF EXISTS max_running,
+    DROP COLUMN IF EXISTS status_changed_at;

@@ -11,8 +11,8 @@ BEGIN
     END IF;
 END $fold$;
 
--- == drop tags and the time of sweeps
-DROP TABLE IF EXISTS circle.pipeline_run_tags, circle.pipeline_sweep;
+-- == drop tags, the history of claims and the time of sweeps
+DROP TABLE IF EXISTS circle.pipeline_run_tags, circle.pipeline_run_history, circle.pipeline_sweep;
 
 -- == drop views and counters
 DROP VIEW IF EXISTS circle.startable_node_runs, circle.pending_node_runs;
