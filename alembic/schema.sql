@@ -2814,8 +2814,7 @@ BEGIN
     END IF;
 END $function$;
 
--- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of the completed predecessors that take
--- them.
+-- Nodes that were started, as a JSON list in execution order; p_inputs adds the outputs of completed predecessors that take them.
 CREATE OR REPLACE FUNCTION circle.started_nodes(p_run_id bigint, p_ids bigint[], p_inputs boolean)
  RETURNS json
  LANGUAGE plpgsql
@@ -2948,7 +2947,7 @@ BEGIN
             UPDATE circle.pipeline_node_runs n SET status = 'running', started_at = clock_timestamp()
             WHERE n.run_id = p_run_id AND n.position = ANY (ARRAY(SELECT s FROM done, unnest(done.successors) s))
               AND (n.status = 'pending') IS TRUE AND coalesce(n.available_at <= clock_timestamp(), true)
-              -- as blocked_by has it, of a run in which no node failed: done is of this statement, which doesn't see it, and takes each edge
+              -- as blocked_by has it, of a run in which no node failed; done is of this statement, which doesn't see it, and takes all edges
               AND NOT EXISTS (SELECT FROM circle.nodes_at(p_run_id, n.predecessors) p
                               WHERE p.status NOT IN ('completed', 'skipped')
                                 AND p.position NOT IN (SELECT done.position FROM done WHERE done.position IS NOT NULL))
@@ -3041,7 +3040,8 @@ BEGIN
                                                untaken, error_message, retry_count, duration_ms, started_at, completed_at)
         SELECT r.id, c.node_id, c.node_type, c.place - 1, c.predecessors, c.successors, coalesce(x.status, 'pending'),
                coalesce(x.output, '{}'), CASE WHEN x.branch IS NOT NULL AND x.status = 'completed' THEN
-                   nullif(circle.untaken(c.node_id, c.branches, c.successors, x.branch), '{}') END, x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
+                   nullif(circle.untaken(c.node_id, c.branches, c.successors, x.branch), '{}') END,
+               x.error, coalesce(x.attempt - 1, x.retry_count, 0), coalesce(x.duration_ms, 0),
                CASE WHEN x.status IN ('completed', 'failed') THEN
                    clock_timestamp() - make_interval(secs => coalesce(x.duration_ms, 0) / 1000.0) END,
                CASE WHEN x.status IS NOT NULL THEN clock_timestamp() END
@@ -3075,8 +3075,8 @@ END $function$;
 
 -- advance_run for many runs at once, each at most once, in one commit: for those whose call is plain. p_results has the results of
 -- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
--- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its step is
--- NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
+-- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its
+-- step is NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
 CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
  RETURNS TABLE(run_id bigint, step json)
  LANGUAGE plpgsql
