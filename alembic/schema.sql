@@ -3493,8 +3493,10 @@ DECLARE
     expired integer;
 BEGIN
     PERFORM FROM circle.pipeline_sweep WHERE next_at <= began FOR NO KEY UPDATE SKIP LOCKED;
-    IF NOT FOUND AND EXISTS (SELECT FROM circle.pipeline_sweep) THEN   -- without its row every caller sweeps
+    IF NOT FOUND AND EXISTS (SELECT FROM circle.pipeline_sweep) THEN
         RETURN;
+    ELSIF NOT FOUND THEN   -- the first sweep of the database
+        INSERT INTO circle.pipeline_sweep DEFAULT VALUES ON CONFLICT DO NOTHING;
     END IF;
     RETURN QUERY SELECT * FROM circle.recover_runs(most, p_max_claims);
     GET DIAGNOSTICS recovered = ROW_COUNT;

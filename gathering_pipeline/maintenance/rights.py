@@ -38,7 +38,7 @@ def rights(purpose: Purpose) -> list[Right]:
     found += [Right("SELECT", f"{SCHEMA}.{name}") for name in _READ]
     if purpose == "service":
         found += [Right("SELECT", f"{SCHEMA}.pipeline_sweep")]
-        found += [Right("INSERT", f"{SCHEMA}.{name}") for name in (*_WRITTEN, *_INSERTED)]
+        found += [Right("INSERT", f"{SCHEMA}.{name}") for name in (*_WRITTEN, *_INSERTED, "pipeline_sweep")]
         found += [Right("UPDATE", f"{SCHEMA}.{name}") for name in (*_WRITTEN, "pipeline_sweep")]
         found += [Right("DELETE", f"{SCHEMA}.{name}") for name in ("pipelines", "pipeline_runs")]
         found += [Right("USAGE", f"SEQUENCE {SCHEMA}.{name}_id_seq") for name in _WRITTEN]

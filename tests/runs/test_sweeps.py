@@ -255,13 +255,14 @@ def test_sweep_that_left_runs_is_followed_at_once(database: Database, raw: psyco
         assert {run_id for ids in swept for run_id in ids} == late
 
 
-def test_sweep_without_its_row_sweeps(database: Database, raw: psycopg.Connection) -> None:
+def test_first_sweep_of_a_database_sweeps(database: Database, raw: psycopg.Connection) -> None:
     raw.execute("DELETE FROM circle.pipeline_sweep")
     with database.session(autocommit=True) as session:
         runs = RunRepository(session)
-        for _ in range(2):
-            late = overdue(runs, session, raw)
-            assert [run.id for run in runs.sweep()] == [late]
+        late = overdue(runs, session, raw)
+        assert [run.id for run in runs.sweep()] == [late]
+        assert runs.sweep() == []
+    assert raw.execute("SELECT next_at > now() FROM circle.pipeline_sweep").fetchall() == [(True,)]
 
 
 def test_claim_sweeps_in_autocommit_only(database: Database, raw: psycopg.Connection) -> None:

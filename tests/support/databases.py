@@ -56,7 +56,7 @@ def unguarded(raw: psycopg.Connection, table: str) -> Iterator[None]:
 def delete_rows(raw: psycopg.Connection) -> None:
     """Delete every row, and let ids begin at 1 again; of few rows quicker than TRUNCATE or a new database."""
     raw.execute(
-        """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_counters; DELETE FROM circle.pipeline_events;
+        """DELETE FROM circle.pipelines; DELETE FROM circle.pipeline_counters; DELETE FROM circle.pipeline_events; DELETE FROM circle.pipeline_sweep;
         SELECT setval(format('circle.%s_id_seq', name), 1, false)
         FROM unnest(ARRAY['pipelines', 'pipeline_runs', 'pipeline_node_runs', 'pipeline_events']) name"""
     )
