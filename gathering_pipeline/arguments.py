@@ -6,7 +6,7 @@ A check returns the value as the database takes it. No database library is impor
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -170,9 +170,11 @@ def check_statuses(value: Any, statuses: type[StrEnum]) -> list[str]:
     Raises:
         InvalidDataError: One is not one of ``statuses``.
     """
-    is_one = isinstance(value, (str, bytes)) or not isinstance(value, Collection)
-    given: Iterable[Any] = [value] if is_one else value
-    return [check_status(status, statuses) for status in given]
+    if isinstance(value, Collection) and not isinstance(value, (str, bytes)):
+        several: Collection[Any] = value
+        return [check_status(status, statuses) for status in several]
+    one: Any = value
+    return [check_status(one, statuses)]
 
 
 def check_tags(tags: object) -> dict[str, str]:

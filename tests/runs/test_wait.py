@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 
-from gathering_pipeline import Database, InvalidDataError, RunNotFoundError, RunRepository, RunStatus, WaitTimeoutError
+from gathering_pipeline import (
+    Database,
+    InvalidDataError,
+    RunNotFoundError,
+    RunRead,
+    RunRepository,
+    RunStatus,
+    WaitTimeoutError,
+)
 from tests.support.runs import started
 
 SOON = timedelta(seconds=20)
@@ -27,8 +36,8 @@ def end(database: Database, run_id: int) -> None:
         RunRepository(session).cancel(run_id, "enough")
 
 
-def wait_async(database: Database, run_id: int, timeout: timedelta) -> object:
-    async def go() -> object:
+def wait_async(database: Database, run_id: int, timeout: timedelta) -> RunRead:
+    async def go() -> RunRead:
         try:
             return await database.await_for_run(run_id, timeout)
         finally:
@@ -38,8 +47,9 @@ def wait_async(database: Database, run_id: int, timeout: timedelta) -> object:
 
 
 @pytest.mark.parametrize("wait", [Database.wait_for_run, wait_async])
-def test_wait_returns_the_run_that_ended(database: Database, run_id: int, wait: object) -> None:
-    assert callable(wait)
+def test_wait_returns_the_run_that_ended(
+    database: Database, run_id: int, wait: Callable[[Database, int, timedelta], RunRead]
+) -> None:
     ending = threading.Thread(target=end, args=(database, run_id))
     ending.start()
     run = wait(database, run_id, SOON)
@@ -49,8 +59,9 @@ def test_wait_returns_the_run_that_ended(database: Database, run_id: int, wait: 
 
 
 @pytest.mark.parametrize("wait", [Database.wait_for_run, wait_async])
-def test_wait_ends_with_its_time(database: Database, run_id: int, wait: object) -> None:
-    assert callable(wait)
+def test_wait_ends_with_its_time(
+    database: Database, run_id: int, wait: Callable[[Database, int, timedelta], RunRead]
+) -> None:
     for timeout in (timedelta(0), timedelta(seconds=0.2)):
         with pytest.raises(WaitTimeoutError, match=f"run {run_id} is still running"):
             wait(database, run_id, timeout)
