@@ -133,7 +133,6 @@ def test_report_whose_answer_is_lost_is_repeated(own_database: Database, own_ser
     assert lost
     run, nodes = outcome(own_database, run_id)
     assert run.status is RunStatus.COMPLETED
-    assert run.claim_count == 1 or at == "a"  # nothing else runs when the retry of x is awaited then
     assert sorted(executed) == [("a", 1), ("b", 1), ("c", 1), ("x", 1), ("x", 2)]
     assert sorted(map(str, completions(own_database, run_id))) == ["a", "b", "c", "x"]
     assert nodes["c"].output_data == {"inputs": {"b": {"inputs": {"a": {"inputs": {}}}}}}
@@ -167,9 +166,13 @@ def test_first_call_whose_answer_is_lost_leaves_no_node_behind(
 def test_cancelled_statement_is_repeated(database: Database, raw: psycopg.Connection) -> None:
     run_id = new_run(database, "a")
 
-    async def handle(_context: NodeContext) -> None:
-        raw.execute("BEGIN")
-        raw.execute("SELECT FROM circle.pipeline_runs FOR UPDATE")
+    calls: list[int] = []
+
+    async def handle(context: NodeContext) -> None:
+        calls.append(context.attempt)
+        if len(calls) == 1:  # on a slow machine the run may be claimed again
+            raw.execute("BEGIN")
+            raw.execute("SELECT FROM circle.pipeline_runs FOR UPDATE")
 
     worker = made(database, handle)
 
