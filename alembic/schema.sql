@@ -1914,7 +1914,7 @@ BEGIN
     IF r.completed_at IS NULL OR NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_run(p_run_id, p_token, p_statuses[1]);
     END IF;
-    PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+    PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
     RETURN r;
 END $function$;
 
@@ -2041,7 +2041,7 @@ BEGIN
                     RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
                         USING ERRCODE = 'PL014', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
                 END IF;
-                PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
                 RETURN;
             END IF;
         END IF;
@@ -2050,7 +2050,7 @@ BEGIN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND completed_at IS NULL
             ORDER BY pipeline_id DESC, id DESC LIMIT 1;
             IF FOUND THEN
-                PERFORM pg_current_xact_id();   -- as above
+                PERFORM pg_logical_emit_message(true, 'circle', '');   -- as above
                 RETURN;
             END IF;
         END IF;
@@ -2146,7 +2146,7 @@ BEGIN
         IF NOT FOUND OR NOT circle.is_read_committed() THEN
             PERFORM circle.refuse_run(p_run_id, p_token, 'running');
         END IF;
-        PERFORM pg_current_xact_id();   -- as in insert_run
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- as in insert_run
     ELSIF r.pipeline_version IS NULL THEN
         PERFORM circle.refuse_graph('no_version', format(
             'run %s is bound to no version of its pipeline''s graph: cancel it and create it again', p_run_id));
@@ -2528,7 +2528,7 @@ BEGIN
     IF NOT FOUND THEN
         PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
     ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output, p_branch) THEN
-        PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
         RETURN n;
     ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
         SELECT blocked_by, to_jsonb(waiting_for) AS waiting_for INTO p
@@ -3335,7 +3335,7 @@ BEGIN
         IF NOT FOUND OR NOT circle.is_read_committed() THEN
             PERFORM circle.refuse_lease(p_run_id);
         END IF;
-        PERFORM pg_current_xact_id();   -- as in insert_run
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- as in insert_run
         IF r.status <> 'pending' THEN   -- the token is not told that may be the next holder's
             r.claim_token := p_token;
         END IF;
@@ -3656,7 +3656,7 @@ BEGIN
             SELECT * INTO r FROM circle.pipeline_runs WHERE resumed_from = old.id;
         END LOOP;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
-            PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+            PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
             PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');

@@ -42,7 +42,7 @@ BEGIN
     IF r.completed_at IS NULL OR NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_run(p_run_id, p_token, p_statuses[1]);
     END IF;
-    PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+    PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
     RETURN r;
 END $$;
 -- Locks the run for a caller that holds it, and starts a pending one.
@@ -152,7 +152,7 @@ BEGIN
                     RAISE EXCEPTION 'run % of pipeline % has this idempotency key, and other trigger data', r.id, p_pipeline_id
                         USING ERRCODE = 'PL014', DETAIL = jsonb_build_object('pipeline_id', p_pipeline_id, 'key', p_key, 'run_id', r.id);
                 END IF;
-                PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+                PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
                 RETURN;
             END IF;
         END IF;
@@ -161,7 +161,7 @@ BEGIN
             SELECT * INTO r FROM circle.pipeline_runs WHERE pipeline_id = p_pipeline_id AND completed_at IS NULL
             ORDER BY pipeline_id DESC, id DESC LIMIT 1;
             IF FOUND THEN
-                PERFORM pg_current_xact_id();   -- as above
+                PERFORM pg_logical_emit_message(true, 'circle', '');   -- as above
                 RETURN;
             END IF;
         END IF;
@@ -245,7 +245,7 @@ BEGIN
         IF NOT FOUND OR NOT circle.is_read_committed() THEN
             PERFORM circle.refuse_run(p_run_id, p_token, 'running');
         END IF;
-        PERFORM pg_current_xact_id();   -- as in insert_run
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- as in insert_run
     ELSIF r.pipeline_version IS NULL THEN
         PERFORM circle.refuse_graph('no_version', format(
             'run %s is bound to no version of its pipeline''s graph: cancel it and create it again', p_run_id));

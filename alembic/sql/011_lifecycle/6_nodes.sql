@@ -131,7 +131,7 @@ BEGIN
     IF NOT FOUND THEN
         PERFORM circle.refuse_unknown_node(p_run_id, p_node_id);
     ELSIF circle.is_repeat(n, p_token, p_requested, p_attempt, p_output, p_branch) THEN
-        PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
         RETURN n;
     ELSIF r.status = 'running' AND n.status = 'pending' AND p_requested = 'running' THEN
         SELECT blocked_by, to_jsonb(waiting_for) AS waiting_for INTO p

@@ -134,7 +134,7 @@ BEGIN
         IF NOT FOUND OR NOT circle.is_read_committed() THEN
             PERFORM circle.refuse_lease(p_run_id);
         END IF;
-        PERFORM pg_current_xact_id();   -- as in insert_run
+        PERFORM pg_logical_emit_message(true, 'circle', '');   -- as in insert_run
         IF r.status <> 'pending' THEN   -- the token is not told that may be the next holder's
             r.claim_token := p_token;
         END IF;

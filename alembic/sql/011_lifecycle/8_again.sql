@@ -47,7 +47,7 @@ BEGIN
             SELECT * INTO r FROM circle.pipeline_runs WHERE resumed_from = old.id;
         END LOOP;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
-            PERFORM pg_current_xact_id();   -- so that the commit waits for a synchronous standby, as the first one did
+            PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
             PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
