@@ -3078,7 +3078,7 @@ END $function$;
 -- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
 -- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its
 -- step is NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
-CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
+CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb, p_with_inputs bigint[] DEFAULT '{}'::bigint[])
  RETURNS TABLE(run_id bigint, step json)
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3141,22 +3141,25 @@ BEGIN
                           WHERE p.status NOT IN ('completed', 'skipped')
                             AND NOT (p.run_id, p.position) IN (
                                 SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
-        RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
+        RETURNING n.id, n.run_id, n.node_id, n.node_type, n.position, n.retry_count
     ), current AS (
         UPDATE circle.pipeline_runs r SET current_node = c.node_id
         FROM (SELECT DISTINCT ON (s.run_id) s.run_id, s.node_id FROM started s ORDER BY s.run_id, s.position DESC) c WHERE r.id = c.run_id
     ), steps AS (
         SELECT s.run_id, json_build_object('status', 'running', 'started', json_agg(json_build_object(
-                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step
+                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step,
+               array_agg(s.id)::text AS ids
         FROM started s GROUP BY s.run_id
     )
     SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM results x WHERE NOT x.run_id IN (SELECT f.run_id FROM refused f)) AS wanted,
-           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps
+           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps, array_agg(s.ids) AS ids
     INTO moved FROM steps s;
     IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
         RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
     END IF;
-    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    RETURN QUERY SELECT t.run_id::bigint, CASE WHEN t.run_id = ANY (p_with_inputs)   -- by a statement of its own, which sees the new outputs
+        THEN json_build_object('status', 'running', 'started', circle.started_nodes(t.run_id, t.ids::bigint[], true)) ELSE t.step END
+    FROM unnest(moved.run_ids, moved.steps, moved.ids) t (run_id, step, ids);
     idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
     IF idle <> '{}' THEN
         WITH over AS (
@@ -3174,7 +3177,7 @@ BEGIN
         SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
         RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
         FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
-            RETURN QUERY SELECT one, circle.settle_run(one, false);
+            RETURN QUERY SELECT one, circle.settle_run(one, one = ANY (p_with_inputs));
         END LOOP;
     END IF;
     RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)

@@ -171,8 +171,8 @@ class Database:
         ``with database.group_commit() as runs`` a ``RunRepository`` for many threads: call inside the block.
 
         The answer of a call comes after the commit that holds it; a refused call concerns its caller alone. It takes
-        two connections of the pool for ``advance``. Every other method, ``advance`` with ``retry`` or ``inputs``, and
-        calls on a run that somebody else has locked, are sent by themselves on a third.
+        two connections of the pool for ``advance``. What ``advance_many`` leaves out, and every other method, is sent
+        by itself on a third.
         """
         return GroupCommits(self)
 

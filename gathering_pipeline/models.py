@@ -299,11 +299,13 @@ class RunReport(NamedTuple):
         run_id: The run.
         results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
         token: The token of the claim.
+        inputs: Whether started nodes have the outputs of their predecessors.
     """
 
     run_id: int
     results: Iterable[NodeExecutionResult | Mapping[str, Any]] = ()
     token: int | None = None
+    inputs: bool = False
 
 
 # --- what is written ------------------------------------------------------------------------------------------------

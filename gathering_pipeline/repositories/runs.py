@@ -96,7 +96,8 @@ FAIL_NODE = Statement(
 ADVANCE = Statement("SELECT circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s, %(inputs)s)::text")
 ADVANCE_MANY = Statement("""
 SELECT pg_catalog.json_build_array(run_id, step)::text
-FROM circle.advance_runs(%(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)s::jsonb)""")
+FROM circle.advance_runs(
+    %(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)s::jsonb, %(with_inputs)s::bigint[])""")
 RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s)")
 CLAIM = Statement("""
 SELECT pg_catalog.to_json(r)::text
@@ -571,8 +572,7 @@ class AsyncRunRepository(AsyncRepository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored, or a branch is none of its node.
         """
-        report = encode_report(run_id, results, token)
-        return await self._advance(report, retry=check_flag(retry, "retry"), inputs=check_flag(inputs, "inputs"))
+        return await self._advance(encode_report(run_id, results, token, retry=retry, inputs=inputs))
 
     async def advance_many(self, reports: Iterable[RunReport]) -> list[Step | None]:
         """Do as ``advance`` for many runs, in one call and one commit.
@@ -596,7 +596,7 @@ class AsyncRunRepository(AsyncRepository):
         for place, report in enumerate(reports):
             check_type(report, RunReport, f"reports[{place}]", "RunReport(run_id, results, token) makes one")
             try:
-                encoded.append(encode_report(report.run_id, report.results, report.token))
+                encoded.append(encode_report(report.run_id, report.results, report.token, inputs=report.inputs))
             except InvalidDataError as error:
                 raise InvalidDataError(f"reports[{place}].{error}") from None
         if len({report.run_id for report in encoded}) < len(encoded):
@@ -983,9 +983,9 @@ class AsyncRunRepository(AsyncRepository):
 
     # --- statements on one run, and on many ---
 
-    async def _advance(self, report: EncodedReport, *, retry: bool = False, inputs: bool = False) -> Step:
-        parameters = {"run_id": report.run_id, "token": report.token, "retry": retry, "inputs": inputs}
-        return (await self._read(Step, ADVANCE, results=_as_list(report.results), **parameters))[0]
+    async def _advance(self, report: EncodedReport) -> Step:
+        parameters = report._asdict() | {"results": _as_list(report.results)}
+        return (await self._read(Step, ADVANCE, **parameters))[0]
 
     async def _advance_many(self, reports: Sequence[EncodedReport]) -> list[Step | None]:
         rows = await self._values(
@@ -995,6 +995,7 @@ class AsyncRunRepository(AsyncRepository):
             results=_as_list(
                 f'{{"run_id":{report.run_id},{result[1:]}' for report in reports for result in report.results
             ),
+            with_inputs=_as_array(report.run_id for report in reports if report.inputs),
         )
         steps = {run_id: step and Step.model_validate(step) for run_id, step in rows}
         return [steps[report.run_id] for report in reports]
@@ -1109,13 +1110,21 @@ class EncodedReport(NamedTuple):
     run_id: int
     results: list[str]
     token: int | None
+    retry: bool
+    inputs: bool
 
 
 def encode_report(
-    run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], token: int | None
+    run_id: int,
+    results: Iterable[NodeExecutionResult | Mapping[str, Any]],
+    token: int | None,
+    *,
+    retry: bool = False,
+    inputs: bool = False,
 ) -> EncodedReport:
     """Check the arguments of ``advance`` and write its results as JSON; raises as ``advance`` does."""
-    return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token))
+    flags = check_flag(retry, "retry"), check_flag(inputs, "inputs")
+    return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token), *flags)
 
 
 def _encode_filters(

@@ -1,7 +1,7 @@
 -- == drop lifecycle functions
 DROP FUNCTION IF EXISTS circle.add_up_counters();
 DROP FUNCTION IF EXISTS circle.advance_run(bigint,jsonb,bigint,boolean,boolean);
-DROP FUNCTION IF EXISTS circle.advance_runs(bigint[],bigint[],jsonb);
+DROP FUNCTION IF EXISTS circle.advance_runs(bigint[],bigint[],jsonb,bigint[]);
 DROP FUNCTION IF EXISTS circle.append_run_log(bigint,jsonb,bigint);
 DROP FUNCTION IF EXISTS circle.apply_results(bigint,jsonb,bigint,boolean);
 DROP FUNCTION IF EXISTS circle.blocked_by(text,text,bigint,integer,integer[],integer,timestamp with time zone);
