@@ -537,11 +537,12 @@ BEGIN
     END IF;
     RETURN CASE WHEN started IS NULL THEN circle.settle_run(p_run_id, p_inputs) ELSE circle.started_step(p_run_id, started, p_inputs) END;
 END $$;
+-- IS TRUE keeps the index on ends away, which has the id as its second column.
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     IF p_results <> '[]' AND EXISTS (
-            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND completed_at IS NOT NULL AND claim_token = p_token) THEN
+            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND (completed_at IS NOT NULL) IS TRUE AND claim_token = p_token) THEN
         PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
     ELSE
         PERFORM circle.lock_run(p_run_id, p_token);
