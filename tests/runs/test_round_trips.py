@@ -104,6 +104,7 @@ def test_each_call_takes_one_round_trip(wire: tuple[Session, Callable[[], int]])
         lambda: runs.nodes(run_id),
         lambda: runs.definition(run_id),
         lambda: runs.explain(run_id),
+        lambda: runs.stuck(LEASE),
         lambda: runs.search(),
         lambda: runs.counts(),
         lambda: runs.statistics(pipeline),

@@ -138,6 +138,7 @@ def runs(session: Session) -> None:
     assert_type(repository.search(pipeline_id=1), Page[RunSummary])
     assert_type(repository.definition(1), PipelineDefinition)
     assert_type(repository.explain(1), Explanation)
+    assert_type(repository.stuck(timedelta(hours=1)), list[RunSummary])
     assert_type(repository.explain(1).reasons[0].code, ReasonCode)
     assert_type(repository.explain(1).history, tuple[HistoryEntry, ...])
     assert_type(repository.counts(), dict[RunStatus, int])
