@@ -43,9 +43,11 @@ class PipelineEvent(BaseModel):
         run_id: The run.
         node_id: The node; ``None`` for an event of the run itself.
         type: What happened.
-        data: ``error`` of a failure, timeout or cancellation; ``claim`` (its number) for the start of a claimed run;
-            ``attempt`` (the one that failed, from 1), ``error`` and ``available_at`` (time of the next attempt) for a
-            retry.
+        data: Of a node: ``attempt`` (from 1), ``worker_id`` (``None``: no worker held the run), ``duration_ms`` of the
+            attempt (``None`` as it starts), ``error`` of a failure and of a retry, and ``available_at``, the time of the
+            next attempt; a skipped node has none of them. Of a run that starts: ``claim``, the number of the claim, and
+            ``worker_id`` if it was claimed; ``resumed_from`` and ``taken_over``, a number of nodes, if it resumes
+            another. Of one that ends: ``worker_id``, ``duration_seconds``, and ``error`` unless it completed.
         created_at: When it happened, by the database's clock.
         cursor: The ``after=`` for the events that follow; valid in this database only.
     """
