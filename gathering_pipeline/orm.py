@@ -161,7 +161,7 @@ def _by_trigger() -> Any:
     return mapped_column(server_default=FetchedValue(), server_onupdate=FetchedValue())
 
 
-def _reading(order_by: str | None = None) -> Any:
+def _reading(order_by: Any = False) -> Any:
     """A relationship to load explicitly, by ``selectinload`` or ``joinedload``: it is read only, and deletes nothing.
 
     A flush leaves foreign keys to their columns and cascades to the database. Access to what isn't loaded raises, in

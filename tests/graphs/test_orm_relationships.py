@@ -97,7 +97,7 @@ def test_delete_leaves_the_cascade_to_the_database(session: Session, raw: psycop
 
 
 Other = aliased(PipelineRun)
-WAYS = {
+WAYS: dict[str, tuple[Any, Any]] = {
     "joined": (PipelineRun, joinedload(PipelineRun.pipeline).load_only(Pipeline.name)),
     "selectin": (PipelineRun, selectinload(PipelineRun.pipeline).load_only(Pipeline.name)),
     "of an alias": (Other, joinedload(Other.pipeline).load_only(Pipeline.name)),
