@@ -418,6 +418,7 @@ class PipelineCounterRow(Base):
     run_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     success_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     error_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    leases_lost: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     last_run: Mapped[datetime | None]
 
 

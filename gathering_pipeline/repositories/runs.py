@@ -204,14 +204,12 @@ SELECT pg_catalog.to_json(s)::text FROM (
 ) s""",
     read_only=True,
 )
-COUNTS = Statement(
-    """
-SELECT pg_catalog.json_build_object('pending', coalesce(sum(pending), 0), 'running', coalesce(sum(running), 0),
-                         'completed', coalesce(sum(completed), 0), 'failed', coalesce(sum(failed), 0),
-                         'cancelled', coalesce(sum(cancelled), 0), 'timeout', coalesce(sum(timeout), 0))::text
-FROM circle.pipeline_counters c WHERE EXISTS (SELECT FROM circle.pipelines p WHERE p.id = c.pipeline_id)""",
-    read_only=True,
-)
+RUNS_BY_STATUS = """pg_catalog.json_build_object(
+    'pending', coalesce(sum(c.pending), 0), 'running', coalesce(sum(c.running), 0),
+    'completed', coalesce(sum(c.completed), 0), 'failed', coalesce(sum(c.failed), 0),
+    'cancelled', coalesce(sum(c.cancelled), 0), 'timeout', coalesce(sum(c.timeout), 0))"""
+COUNTERS = "circle.pipeline_counters c WHERE EXISTS (SELECT FROM circle.pipelines p WHERE p.id = c.pipeline_id)"
+COUNTS = Statement(f"SELECT {RUNS_BY_STATUS}::text FROM {COUNTERS}", read_only=True)
 STATISTICS = Statement(
     """
 SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_interval(secs => %(window)s),

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import ReasonCode, RunReport, RunRepository, RunStatus, migrator
 from gathering_pipeline.database import Database
+from gathering_pipeline.metrics import MetricsReader
 from tests.support.databases import unguarded
 from tests.support.graphs import graph
 from tests.support.runs import done, started, store
@@ -484,6 +485,16 @@ def test_counts_read_no_runs(history: Session) -> None:
     reads, counts = reads_of(history, lambda runs: runs.counts())
     assert sum(counts.values()) == RUNS
     assert (reads.table_scans, reads.rows, reads.entries) == (0, 0, 0)
+
+
+def test_metrics_read_one_run(history: Session, stale: Session) -> None:
+    for session in (history, stale):
+        reads_of(session, lambda _, session=session: MetricsReader(session).read())  # type: ignore[misc]
+        reads, metrics = reads_of(session, lambda _, session=session: MetricsReader(session).read())  # type: ignore[misc]
+        assert sum(metrics.runs.values()) == RUNS
+        assert metrics.oldest_pending is not None
+        assert reads.table_scans == 0
+        assert max(reads.rows, reads.entries) <= FEW
 
 
 def buffers(raw: psycopg.Connection, statement: str) -> int:

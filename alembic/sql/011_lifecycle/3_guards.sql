@@ -38,9 +38,9 @@ BEGIN
         DELETE FROM circle.pipeline_counters c USING free f WHERE c.pipeline_id = f.pipeline_id AND c.id = f.id RETURNING c.*
     )
     INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, run_count,
-                                          success_count, error_count, last_run)
+                                          success_count, error_count, leases_lost, last_run)
     SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
-           sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
+           sum(g.run_count), sum(g.success_count), sum(g.error_count), sum(g.leases_lost), max(g.last_run)
     FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
 END $$;
 -- Counts runs that change from a status to another; a NULL is no status. One in some hundred calls adds up the rows.
