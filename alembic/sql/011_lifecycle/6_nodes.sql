@@ -241,13 +241,6 @@ BEGIN
     END IF;
     RETURN circle.node_answer(n);
 END $$;
--- The milliseconds since a node was started, unless they are given. Inlined.
-CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamptz) RETURNS integer LANGUAGE sql VOLATILE AS $$
-    SELECT CASE
-        WHEN p_given IS NOT NULL THEN p_given
-        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
-        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
-$$;
 -- Whether an attempt that isn't named was reported before: its node waits for the retry. Inlined.
 CREATE OR REPLACE FUNCTION circle.was_reported(n circle.pipeline_node_runs, p_attempt integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT p_attempt IS NULL AND n.status = 'pending' AND n.retry_count > 0
