@@ -1955,7 +1955,7 @@ BEGIN
         IF NOT FOUND THEN
             PERFORM circle.refuse_create(p_pipeline_id);
         END IF;
-    ELSIF (created.r).id IS NULL THEN
+    ELSIF created.r IS NULL THEN
         PERFORM circle.refuse_create(p_pipeline_id);
     END IF;
     RETURN created.r;
