@@ -2121,7 +2121,7 @@ BEGIN
         ELSIF p_tags IS NOT NULL THEN
             INSERT INTO circle.pipeline_run_tags (run_id, key, value) SELECT (created.r).id, t.key, t.value FROM jsonb_each_text(p_tags) t;
         END IF;
-    ELSIF (created.r).id IS NULL THEN
+    ELSIF created.r IS NULL THEN
         PERFORM circle.refuse_create(p_pipeline_id);
     END IF;
     RETURN created.r;
@@ -3155,7 +3155,7 @@ BEGIN
     IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
         RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
     END IF;
-    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    RETURN QUERY SELECT t.run_id::bigint, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
     idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
     IF idle <> '{}' THEN
         WITH over AS (

@@ -681,7 +681,7 @@ BEGIN
     IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
         RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
     END IF;
-    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    RETURN QUERY SELECT t.run_id::bigint, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
     idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
     IF idle <> '{}' THEN
         WITH over AS (
