@@ -31,9 +31,10 @@ BATCH_SECONDS = 0.05
 FIRST_BATCH, LARGEST_BATCH = 500, 20_000
 PROGRESS_SECONDS = 5.0
 _BELOW_EVERY_ID = -(2**31) - 1
-_COPYING = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "synchronous_commit")
-"""What is off while rows are copied. A batch goes along the primary key from where the last one ended; what a crash
-undoes is copied again."""
+_COPYING = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "jit", "synchronous_commit")
+"""What is off while rows are copied. A batch goes along the primary key from where the last one ended, and finds its rows
+by it: no join, which would be planned by statistics from before. A plan that can't do without what is off counts as so
+expensive that it would be compiled, for seconds. What a crash undoes is copied again."""
 
 logger = logging.getLogger("alembic.gathering_pipeline")
 
@@ -326,7 +327,7 @@ def _copy(connection: Connection, options: Options, *, table: str, names: list[s
             FOR NO KEY UPDATE SKIP LOCKED
         ), copied AS (
             UPDATE {table} t SET {", ".join(f"{_wide(name)} = t.{name}" for name in names)}
-            FROM batch b WHERE t.id = b.id RETURNING t.id
+            WHERE t.id = ANY (ARRAY(SELECT id FROM batch)) RETURNING t.id
         )
         SELECT count(*), max(id) FROM copied"""
     size, copied, reported = FIRST_BATCH, 0, time.monotonic()
