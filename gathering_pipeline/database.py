@@ -29,6 +29,7 @@ from sqlalchemy.pool import QueuePool
 from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.errors import (
+    CommitIndeterminateError,
     ConfigurationError,
     DatabaseError,
     ForkedConnectionError,
@@ -486,6 +487,9 @@ def _commit(session: Session, autocommit: bool) -> None:
         except DBAPIError as error:
             if failure := commit_failure(error):
                 raise failure from error
+            raise
+        except CommitIndeterminateError:
+            session.invalidate()  # where the server ended it, its rollback would raise another error
             raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error

@@ -32,9 +32,9 @@ FIRST_BATCH, LARGEST_BATCH = 500, 20_000
 PROGRESS_SECONDS = 5.0
 _BELOW_EVERY_ID = -(2**31) - 1
 _COPYING = ("enable_seqscan", "enable_bitmapscan", "enable_sort", "jit", "synchronous_commit")
-"""What is off while rows are copied. A batch goes along the primary key from where the last one ended, and finds its rows
-by it: no join, which would be planned by statistics from before. A plan that can't do without what is off counts as so
-expensive that it would be compiled, for seconds. What a crash undoes is copied again."""
+"""What is off while rows are copied. A batch goes along the primary key from where the last one ended, and finds its
+rows by it: no join, which would be planned by statistics from before. A plan that can't do without what is off counts
+as so expensive that it would be compiled, for seconds. What a crash undoes is copied again."""
 
 logger = logging.getLogger("alembic.gathering_pipeline")
 
@@ -212,7 +212,8 @@ _STATISTICS = f"""{_NARROW}
 SELECT format('ALTER TABLE %s ALTER %I SET %s', n.tab::regclass, n.wide, s.setting)
 FROM narrow n JOIN pg_attribute a ON a.attrelid = n.tab AND a.attnum = n.col CROSS JOIN LATERAL (VALUES
     (CASE WHEN a.attstattarget >= 0 THEN 'STATISTICS ' || a.attstattarget END),
-    ('(' || array_to_string(a.attoptions, ', ') || ')')) s (setting)
+    ('(' || (SELECT string_agg(o, ', ') FROM unnest(a.attoptions) o WHERE NOT starts_with(o, 'pg_')) || ')')
+) s (setting)
 WHERE s.setting IS NOT NULL"""
 
 Columns = dict[str, list[str]]

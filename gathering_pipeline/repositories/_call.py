@@ -407,7 +407,7 @@ def _bind(session: Session | scoped_session[Session]) -> Engine | Connection:
     return bind
 
 
-def _failure(  # noqa: PLR0911 - each kind of error has its end
+def _failure(  # noqa: C901, PLR0911 - each kind of error has its end
     session: Session | scoped_session[Session],
     connection: Connection | None,
     driver: Any,
@@ -416,6 +416,11 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
     may_write: bool,
 ) -> BaseException:
     """Give up a connection that can't be used any more, and return the error to raise."""
+    if isinstance(error, CommitIndeterminateError):
+        if connection is not None and driver.closed:
+            _discard(connection, error)
+            _begin_anew(session, driver)
+        return error
     if isinstance(error, (psycopg.Error, DBAPIError)):
         if isinstance(driver, (InheritedConnection, AsyncInheritedConnection)):  # the call began before the fork
             return ForkedConnectionError()

@@ -101,7 +101,7 @@ CREATE PUBLICATION host FOR TABLE circle.pipeline_runs (id, status) WHERE (id > 
 
 # What the catalog of tests.support.schema leaves out. The place of a column is none of the facts.
 MORE = """
-SELECT 'column', format('%s.%s', attrelid::regclass, attname), concat_ws(' ', attacl::text, attstattarget, attoptions::text)
+SELECT 'column', format('%s.%s', attrelid::regclass, attname), concat_ws(' ', attacl::text, attstattarget, (SELECT array_agg(o) FROM unnest(attoptions) o WHERE NOT starts_with(o, 'pg_'))::text)
 FROM pg_attribute WHERE attrelid::regclass::text ~ '^circle\\.(pipeline|pending|startable)' AND attnum > 0 AND NOT attisdropped
 UNION ALL
 SELECT 'relation', oid::regclass::text, concat_ws(' ', relowner::regrole, relacl::text, relreplident, reloptions::text)
