@@ -54,6 +54,7 @@ RETRYABLE = ("55P03", "40P01")
 _QUERY_CANCELED = "57014"
 _INSUFFICIENT_PRIVILEGE = "42501"
 _READ_ONLY = "25006"
+_RESOURCE_CLASSES = ("53", "58")
 _TABLES_DIFFER = "PL090"  # raised by a revision that refuses existing tables; its detail is a JSON list of differences
 _CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone requires the right to create a schema even if it exists
@@ -456,7 +457,7 @@ def translated_errors(how_to_continue: str) -> Iterator[None]:
     """Raise this package's errors instead of the driver's.
 
     Args:
-        how_to_continue: What to do when the connection broke.
+        how_to_continue: What to do when the connection broke, or the server lacked something.
     """
     try:
         yield
@@ -476,6 +477,11 @@ def translated_errors(how_to_continue: str) -> Iterator[None]:
             raise DatabaseUnavailableError(
                 f"the server or the session is read-only ({_primary(error)}): connect to the primary, or set"
                 " default_transaction_read_only to off"
+            ) from error
+        if (sqlstate(error) or "").startswith(_RESOURCE_CLASSES):
+            raise DatabaseUnavailableError(
+                f"the server lacks disk space, memory or another resource, or can't use a file ({_primary(error)}):"
+                f" {how_to_continue}"
             ) from error
         raise
 

@@ -82,6 +82,24 @@ class Node:
         options = f"-p {self.port} -c unix_socket_directories={self.folder}"
         self.ctl("-l", str(self.folder / "log"), "-o", options, "start")
 
+    def restart(self) -> None:
+        """Shut down, which ends all sessions, and start."""
+        self.ctl("-m", "fast", "stop")
+        self.start()
+
+    def start_again(self) -> None:
+        """Start the server if it has given up; else wait until it has recovered."""
+        deadline = time.monotonic() + 60
+        while True:
+            if not self.processes():
+                (self.folder / "postmaster.pid").unlink(missing_ok=True)
+                self.start()
+            with suppress(psycopg.OperationalError):
+                self.connect().close()
+                return
+            assert time.monotonic() < deadline, "the server doesn't come back"
+            time.sleep(0.05)
+
     def processes(self) -> list[psutil.Process]:
         """All processes of the server; none if it doesn't run."""
         with suppress(OSError, psutil.NoSuchProcess, ValueError, IndexError):
@@ -139,6 +157,14 @@ class Node:
         )
         self.start()
 
+    def end_sessions(self) -> None:
+        """Terminate the sessions of all others."""
+        with self.connect() as raw:
+            raw.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+
     def wait_for_standby(self, state: str) -> None:
         """Wait until a standby is connected: ``sync`` or ``async``."""
         with self.connect() as raw:
@@ -169,9 +195,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def nodes(number: int = 2) -> Iterator[list[Node]]:
-    """Servers with the schema at head in their database ``postgres``: the first one runs, the others have no data yet."""
-    folder = Path(tempfile.mkdtemp(prefix="gathering-cluster-"))
+def nodes(number: int = 2, at: Path | None = None) -> Iterator[list[Node]]:
+    """Servers with the schema at head in their database ``postgres``: the first one runs, the others have no data yet.
+
+    Args:
+        number: How many.
+        at: The folder of their data; None: a temporary one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="gathering-cluster-", dir=at))
     folder.chmod(0o755)
     found: list[Node] = []
     try:
@@ -179,8 +210,8 @@ def nodes(number: int = 2) -> Iterator[list[Node]]:
             migrations.upgrade(seed.url)
             process = servers.postmaster(seed)
             programs, user = Path(process.exe()).parent, process.uids().real
-            for at in range(number):
-                data = folder / f"node{at}"
+            for place in range(number):
+                data = folder / f"node{place}"
                 data.mkdir(mode=0o700)
                 os.chown(data, user, -1)
                 found.append(Node(data, free_port(), programs, user))

@@ -1,7 +1,8 @@
 """What callers were told while something went wrong, next to what is stored: nothing may be lost, doubled or told wrongly.
 
 A caller sends a call again until it succeeds, as an application does: each key is stored once. The number of the attempt
-is stored with it, so that an attempt that was refused and took place all the same is found.
+is stored with it, as the priority of the run or the output of its node, so that an attempt that was refused and took
+place all the same is found.
 """
 
 # psycopg takes literal SQL; statements are put together here.
@@ -36,8 +37,6 @@ from tests.support.runs import done
 PAUSE = 0.05
 """Seconds between two attempts."""
 POLL = timedelta(milliseconds=50)
-REPORTS = [done("a")]
-"""The pipelines have one node."""
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Row:
 
     Attributes:
         name: What went wrong.
+        told: How often each error was raised.
         rounds: How often.
         calls: How many calls there were.
         lost: Acknowledged calls that are not stored, and events that a listener missed.
@@ -56,6 +56,7 @@ class Row:
     """
 
     name: str
+    told: dict[str, int]
     rounds: int
     calls: int
     lost: list[str]
@@ -68,19 +69,26 @@ class Row:
         times = sorted(self.until) or [0.0]
         p95 = times[min(int(len(times) * 0.95), len(times) - 1)]
         return (
-            f"{self.name:44} {self.rounds:6} {self.calls:7} {len(self.lost):5} {len(self.doubled):8} {len(self.wrong):6}"
-            f" {self.longest:9.2f} s {p95:9.2f} s {times[-1]:8.2f} s"
+            f"{self.name:38} {self.rounds:6} {self.calls:7} {len(self.lost):5} {len(self.doubled):8} {len(self.wrong):6}"
+            f" {self.longest:9.2f} s {p95:9.2f} s {times[-1]:8.2f} s   {self.told}"
         )
 
 
-HEADING = f"{'fault':44} rounds   calls  lost  doubled  wrong  longest call  again p95       max"
+HEADING = f"{'fault':38} rounds   calls  lost  doubled  wrong  longest call    again p95        max   errors"
 
 
 class Ledger:
-    """Callers of a database, in threads and in tasks, each call alone or in a block; and listeners."""
+    """Callers of a database, in threads and in tasks, each call alone or in a block; and listeners.
 
-    def __init__(self, url: str, pipeline: int, settings: DatabaseSettings | None = None) -> None:
+    Attributes:
+        hold: Seconds for which a block is idle before it ends.
+        pause: Seconds between two calls.
+    """
+
+    def __init__(self, url: str, pipeline: int, name: str, settings: DatabaseSettings | None = None) -> None:
         self.url = url
+        self.name = name
+        self.hold = self.pause = 0.0
         self.pipeline = pipeline
         self.settings = settings
         self.acknowledged: dict[str, int] = {}
@@ -91,6 +99,7 @@ class Ledger:
         self.longest = 0.0
         self.names: list[str] = []
         self.first: dict[str, float] = {}
+        self.latest_begin = 0.0
         self.heard: dict[str, list[str]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -125,8 +134,8 @@ class Ledger:
                 thread.join(120)
             with Database(self.url) as database, database.session(autocommit=True) as session:
                 runs = RunRepository(session)
-                self._end = runs.record_run(self.pipeline, REPORTS).id
-                runs.record_run(self.pipeline, REPORTS)
+                self._end = runs.record_run(self.pipeline, [done("a")]).id
+                runs.record_run(self.pipeline, [done("a")])
             for thread in hearing:
                 thread.join(60)
             assert not any(thread.is_alive() for thread in [*running, *hearing]), "a caller hangs"
@@ -153,8 +162,9 @@ class Ledger:
                 with database.session(autocommit=alone) as session:
                     runs = RunRepository(session)
                     if alone:
-                        return runs.create(self.pipeline, {"attempt": number}, idempotency_key=key).id
-                    run = runs.record_run(self.pipeline, REPORTS, {"attempt": number}, idempotency_key=key)
+                        return runs.create(self.pipeline, idempotency_key=key, priority=number).id
+                    run = runs.record_run(self.pipeline, [done("a", output={"attempt": number})], idempotency_key=key)
+                    time.sleep(self.hold)
                     return runs.get(run.id).id
 
             for key in self._keys(name):
@@ -167,6 +177,7 @@ class Ledger:
                     if self._note(name, key, number, begin, found):
                         break
                     time.sleep(PAUSE)
+                time.sleep(self.pause)
 
     async def _tasks(self, names: list[str]) -> None:
         async with Database(self.url, settings=self.settings) as database:
@@ -179,8 +190,9 @@ class Ledger:
             async with database.async_session(autocommit=alone) as session:
                 runs = AsyncRunRepository(session)
                 if alone:
-                    return (await runs.create(self.pipeline, {"attempt": number}, idempotency_key=key)).id
-                run = await runs.record_run(self.pipeline, REPORTS, {"attempt": number}, idempotency_key=key)
+                    return (await runs.create(self.pipeline, idempotency_key=key, priority=number)).id
+                run = await runs.record_run(self.pipeline, [done("a", output={"attempt": number})], idempotency_key=key)
+                await asyncio.sleep(self.hold)
                 return (await runs.get(run.id)).id
 
         for key in self._keys(name):
@@ -193,13 +205,13 @@ class Ledger:
                 if self._note(name, key, number, begin, found):
                     break
                 await asyncio.sleep(PAUSE)
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause)
 
     def _keys(self, name: str) -> Iterator[str]:
         for number in itertools.count():
             if self._stop.is_set():
                 return
-            yield f"{name}, {number}"
+            yield f"{self.name}, {name}, {number}"
 
     def _note(self, name: str, key: str, attempt: int, begin: float, found: int | BaseException) -> bool:
         """Note the answer of an attempt, and return whether the caller is done with the key."""
@@ -210,6 +222,7 @@ class Ledger:
             if isinstance(found, int):
                 self.acknowledged[key] = found
                 self.first.setdefault(name, end)
+                self.latest_begin = max(self.latest_begin, begin)
                 return True
             self.told[type(found).__name__] = self.told.get(type(found).__name__, 0) + 1
             if isinstance(found, CommitIndeterminateError):
@@ -246,13 +259,15 @@ class Ledger:
 
     # --- the end ---
 
-    def close(self, raw: psycopg.Connection, name: str, rounds: int, until: list[float]) -> Row:
+    def close(self, raw: psycopg.Connection, rounds: int, until: list[float]) -> Row:
         """Compare with what is stored."""
         stored = {
             key: (run_id, attempt)
             for key, run_id, attempt in raw.execute(
-                "SELECT idempotency_key, id, (trigger_data ->> 'attempt')::int FROM circle.pipeline_runs"
-                " WHERE idempotency_key IS NOT NULL"
+                "SELECT r.idempotency_key, r.id, coalesce((n.output_data ->> 'attempt')::int, r.priority)"
+                " FROM circle.pipeline_runs r JOIN circle.pipeline_node_runs n ON n.run_id = r.id"
+                " WHERE starts_with(r.idempotency_key, %s)",
+                [f"{self.name}, "],
             )
         }
         lost = [
@@ -265,13 +280,13 @@ class Ledger:
                 "SELECT run_id, node_id, type, count(*) FROM circle.pipeline_events GROUP BY 1, 2, 3 HAVING count(*) > 1"
             )
         ]
+        cursors: list[str] = []
         with Database(self.url) as database, database.session() as session:
-            cursors: list[str] = []
-            while page := EventRepository(session).read(after=cursors[-1] if cursors else None).items:
+            while self.heard and (page := EventRepository(session).read(after=cursors[-1] if cursors else None).items):
                 cursors += [event.cursor for event in page]
         for listener, heard in self.heard.items():
             times = Counter(heard)
             lost += [f"{listener}: {cursor}" for cursor in cursors[: len(heard)] if cursor not in times]
             doubled += [f"{listener}: {cursor}" for cursor, number in times.items() if number > 1]
             wrong += [f"{listener}: {cursor} is not stored" for cursor in set(times).difference(cursors)]
-        return Row(name, rounds, self.calls, lost, doubled, wrong, self.longest, until)
+        return Row(self.name, self.told, rounds, self.calls, lost, doubled, wrong, self.longest, until)

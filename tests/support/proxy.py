@@ -37,7 +37,7 @@ class Fault(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """A caller's connection and that to the server; what a fault once hit stays lost when the fault is over."""
+    """A caller's connection and that to the server."""
 
     client: socket.socket
     server: socket.socket | None
@@ -85,6 +85,8 @@ class Proxy:
             self._fault = fault
             for link in set(self._links.values()):
                 self._hit(link)
+                if fault is Fault.NONE and (link.calls_are_lost or link.answers_are_lost):
+                    self._end(link, reset=True)  # as the other end answers once it can, which knows of no connection
 
         self._command(apply)
 
