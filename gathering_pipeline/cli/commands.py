@@ -25,6 +25,8 @@ from gathering_pipeline.maintenance.preflight import MODES, Preflight
 from gathering_pipeline.maintenance.preflight import preflight as run_preflight
 from gathering_pipeline.maintenance.rights import Purpose
 from gathering_pipeline.maintenance.rights import grants as make_grants
+from gathering_pipeline.maintenance.widening import plan as plan_widening
+from gathering_pipeline.maintenance.widening import widen as run_widening
 
 
 class _Group(click.Group):
@@ -113,7 +115,7 @@ def cli() -> None:
     """The data layer of GatheRing's pipelines.
 
     Exit codes: 0 success; 1 failure, with one sentence on stderr, of many databases one for each that failed; 2 invalid
-    command line; 3 doctor or preflight found something that an operator has to act on.
+    command line; 3 doctor, preflight or widen --dry-run found something that an operator has to act on.
     """
 
 
@@ -329,3 +331,30 @@ def _print_preflight(plan: Preflight) -> None:
     for blocker in plan.blockers:
         age = "" if blocker.seconds is None else f", its transaction is {blocker.seconds:,.0f} s old"
         click.echo(f"blocked by {blocker.label}{age}: {blocker.reason}")
+
+
+@db.command()
+@click.option("--dry-run", is_flag=True, help="Print the steps and what prevents them; change nothing.")
+@x_option
+@url_option
+def widen(dry_run: bool, options: dict[str, str], url: str | None) -> None:
+    """Change the INTEGER ids of runs and node runs to BIGINT.
+
+    Revision 008 leaves the ids of large tables INTEGER. This runs concurrently with live writers: it copies each id
+    into a second column, some rows at a time, and exchanges the columns in a short transaction. It needs space for the
+    tables a second time. Start it again after an interruption; it continues.
+    """
+    with _progress(), _database(url) as engine:
+        if not dry_run:
+            changed = run_widening(engine, options)
+            click.echo(f"{', '.join(changed)}: BIGINT now" if changed else "no column is INTEGER")
+            return
+        with engine.connect() as connection:
+            plan = plan_widening(connection)
+    click.echo(f"INTEGER: {', '.join(plan.columns) or 'no column'}")
+    for step in plan.steps:
+        click.echo(f"    {step}")
+    for obstacle in plan.obstacles:
+        click.echo(f"prevented: {obstacle}")
+    if plan.obstacles:
+        click.get_current_context().exit(ACTION_NEEDED)
