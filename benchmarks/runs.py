@@ -20,7 +20,7 @@ from benchmarks import floor
 from benchmarks.databases import Databases
 from benchmarks.floor import OUTPUT, fetch_value
 from benchmarks.graphs import chain, fan_out
-from benchmarks.table import Row, Size, compare
+from benchmarks.table import Row, Size, compare, timed
 from gathering_pipeline import AsyncRunRepository, Database, NodeExecutionResult, RunRepository, StartedNode
 
 LEASE = timedelta(minutes=1)
@@ -244,6 +244,66 @@ def workers(databases: Databases, size: Size) -> Iterator[Row]:
     statement = "SELECT count(*) FROM circle.pipeline_runs WHERE claim_count > 1"
     twice: int = databases.session.connection().exec_driver_sql(statement).scalar_one()
     yield Row("runs that were claimed twice", str(twice), "0", float(twice), 0)
+
+
+BACKLOG = 1_000_000
+"""Pending runs that can't be claimed."""
+QUEUES = 1_000
+"""Active pipelines; the runs that can be claimed are of a tenth of them."""
+BACKLOGS = {
+    # the paused ones are new pipelines
+    "paused and delayed": """
+        WITH paused AS (
+            INSERT INTO circle.pipelines (name, status, nodes, edges)
+            SELECT 'paused', 'paused', p.nodes, p.edges FROM circle.pipelines p RETURNING id
+        ), ids AS MATERIALIZED (SELECT array_agg(id) AS ids FROM paused)
+        INSERT INTO circle.pipeline_runs (pipeline_id, pipeline_version, status, run_at, waits_until)
+        SELECT CASE WHEN d.due IS NULL THEN i.ids[1 + n %% cardinality(i.ids)]
+                    ELSE %(first)s + n / 10 %% %(queues)s END, 1, 'pending', d.due, d.due
+        FROM ids i, generate_series(1, %(backlog)s) n
+        CROSS JOIN LATERAL (SELECT CASE WHEN n %% 10 = 0 THEN now() + interval '1 day' END) d (due)""",
+    "full": """
+        WITH full_ones AS (
+            UPDATE circle.pipelines SET max_running = 1
+            WHERE id >= %(first)s + %(open)s AND id < %(first)s + %(queues)s RETURNING id
+        ), running AS (
+            INSERT INTO circle.pipeline_runs (pipeline_id, pipeline_version, status, started_at)
+            SELECT id, 1, 'running', now() FROM full_ones
+        )
+        INSERT INTO circle.pipeline_runs (pipeline_id, pipeline_version, status)
+        SELECT %(first)s + %(open)s + n %% (%(queues)s - %(open)s), 1, 'pending'
+        FROM generate_series(1, %(backlog)s) n""",
+}
+
+
+def claims(databases: Databases, size: Size) -> Iterator[Row]:
+    """Claims with a backlog of which nothing can be claimed, to the same claims before it was there."""
+    repeats, queues = size.repeats(300), size.count(QUEUES)
+    first = databases.store(chain(3)).ours
+    numbers = {"first": first, "queues": queues, "open": max(1, queues // 10), "backlog": size.count(BACKLOG)}
+    with floor.connect(databases.our_url) as connection:
+        connection.execute(
+            "INSERT INTO circle.pipelines (name, status, nodes, edges) SELECT p.name, p.status, p.nodes, p.edges"
+            " FROM circle.pipelines p, generate_series(2, %(queues)s)",
+            numbers,
+        )
+        connection.execute(
+            "SELECT count(circle.create_run(%(first)s + n %% %(open)s)) FROM generate_series(1, %(number)s) n",
+            numbers | {"number": 3 * (repeats + 5)},
+        )
+
+        def seconds() -> float:
+            connection.execute("VACUUM ANALYZE circle.pipeline_runs, circle.pipelines", prepare=False)
+            return statistics.median(
+                [timed(lambda: databases.runs.claim("worker", LEASE)) for _ in range(repeats + 5)][5:]
+            )
+
+        plain = seconds()
+        connection.execute("SET session_replication_role = replica", prepare=False)
+        for (what, statement), bar in zip(BACKLOGS.items(), (1.5, 2), strict=True):
+            connection.execute(statement.encode(), numbers, prepare=False)
+            name = f"claim with {numbers['backlog']:,} {what} runs, to none"
+            yield Row.of_times(name, seconds(), plain, bar)
 
 
 def creators(databases: Databases, size: Size) -> Iterator[Row]:

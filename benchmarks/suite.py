@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Databases, Size], Iterator[Row]]] = {
     "workers": runs.workers,
     "group": runs.group,
     "creators": runs.creators,
+    "claims": runs.claims,
     "create": runs.create,
     "trips": runs.round_trips,
     "wal": runs.write_ahead_log,

@@ -23,13 +23,15 @@ class Health(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     reachable: bool = Field(description="Whether the server answered.")
-    error: str | None = Field(None, description="Why it did not.")
-    revision: str | None = Field(None, description="Revision of the schema; null: there is none.")
+    error: str | None = Field(default=None, description="Why it did not.")
+    revision: str | None = Field(default=None, description="Revision of the schema; null: there is none.")
     expected_revision: str = Field(description="The revision that this code is written for.")
-    user: str | None = Field(None, description="Role of the connection.")
-    is_primary: bool | None = Field(None, description="Whether the server takes writes; a standby doesn't.")
-    replication_lag: timedelta | None = Field(None, description="How far a standby is behind; null on a primary.")
-    server_version: int | None = Field(None, description="Major version of PostgreSQL.")
+    user: str | None = Field(default=None, description="Role of the connection.")
+    is_primary: bool | None = Field(default=None, description="Whether the server takes writes; a standby doesn't.")
+    replication_lag: timedelta | None = Field(
+        default=None, description="How far a standby is behind; null on a primary."
+    )
+    server_version: int | None = Field(default=None, description="Major version of PostgreSQL.")
     connections_in_use: int | None = Field(
         description=(
             "Connections of the pool that sessions hold; null: the pool of a program's engine doesn't count them."

@@ -119,7 +119,7 @@ class PipelineEdge(_Model):
     from_node: Annotated[Strict, Field(alias="from")] = Field(description="Id of the node that comes first.")
     to_node: Annotated[Strict, Field(alias="to")] = Field(description="Id of the node that follows.")
     condition: Strict | None = Field(
-        None,
+        default=None,
         description=(
             "Label of the branch that the edge belongs to: a node that completes with this outcome takes it,"
             " in lower or upper case. null or blank: always taken."
@@ -138,9 +138,9 @@ class PipelineNode(_Model):
     config: Object = Field(
         default_factory=dict, description="The raw configuration, see `NodeConfig`; unknown keys and nulls are kept."
     )
-    position: Object | None = Field(None, description='Place in the editor, such as `{"x": 50, "y": 100}`.')
+    position: Object | None = Field(default=None, description='Place in the editor, such as `{"x": 50, "y": 100}`.')
     next: Annotated[list[Strict], Field(strict=True)] | None = Field(
-        None, description="Ids of the following nodes, which some writers store; the edges decide."
+        default=None, description="Ids of the following nodes, which some writers store; the edges decide."
     )
 
 
@@ -250,10 +250,10 @@ class NodeExecutionResult(_Model):
 
     node_id: str = Field(description="The node.")
     status: Literal["completed", "failed", "skipped", "cancelled"] = Field(description="Terminal status of the node.")
-    output: dict[str, Any] | None = Field(None, description="JSON object that the node produced.")
-    error: str | None = Field(None, description="Reason of the failure.")
-    duration_ms: StrictInt32 = Field(0, description="Time taken, in milliseconds.")
-    retry_count: StrictInt32 = Field(0, description="Retries made, so 0 after one attempt.")
+    output: dict[str, Any] | None = Field(default=None, description="JSON object that the node produced.")
+    error: str | None = Field(default=None, description="Reason of the failure.")
+    duration_ms: StrictInt32 = Field(default=0, description="Time taken, in milliseconds.")
+    retry_count: StrictInt32 = Field(default=0, description="Retries made, so 0 after one attempt.")
 
 
 def _branch(value: object, info: ValidationInfo) -> object:
@@ -267,18 +267,18 @@ class NodeResult(NodeExecutionResult):
     """The result of an attempt of a node."""
 
     attempt: Annotated[int, Field(strict=True, ge=1, le=MAX_INT32)] | None = Field(
-        None,
+        default=None,
         description=(
             "The attempt that it is about, 1 for the first: a late report about an earlier one is "
             "recognised. null: the current one."
         ),
     )
     retryable: StrictBool | None = Field(
-        None,
+        default=None,
         description="Whether a failed attempt is retried while retries are left; null: as `retry` of the call says.",
     )
     branch: Annotated[bool | str | None, PlainValidator(_branch)] = Field(
-        None,
+        default=None,
         description=(
             "The outcome of a completed node, which decides the edges that it takes, see "
             "`untaken_successors`; null: all."
@@ -339,38 +339,38 @@ class PipelineCreate(_Schema):
     """A pipeline to be stored; the graph is checked when it is written, and raw JSON is stored as it is."""
 
     name: Name = Field(description=_OF_PIPELINES["name"])
-    description: Text | None = Field(None, description=_OF_PIPELINES["description"])
-    status: PipelineStatus = Field(PipelineStatus.DRAFT, description=_OF_PIPELINES["status"])
+    description: Text | None = Field(default=None, description=_OF_PIPELINES["description"])
+    status: PipelineStatus = Field(default=PipelineStatus.DRAFT, description=_OF_PIPELINES["status"])
     nodes: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineNode)] = Field(
         default_factory=list, description=_OF_PIPELINES["nodes"]
     )
     edges: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineEdge)] = Field(
         default_factory=list, description=_OF_PIPELINES["edges"]
     )
-    timeout_seconds: Int32 | None = Field(3600, description=_OF_PIPELINES["timeout_seconds"])
-    max_retries_per_node: Retries = Field(3, description=_OF_PIPELINES["max_retries_per_node"])
-    retry_backoff_base: Seconds = Field(1.0, description=_OF_PIPELINES["retry_backoff_base"])
-    retry_backoff_max: Seconds = Field(60.0, description=_OF_PIPELINES["retry_backoff_max"])
-    max_running: Retries = Field(0, description=_OF_PIPELINES["max_running"])
+    timeout_seconds: Int32 | None = Field(default=3600, description=_OF_PIPELINES["timeout_seconds"])
+    max_retries_per_node: Retries = Field(default=3, description=_OF_PIPELINES["max_retries_per_node"])
+    retry_backoff_base: Seconds = Field(default=1.0, description=_OF_PIPELINES["retry_backoff_base"])
+    retry_backoff_max: Seconds = Field(default=60.0, description=_OF_PIPELINES["retry_backoff_max"])
+    max_running: Retries = Field(default=0, description=_OF_PIPELINES["max_running"])
 
 
 class PipelineUpdate(_Schema):
     """The fields of a pipeline to be changed: those given (``model_fields_set``), as in ``PipelineCreate``."""
 
-    name: Name | None = Field(None, description=_OF_PIPELINES["name"])
-    description: Text | None = Field(None, description=_OF_PIPELINES["description"])
-    status: PipelineStatus | None = Field(None, description=_OF_PIPELINES["status"])
+    name: Name | None = Field(default=None, description=_OF_PIPELINES["name"])
+    description: Text | None = Field(default=None, description=_OF_PIPELINES["description"])
+    status: PipelineStatus | None = Field(default=None, description=_OF_PIPELINES["status"])
     nodes: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineNode)] | None = Field(
-        None, description=_OF_PIPELINES["nodes"]
+        default=None, description=_OF_PIPELINES["nodes"]
     )
     edges: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineEdge)] | None = Field(
-        None, description=_OF_PIPELINES["edges"]
+        default=None, description=_OF_PIPELINES["edges"]
     )
-    timeout_seconds: Int32 | None = Field(None, description=_OF_PIPELINES["timeout_seconds"])
-    max_retries_per_node: Retries | None = Field(None, description=_OF_PIPELINES["max_retries_per_node"])
-    retry_backoff_base: Seconds | None = Field(None, description=_OF_PIPELINES["retry_backoff_base"])
-    retry_backoff_max: Seconds | None = Field(None, description=_OF_PIPELINES["retry_backoff_max"])
-    max_running: Retries | None = Field(None, description=_OF_PIPELINES["max_running"])
+    timeout_seconds: Int32 | None = Field(default=None, description=_OF_PIPELINES["timeout_seconds"])
+    max_retries_per_node: Retries | None = Field(default=None, description=_OF_PIPELINES["max_retries_per_node"])
+    retry_backoff_base: Seconds | None = Field(default=None, description=_OF_PIPELINES["retry_backoff_base"])
+    retry_backoff_max: Seconds | None = Field(default=None, description=_OF_PIPELINES["retry_backoff_max"])
+    max_running: Retries | None = Field(default=None, description=_OF_PIPELINES["max_running"])
 
     @field_validator("*", mode="after")
     @classmethod
@@ -543,7 +543,7 @@ class StartedNode(_Read):
     node_type: str = Field(description="Its type.")
     attempt: int = Field(description="The number of the attempt, 1 for the first.")
     inputs: dict[str, Any] | None = Field(
-        None,
+        default=None,
         description=(
             "The outputs of the completed predecessors that take it, by node id; null unless they were asked for."
         ),
@@ -554,9 +554,15 @@ class Step(_Read):
     """What ``advance`` did."""
 
     status: RunStatus = Field(description="The run's status.")
-    started: tuple[StartedNode, ...] = Field((), description="The nodes that the call started, in execution order.")
-    running: tuple[StartedNode, ...] = Field((), description="The nodes that are running, where the call started none.")
-    next_due: datetime | None = Field(None, description="When the next retry is due, where the call started no node.")
+    started: tuple[StartedNode, ...] = Field(
+        default=(), description="The nodes that the call started, in execution order."
+    )
+    running: tuple[StartedNode, ...] = Field(
+        default=(), description="The nodes that are running, where the call started none."
+    )
+    next_due: datetime | None = Field(
+        default=None, description="When the next retry is due, where the call started no node."
+    )
 
     @field_validator("started", "running", mode="before")
     @classmethod

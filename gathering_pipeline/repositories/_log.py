@@ -1,4 +1,4 @@
-"""What the logger ``gathering_pipeline`` tells: each call that changed something at DEBUG, each fault at WARNING.
+"""What the logger ``gathering_pipeline.calls`` tells: each call that changed something at DEBUG, each fault at WARNING.
 
 A line has names, ids and statuses; no JSON of runs, no error texts of theirs, no keys and no tokens.
 """
@@ -16,7 +16,7 @@ import psycopg
 from gathering_pipeline.connections import Statement
 from gathering_pipeline.errors import DatabaseError, LeaseLostError, shorten
 
-logger = logging.getLogger("gathering_pipeline")
+logger = logging.getLogger("gathering_pipeline.calls")
 
 _SHOWN = ("pipeline_id", "run_id", "node_id", "worker_id")
 """Parameters that say what a call is about."""

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--once", action="store_true", help="exit when no run is left to claim")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("gathering_pipeline.calls").setLevel(logging.ERROR)  # the worker reports the faults of its calls
     try:
         worker = Worker(
             Database(),

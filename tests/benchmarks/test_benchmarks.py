@@ -32,6 +32,7 @@ ROWS = {
     "workers": 5,
     "group": 3,
     "creators": 1,
+    "claims": 2,
     "create": 3,
     "trips": 6,
     "wal": 3,

@@ -1,4 +1,4 @@
-"""The logger ``gathering_pipeline``: a line for each change, a warning for each fault, and no secrets."""
+"""The logger ``gathering_pipeline.calls``: a line for each change, a warning for each fault, and no secrets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gathering_pipeline import (
 )
 from tests.support.runs import LEASE, done, store
 
-NAME = "gathering_pipeline"
+NAME = "gathering_pipeline.calls"
 
 
 def of(runs: Any) -> Callable[..., Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -25,7 +26,7 @@ import gathering_pipeline
 from gathering_pipeline import Database, DatabaseSettings, RunRepository
 from gathering_pipeline.cli.commands import cli
 from gathering_pipeline.repositories import _call
-from tests.support.pages import BLOCK, COMMANDS, pages, program
+from tests.support.pages import BLOCK, COMMANDS, EXCERPTS, pages, program
 from tests.support.runs import store
 from tests.support.servers import Server
 from tests.support.workers import new_run, outcome
@@ -40,7 +41,24 @@ WITH_A_TEST = ["operations", "scale", "testing", "worker"]
 
 
 def test_each_page_with_python_has_a_test() -> None:
-    assert [page.stem for page in pages() if program(page)] == sorted([*SELF_CONTAINED, *WITH_A_TEST])
+    assert [page.stem for page in pages() if program(page)] == sorted([*SELF_CONTAINED, *WITH_A_TEST, *EXCERPTS])
+
+
+@pytest.mark.parametrize("name", EXCERPTS)
+def test_page_shows_parts_of_a_program_as_they_are(name: str) -> None:
+    shown = BLOCK.findall((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"))
+    source = statements(EXCERPTS[name].read_text(encoding="utf-8"))
+    assert shown
+    assert [block for block in shown if not statements(block) <= source] == []
+
+
+def statements(code: str) -> set[str]:
+    """The statements of a module, without docstrings and comments."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.AsyncFunctionDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return {ast.unparse(node) for node in tree.body}
 
 
 @pytest.mark.parametrize("name", SELF_CONTAINED)
@@ -95,7 +113,9 @@ def test_command_of_a_page_exists(command: str, tmp_path: Path, monkeypatch: pyt
             CommandLine().parser.parse_args(words)
         case ["make", target]:
             assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        case ["pip", "install", package]:
+        case ["uvicorn", application]:
+            assert find_spec(application.partition(":")[0]) is not None
+        case ["pip", "install", package, *_]:
             name, _, extra = package.removesuffix("]").partition("[")
             assert name == project["name"]
             assert not extra or extra in project["optional-dependencies"]

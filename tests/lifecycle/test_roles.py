@@ -83,6 +83,7 @@ def read(database: Database) -> None:
     """Call everything that a reader calls."""
     with database.session(autocommit=True) as session:
         database.check()
+        database.metrics()
         runs, events = RunRepository(session), EventRepository(session)
         for pipeline in PipelineRepository(session).search().items:
             PipelineRepository(session).get(pipeline.id)

@@ -11,6 +11,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+EXCERPTS = {"fastapi": ROOT / "examples" / "service.py"}
+"""Pages that show parts of a program."""
+
+
 def pages() -> list[Path]:
     """The README and the pages."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,5 +35,5 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for page in pages():
-        if code := program(page):
+        if page.stem not in EXCERPTS and (code := program(page)):
             (folder / f"{page.stem.replace('-', '_').lower()}_page.py").write_text(code, encoding="utf-8")

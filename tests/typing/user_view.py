@@ -27,6 +27,7 @@ from gathering_pipeline import (
     InvalidPipelineError,
     Issue,
     IssueCode,
+    Metrics,
     NodeContext,
     NodeExecutionResult,
     NodeResult,
@@ -95,6 +96,7 @@ def pipelines(session: Session) -> None:
     assert_type(read, PipelineRead)
     assert_type(read.status, PipelineStatus)
     assert_type(read.definition, PipelineDefinition)
+    assert_type(read.to_create(), PipelineCreate)
     assert_type(read.last_run, datetime | None)
     page = repository.search(status=PipelineStatus.ACTIVE, name="x", after=None, limit=10)
     assert_type(page, Page[PipelineRead])
@@ -262,6 +264,7 @@ def databases() -> None:
     with Database("postgresql://u:p@h/d", settings=DatabaseSettings(pool_size=3)) as database:
         database.upgrade()
         database.check()
+        assert_type(database.metrics(), Metrics)
         with database.session() as session, database.session(autocommit=True) as fast:
             assert_type(session, Session)
             assert_type(fast, Session)
@@ -284,6 +287,7 @@ def many_databases(engine: Engine) -> None:
 
 async def async_databases() -> None:
     async with Database() as database:
+        assert_type(await database.ametrics(), Metrics)
         async with database.async_session(autocommit=True) as session:
             assert_type(session, AsyncSession)
         async with async_sessionmaker(database.async_engine).begin() as own:
