@@ -143,11 +143,15 @@ def _several_hosts(text: str | URL) -> URL | None:
     return make_url(parts["before"] + parts["after"]).update_query_dict({"host": hosts, "port": ports})
 
 
+_KEEPS_ESCAPES = make_url("postgresql:///%41").database == "%41"
+"""SQLAlchemy 2.0 doesn't decode the name of the database."""
 _PLACE = re.compile(r"[^:]*://(?:[^:/]*(?::[^@]*)?@)?(?P<place>[^?]*)\??(?P<query>.*)", re.DOTALL)
 
 
 def _read(text: str | URL) -> URL:
     url = _several_hosts(text) or make_url(text)
+    if _KEEPS_ESCAPES and isinstance(text, str) and url.database:
+        url = url.set(database=unquote(url.database))
     # the text, because make_url decodes a database's %40 into @
     parts = _PLACE.fullmatch(text) if isinstance(text, str) else None
     place, query = (url.host or "", "") if parts is None else parts.group("place", "query")
