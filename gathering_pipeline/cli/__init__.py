@@ -8,10 +8,13 @@ import sys
 def main() -> None:
     """Run the command of ``sys.argv``."""
     try:
+        import rich  # noqa: F401 - missing, it is reported at once, and not only in a terminal
+
         from gathering_pipeline.cli.commands import cli
+
+        cli()
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
-        if missing not in {"click", "rich"}:
+        if missing not in {"click", "rich", "jinja2"}:
             raise
         sys.exit(f"Error: the command line needs {missing}: pip install 'gathering-pipeline[cli]'")
-    cli()

@@ -1,0 +1,174 @@
+"""What commands print: tables, JSON, and texts of users, whose control characters are escaped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from gathering_pipeline.errors import PipelineError, printable, shorten
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+ACTION_NEEDED = 3
+"""Exit code of a report that an operator has to act on."""
+
+_MOST_CHARACTERS = 200
+"""Of a cell of a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command found or did in a database.
+
+    Attributes:
+        text: The result in one line.
+        data: The result for ``--json``.
+        needs_action: Whether an operator has to act on it.
+    """
+
+    text: str
+    data: dict[str, Any]
+    needs_action: bool = False
+
+
+class Group(click.Group):
+    """Prints an error as one sentence and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As of ``click.Group``."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            sentence = describe(error)
+            if sentence is None:
+                raise
+            raise click.ClickException(printable(sentence)) from error
+
+
+def describe(error: Exception) -> str | None:
+    """The sentence for an error that a command expects; ``None`` for any other."""
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if "sqlalchemy" not in sys.modules:  # without it there is no error of it
+        return None
+    from alembic.util import CommandError
+    from psycopg import Error
+    from sqlalchemy.exc import DBAPIError
+
+    if isinstance(error, CommandError):
+        return str(error)
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(original, Error) or isinstance(error, DBAPIError):
+        reason = getattr(getattr(original, "diag", None), "message_primary", None) or str(original).strip()
+        state = getattr(original, "sqlstate", None)
+        return f"PostgreSQL reports: {shorten(reason)}" + (f" (SQLSTATE {state})" if state else "")
+    return None
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines that may hold texts of users."""
+    click.echo("\n".join(map(printable, text.split("\n"))), err=err)
+
+
+def to_json(value: object) -> str:
+    """Write JSON for people and programs; what isn't printable is escaped, which changes no value."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return "\n".join(
+        line
+        if line.isprintable()
+        else "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in line)
+        for line in text.split("\n")
+    )
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    click.echo(to_json(value))
+
+
+def is_terminal(stream: TextIO | None = None) -> bool:
+    """Whether people read the output as it comes."""
+    return (stream or sys.stdout).isatty()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table: for people in a terminal, else a line for each row, with tabs between the values.
+
+    Args:
+        columns: The names; of numbers they begin with ``#``, which is not printed.
+        rows: The values.
+    """
+    if is_terminal():
+        from rich.console import Console
+
+        Console().print(make_table(columns, rows))
+        return
+    for row in rows:
+        click.echo("\t".join(as_text(value) for value in row))
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
+    """Make a table for a terminal; ``print_table`` has the arguments."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for name in columns:
+        is_number = name.startswith("#")
+        table.add_column(name.lstrip("#"), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    for row in rows:
+        # a Text, because a name such as [red] is no markup
+        table.add_row(*(Text(shorten(text := as_text(value), _MOST_CHARACTERS), style=style_of(text)) for value in row))
+    return table
+
+
+_STYLES = {
+    "pending": "dim",
+    "running": "cyan",
+    "completed": "green",
+    "active": "green",
+    "failed": "bold red",
+    "timeout": "bold red",
+    "error": "bold red",
+    "cancelled": "yellow",
+    "paused": "yellow",
+    "skipped": "dim",
+}
+
+
+def style_of(status: str) -> str:
+    """The style of a status in a terminal; of any other text none."""
+    return _STYLES.get(status, "")
+
+
+def as_text(value: object) -> str:
+    """A value in one line; times in UTC, of nothing a minus sign."""
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M:%S}"
+    return printable(str(value))
+
+
+def as_duration(seconds: float | None) -> str:
+    """A duration in its two largest units, such as ``2 h 05 min``."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    days, hours_left = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours_left:02} h"
+    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -1,0 +1,8 @@
+"""Graphs and runs for people: Mermaid, SVG, and the report of a run; pure.
+
+Names and other texts of users are escaped everywhere.
+"""
+
+from .graph import MOST_DRAWN, NodeLook, to_mermaid, to_svg
+
+__all__ = ["MOST_DRAWN", "NodeLook", "to_mermaid", "to_svg"]
