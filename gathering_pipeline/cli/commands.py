@@ -11,6 +11,7 @@ import click
 from gathering_pipeline.cli.db import db
 from gathering_pipeline.cli.output import Group
 from gathering_pipeline.cli.pipelines import export, graph, import_, list_, show, validate
+from gathering_pipeline.cli.runs import runs
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +24,5 @@ def cli() -> None:
     """
 
 
-for command in (validate, import_, export, list_, show, graph, db):
+for command in (validate, import_, export, list_, show, graph, runs, db):
     cli.add_command(command)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -301,3 +305,39 @@ def _print_preflight(plan: Preflight) -> None:
     for blocker in plan.blockers:
         age = "" if blocker.seconds is None else f", its transaction is {blocker.seconds:,.0f} s old"
         echo(f"blocked by {blocker.label}{age}: {blocker.reason}")
+
+
+@db.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", metavar="[PSQL-ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
+@migration_url_option
+def shell(arguments: tuple[str, ...], url: str | None) -> None:
+    """Start psql on the database; what follows is given to psql, as in: db shell -c "SELECT 1".
+
+    The password is not in the arguments, which every user of the machine can see. psql is that of the system, else that
+    of the embedded server.
+    """
+    from psycopg.conninfo import make_conninfo
+
+    from gathering_pipeline import embedded
+    from gathering_pipeline.urls import SECRET
+
+    program = shutil.which("psql") or embedded.find_program("psql")
+    if program is None:
+        raise click.ClickException(
+            "psql is not installed: install PostgreSQL's client (postgresql-client on Debian), or pip install"
+            " 'gathering-pipeline[embedded]', which has it"
+        )
+    with open_database(url, for_migrations=True) as database:
+        parameters = database.engine.dialect.create_connect_args(database.engine.url)[1]
+    environment = os.environ | {"PGPASSWORD": parameters.pop("password")} if "password" in parameters else None
+    if hidden := sorted(name for name in parameters if SECRET.search(name)):
+        raise click.ClickException(
+            f"the URL has {hidden[0]}, which psql takes only from its arguments: start it by hand"
+        )
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # psql has a handler of its own
+    try:
+        command = [program, "--dbname", make_conninfo(**parameters), *arguments]
+        done = subprocess.run(command, env=environment, check=False)  # noqa: S603 - the program was found above
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+    click.get_current_context().exit(done.returncode)

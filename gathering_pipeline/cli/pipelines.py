@@ -65,7 +65,9 @@ def _print_report(report: dict[str, Any]) -> None:
         echo(f"{report['file']}: error: {report['error']}")
     for issue in report["issues"]:
         root, *keys = issue["loc"] or ("pipeline",)
-        echo(f"{report['file']}: {issue['severity']} {issue['code']} at {json_path(root, keys)}: {issue['message']}")
+        place = f"{json_path(root, keys)}: "
+        message = issue["message"].removeprefix(place)
+        echo(f"{report['file']}: {issue['severity']} {issue['code']}: {place}{message}")
     if report["valid"]:
         echo(f"{report['file']}: valid")
 

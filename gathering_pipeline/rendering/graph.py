@@ -19,7 +19,7 @@ MOST_DRAWN = 10_000
 """Nodes of the largest graph that is drawn."""
 
 _MARGIN = 12.0
-_NAME_WIDTH, _LINE_WIDTH = 20, 25
+_NAME_WIDTH, _LINE_WIDTH = 19, 27
 """Characters that fit into a line of a node; a wide character counts twice."""
 _MOST_LABEL = 30
 """Characters of an edge's label."""
@@ -62,7 +62,7 @@ def color_style() -> str:
 GRAPH_STYLE = (
     "svg.graph{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
     ".graph .box{fill:var(--card);stroke:var(--line);stroke-width:1.25}"
-    ".graph .name{font-size:13px;font-weight:600;fill:var(--text)}"
+    ".graph .name{font-size:12.5px;font-weight:600;fill:var(--text)}"
     ".graph .what{font-size:11px;fill:var(--muted)}"
     ".graph .edge{fill:none;stroke:var(--muted);stroke-width:1.4}"
     ".graph .edge.untaken{stroke-dasharray:4 4;opacity:.75}"
@@ -174,7 +174,7 @@ def to_svg(
             (from_x, from_y), (to_x, to_y) = route[:2]
             labels.append(
                 f'<text class="label" x="{(from_x + to_x) / 2:.1f}" y="{(from_y + to_y) / 2 + 4:.1f}">'
-                f"{_text(_fit(text, _MOST_LABEL))}</text>"
+                f"{_text(_fit(shorten(text, 200), _MOST_LABEL))}</text>"
             )
     for node, corner in zip(layout.nodes, layout.places, strict=True):
         parts.append(_draw_node(node, corner, (looks or {}).get(node.id)))
@@ -196,7 +196,7 @@ def _curve(route: Sequence[Point]) -> str:
 def _draw_node(node: PipelineNode, corner: Point, look: NodeLook | None) -> str:
     words = [node.type, *([look.status.value, look.detail] if look else [])]
     what = " · ".join(word for word in words if word)
-    name = node.name.strip() or node.id
+    name = shorten(node.name.strip() or node.id, 1_000)
     x, y = corner
     sign = (
         f'<rect class="bar" x="0" y="0" width="5" height="{HEIGHT:.0f}" rx="2.5"/>'
@@ -204,7 +204,7 @@ def _draw_node(node: PipelineNode, corner: Point, look: NodeLook | None) -> str:
         if look
         else ""
     )
-    room = _NAME_WIDTH if look else _NAME_WIDTH + 3
+    room = _NAME_WIDTH if look else _NAME_WIDTH + 2
     return (
         f'<g class="node {look.status if look else ""}" transform="translate({x:.1f} {y:.1f})">'
         f"<title>{_text(name)} ({_text(node.id)}): {_text(what)}</title>"
@@ -215,17 +215,18 @@ def _draw_node(node: PipelineNode, corner: Point, look: NodeLook | None) -> str:
 
 
 def _fit(text: str, room: int) -> str:
-    """The beginning of a text that fits into so many narrow characters."""
+    """A text without its middle, where it doesn't fit into so many narrow characters: ids differ at their ends."""
     shown = printable(text)
-    widths = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in shown[: room + 1]]
-    if len(shown) <= room and sum(widths) <= room:
+    width = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in shown]
+    if sum(width) <= room:
         return shown
-    used, kept = 1, 0  # the ellipsis
-    for width in widths:
-        if used + width > room:
-            break
-        used, kept = used + width, kept + 1
-    return shown[:kept].rstrip() + "…"
+    head, tail, used = 0, len(shown), 1  # the ellipsis
+    while True:
+        is_head = head <= len(shown) - tail
+        used += width[head if is_head else tail - 1]
+        if used > room:
+            return f"{shown[:head].rstrip()}…{shown[tail:].lstrip()}"
+        head, tail = (head + 1, tail) if is_head else (head, tail - 1)
 
 
 def _text(text: str) -> str:

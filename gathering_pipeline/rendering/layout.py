@@ -12,7 +12,7 @@ from typing import Any
 
 from gathering_pipeline.models import PipelineDefinition, PipelineNode
 
-WIDTH, HEIGHT = 192.0, 56.0
+WIDTH, HEIGHT = 208.0, 56.0
 """Size of a node."""
 GAP_X, GAP_Y = 64.0, 24.0
 """Least distance of two nodes."""
@@ -104,7 +104,7 @@ def _is_coordinate(value: Any) -> bool:
 
 def _stretch(places: Sequence[Point]) -> float | None:
     """The factor that keeps nodes apart; ``None`` if it were too large, as of nodes that were never placed."""
-    wide, high = WIDTH + GAP_Y, HEIGHT + GAP_Y
+    wide, high = WIDTH + 0.75 * GAP_X, HEIGHT + GAP_Y
     cells: dict[tuple[int, int], list[Point]] = {}
     stretch = 1.0
     for x, y in places:
