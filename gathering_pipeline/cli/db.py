@@ -328,7 +328,8 @@ def shell(arguments: tuple[str, ...], url: str | None) -> None:
             " 'gathering-pipeline[embedded]', which has it"
         )
     with open_database(url, for_migrations=True) as database:
-        parameters = database.engine.dialect.create_connect_args(database.engine.url)[1]
+        location = database.engine.url
+    parameters = location.get_dialect()().create_connect_args(location)[1]
     environment = os.environ | {"PGPASSWORD": parameters.pop("password")} if "password" in parameters else None
     if hidden := sorted(name for name in parameters if SECRET.search(name)):
         raise click.ClickException(
