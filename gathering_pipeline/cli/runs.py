@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from gathering_pipeline.events import PipelineEvent
     from gathering_pipeline.models import NodeRunRead, RunRead, RunSummary
+    from gathering_pipeline.rendering import RunRecord
     from gathering_pipeline.repositories import RunRepository
 
 run_argument = click.argument("run_id", metavar="RUN", type=int)
@@ -37,6 +39,8 @@ run_argument = click.argument("run_id", metavar="RUN", type=int)
 STATUSES = [status.value for status in RunStatus]
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
+_MOST_LOGS = 1_000
+"""Entries of a log that a report shows."""
 _BATCH = 500
 """Runs that are read, or deleted, at once."""
 
@@ -265,6 +269,61 @@ def _line(event: PipelineEvent) -> str:
         f" {key}={' '.join(str(value).split())}" for key, value in event.data.items() if value is not None
     )
     return as_text(f"{event.created_at:%Y-%m-%d %H:%M:%S} {what} {event.type.partition('.')[2]}{shorten(details, 300)}")
+
+
+@runs.command()
+@run_argument
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="The page, such as report.html; it is overwritten.",
+)
+@url_option
+def report(run_id: int, output: Path, url: str | None) -> None:
+    """Write a page about a run: graph, timeline, nodes, errors, log, and why it stands still.
+
+    The page is one file of HTML, which needs no network and no script.
+    """
+    from gathering_pipeline.rendering import render_report
+
+    with open_database(url) as database, database.reading() as session:
+        record = _read_record(session, run_id)
+    output.write_text(render_report(record), encoding="utf-8")
+    echo(str(output))
+
+
+def _read_record(session: Session, run_id: int) -> RunRecord:
+    from gathering_pipeline.errors import InvalidPipelineError
+    from gathering_pipeline.rendering import RunRecord
+    from gathering_pipeline.repositories import EventRepository, PipelineRepository, RunRepository
+
+    repository = RunRepository(session)
+    run = repository.get(run_id)
+    try:
+        definition = repository.definition(run_id)
+    except InvalidPipelineError:
+        definition = None
+    events: list[PipelineEvent] = []
+    after = None
+    while page := EventRepository(session).read(after, run_id=run_id).items:
+        events += page
+        after = page[-1].cursor
+    logs = repository.logs(run_id, limit=_MOST_LOGS + 1)
+    return RunRecord(
+        run=run,
+        pipeline_name=PipelineRepository(session).get(run.pipeline_id).name,
+        definition=definition,
+        nodes=repository.nodes(run_id),
+        events=events,
+        logs=logs[:_MOST_LOGS],
+        more_logs=len(logs) > _MOST_LOGS,
+        tags=repository.tags(run_id),
+        explanation=repository.explain(run_id),
+        at=datetime.now(UTC),
+    )
 
 
 # --- control ----------------------------------------------------------------------------------------------------------
