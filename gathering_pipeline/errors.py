@@ -62,15 +62,6 @@ def shorten(text: str, limit: int = MAX_MESSAGE) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-def printable(text: str) -> str:
-    """Escape what can't be shown: a name may hold escape sequences of terminals, or turn the direction of the text."""
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
-
-
 class IssueCode(StrEnum):
     """Stable names of the rules for pipelines; Python and the database report a fault under the same code.
 

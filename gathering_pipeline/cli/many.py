@@ -22,8 +22,9 @@ from sqlalchemy.engine import URL, Engine
 
 from gathering_pipeline import connections
 from gathering_pipeline.cli.output import ACTION_NEEDED, Outcome, describe, print_json
-from gathering_pipeline.errors import ConfigurationError, printable, shorten
+from gathering_pipeline.errors import ConfigurationError, shorten
 from gathering_pipeline.settings import DatabaseSettings
+from gathering_pipeline.texts import one_line
 from gathering_pipeline.urls import parse_url
 
 MOST_BAD_LINES = 20
@@ -198,5 +199,5 @@ def _run_one(target: Target, action: Action, settings: DatabaseSettings) -> _Res
             outcome = action(engine)
     except Exception as error:  # noqa: BLE001 - the other databases are not concerned
         text = describe(error) or f"{type(error).__name__}: {error}"
-        return _Result(target.name, time.monotonic() - begun, error=printable(shorten(" ".join(text.split()))))
+        return _Result(target.name, time.monotonic() - begun, error=shorten(one_line(text)))
     return _Result(target.name, time.monotonic() - begun, outcome)

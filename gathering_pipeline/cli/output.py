@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from gathering_pipeline.errors import PipelineError, printable, shorten
+from gathering_pipeline.errors import PipelineError, shorten
+from gathering_pipeline.texts import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -158,17 +159,3 @@ def as_text(value: object) -> str:
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     return printable(str(value))
-
-
-def as_duration(seconds: float | None) -> str:
-    """A duration in its two largest units, such as ``2 h 05 min``."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:  # noqa: PLR2004 - a minute
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    days, hours_left = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours_left:02} h"
-    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"

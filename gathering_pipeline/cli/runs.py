@@ -14,7 +14,6 @@ import click
 from gathering_pipeline.cli.options import json_option, open_database, url_option, yes_option
 from gathering_pipeline.cli.output import (
     ACTION_NEEDED,
-    as_duration,
     as_text,
     describe,
     echo,
@@ -24,6 +23,7 @@ from gathering_pipeline.cli.output import (
 )
 from gathering_pipeline.errors import shorten
 from gathering_pipeline.lifecycle import RunStatus
+from gathering_pipeline.texts import duration_text, one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -158,16 +158,17 @@ def _rows(session: Session, found: Iterator[RunSummary]) -> Iterator[Sequence[ob
         for run in batch:
             yield (
                 *(run.id, run.pipeline_id, names.get(run.pipeline_id), run.status, run.created_at),
-                *(_duration(run), run.worker_id, run.failed_node or run.current_node),
-                None if run.error_message is None else shorten(run.error_message, 100),
+                *(run_duration(run), run.worker_id, run.failed_node or run.current_node),
+                None if run.error_message is None else shorten(one_line(run.error_message), 100),
             )
 
 
-def _duration(run: RunSummary) -> str:
+def run_duration(run: RunSummary) -> str:
+    """How long a run took, or takes already."""
     if run.started_at is None:
         return "-"
     end = run.completed_at or datetime.now(UTC)
-    return as_duration(max((end - run.started_at).total_seconds(), 0))
+    return duration_text(end - run.started_at)
 
 
 @runs.command()
@@ -186,9 +187,9 @@ def show(run_id: int, as_json: bool, url: str | None) -> None:
         return
     for key, value in run:
         if key not in ("trigger_data", "logs") and value is not None:
-            echo(f"{key.replace('_', ' ')}: {as_text(value)}")
+            echo(f"{key.replace('_', ' ')}: {one_line(value) if isinstance(value, str) else as_text(value)}")
     for key, text in tags.items():
-        echo(f"tag {key}: {text}".replace("\n", " "))
+        echo(one_line(f"tag {key}: {text}"))
     print_table(NODE_COLUMNS, map(node_row, nodes))
 
 
@@ -197,7 +198,7 @@ NODE_COLUMNS = ("node", "type", "status", "#attempt", "started", "#duration", "e
 
 def node_row(node: NodeRunRead) -> Sequence[object]:
     """The row of a node, for ``NODE_COLUMNS``."""
-    error = None if node.error_message is None else shorten(node.error_message, 100)
+    error = None if node.error_message is None else shorten(one_line(node.error_message), 100)
     if node.status == "pending" and node.available_at is not None:
         error = f"retry at {as_text(node.available_at)}: {error}"
     attempt = node.retry_count + 1 if node.retry_count or node.started_at is not None else None
@@ -210,8 +211,8 @@ def node_duration(node: NodeRunRead) -> str:
         return "-"
     if node.completed_at is None:
         running = node.status == "running"
-        return as_duration(max((datetime.now(UTC) - node.started_at).total_seconds(), 0)) if running else "-"
-    return as_duration(node.duration_ms / 1000)
+        return duration_text(datetime.now(UTC) - node.started_at) if running else "-"
+    return duration_text(timedelta(milliseconds=node.duration_ms))
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def why(run_id: int, as_json: bool, url: str | None) -> None:
     echo(str(explanation))
     for entry in explanation.history:
         who = "" if entry.worker_id is None else f" {entry.worker_id}"
-        because = "" if entry.reason is None else f": {' '.join(entry.reason.split())}"
+        because = "" if entry.reason is None else f": {one_line(entry.reason)}"
         echo(f"{as_text(entry.at)} {entry.kind}{who}{because}")
 
 
@@ -265,9 +266,7 @@ def watch(run_id: int, as_json: bool, url: str | None) -> None:
 
 def _line(event: PipelineEvent) -> str:
     what = "run" if event.node_id is None else f"node {event.node_id}"
-    details = "".join(
-        f" {key}={' '.join(str(value).split())}" for key, value in event.data.items() if value is not None
-    )
+    details = "".join(f" {key}={one_line(str(value))}" for key, value in event.data.items() if value is not None)
     return as_text(f"{event.created_at:%Y-%m-%d %H:%M:%S} {what} {event.type.partition('.')[2]}{shorten(details, 300)}")
 
 
@@ -410,7 +409,7 @@ def purge(older_than: timedelta, yes: bool, as_json: bool, url: str | None) -> N
     deleted, kept = 0, list[int]()
     with open_database(url) as database:
         if not yes:  # after the name of the database is printed
-            age = as_duration(older_than.total_seconds())
+            age = duration_text(older_than)
             click.confirm(f"This deletes all runs that ended over {age} ago. Continue?", abort=True, err=True)
         after = None
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -13,11 +12,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gathering_pipeline.cli.output import as_duration, make_table, style_of
-from gathering_pipeline.cli.runs import NODE_COLUMNS, node_row
-from gathering_pipeline.errors import PipelineError, is_transient, printable
+from gathering_pipeline.cli.output import make_table, style_of
+from gathering_pipeline.cli.runs import NODE_COLUMNS, node_row, run_duration
+from gathering_pipeline.errors import PipelineError, is_transient
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.repositories import PipelineRepository, RunRepository
+from gathering_pipeline.texts import one_line, printable
 
 if TYPE_CHECKING:
     from gathering_pipeline.database import Database
@@ -68,10 +68,11 @@ def _read(database: Database, run_id: int) -> tuple[RunRead, list[NodeRunRead]]:
 def _draw(run: RunRead, nodes: list[NodeRunRead], name: str, problem: str, room: int) -> RenderableType:
     counts = Counter(node.status for node in nodes)
     done = sum(count for status, count in counts.items() if status.is_terminal)
-    end = run.completed_at or datetime.now(UTC)
-    time_taken = "-" if run.started_at is None else as_duration(max((end - run.started_at).total_seconds(), 0))
     head = Text.assemble(
-        (f"run {run.id}", "bold"), f" of {printable(name)}: ", (run.status, style_of(run.status)), f", {time_taken}"
+        (f"run {run.id}", "bold"),
+        f" of {printable(name)}: ",
+        (run.status, style_of(run.status)),
+        f", {run_duration(run)}",
     )
     if run.worker_id is not None:
         head.append(f", worker {printable(run.worker_id)}")
@@ -89,7 +90,7 @@ def _draw(run: RunRead, nodes: list[NodeRunRead], name: str, problem: str, room:
     if len(shown) < len(nodes):
         parts.append(Text(f"and {len(nodes) - len(shown)} more nodes", style="dim"))
     if run.error_message:
-        parts.append(Text(printable(run.error_message), style=style_of("failed")))
+        parts.append(Text(one_line(run.error_message), style=style_of("failed")))
     if problem:
         parts.append(Text(printable(problem), style=style_of("failed")))
     return Group(*parts)

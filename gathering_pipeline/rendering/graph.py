@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-from gathering_pipeline.errors import InvalidDataError, printable, shorten
+from gathering_pipeline.errors import InvalidDataError, shorten
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.models import PipelineDefinition, PipelineNode
+from gathering_pipeline.texts import printable
 
 from .layout import HEIGHT, WIDTH, Point, arrange
 
@@ -160,8 +161,9 @@ def to_svg(
     layout = arrange(definition)
     width, height = layout.width + 2 * _MARGIN, layout.height + 2 * _MARGIN
     label = _text(title) or f"Graph of {number} nodes"
+    shrink = f' style="width:min(100%,{width:.0f}px);min-width:{width * 0.75:.0f}px;height:auto"' if embedded else ""
     head = (
-        f'<svg class="graph" xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+        f'<svg class="graph" xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"{shrink}'
         f' viewBox="{-_MARGIN:.0f} {-_MARGIN:.0f} {width:.0f} {height:.0f}" role="img" aria-label="{label}">'
     )
     style = "" if embedded else f"<style>{color_style()}{GRAPH_STYLE}svg{{background:var(--page)}}</style>"
@@ -194,12 +196,13 @@ def _curve(route: Sequence[Point]) -> str:
 
 
 def _draw_node(node: PipelineNode, corner: Point, look: NodeLook | None) -> str:
-    words = [node.type, *([look.status.value, look.detail] if look else [])]
-    what = " · ".join(word for word in words if word)
+    words = [node.type, *(word for word in ([look.status.value, look.detail] if look else []) if word)]
+    what = " · ".join(words)
+    line = what if len(what) <= _LINE_WIDTH else " · ".join(words[1:] or words)
     name = shorten(node.name.strip() or node.id, 1_000)
     x, y = corner
     sign = (
-        f'<rect class="bar" x="0" y="0" width="5" height="{HEIGHT:.0f}" rx="2.5"/>'
+        f'<rect class="bar" x="5" y="9" width="4" height="{HEIGHT - 18:.0f}" rx="2"/>'
         f'<path class="sign" transform="translate({WIDTH - 26:.0f} 8)" d="{ICONS[look.status]}"/>'
         if look
         else ""
@@ -210,7 +213,7 @@ def _draw_node(node: PipelineNode, corner: Point, look: NodeLook | None) -> str:
         f"<title>{_text(name)} ({_text(node.id)}): {_text(what)}</title>"
         f'<rect class="box" width="{WIDTH:.0f}" height="{HEIGHT:.0f}" rx="8"/>{sign}'
         f'<text class="name" x="16" y="23">{_text(_fit(name, room))}</text>'
-        f'<text class="what" x="16" y="42">{_text(_fit(what, _LINE_WIDTH))}</text></g>'
+        f'<text class="what" x="16" y="42">{_text(_fit(line, _LINE_WIDTH))}</text></g>'
     )
 
 

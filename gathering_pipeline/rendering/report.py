@@ -11,10 +11,11 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from gathering_pipeline.errors import printable, shorten
+from gathering_pipeline.errors import shorten
 from gathering_pipeline.explaining import Explanation
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.models import LogEntry, NodeRunRead, PipelineDefinition, RunRead
+from gathering_pipeline.texts import duration_text, printable
 
 from .graph import GRAPH_STYLE, ICONS, NodeLook, color_style, to_svg
 from .timeline import Attempt, find_attempts
@@ -75,6 +76,16 @@ class _Bar:
 
 
 @dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error that attempts of a node ended with."""
+
+    node_id: str
+    text: str
+    attempts: list[int]
+    last: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
     """A node as the page shows it."""
 
@@ -118,13 +129,13 @@ def render_report(record: RunRecord) -> str:
         number=len(nodes),
         graph=_draw(record, nodes, looks),
         most_drawn=MOST_DRAWN,
-        errors=[attempt for row in rows for attempt in row.attempts if attempt.error],
+        failures=[failure for row in rows for failure in _failures(row)],
         names=names,
-        ticks=[(part, _duration((end - begin) * part / 100)) for part in (0, 25, 50, 75, 100)],
+        ticks=[(part, duration_text((end - begin) * part / 100)) for part in (0, 25, 50, 75, 100)],
         trigger=_json(run.trigger_data),
         style=color_style() + GRAPH_STYLE,
         icons=ICONS,
-        duration=_duration(end - begin) if run.started_at else "not started",
+        duration="–" if run.started_at is None else duration_text((run.completed_at or record.at) - run.started_at),
     )
 
 
@@ -145,9 +156,9 @@ def _make_row(
         until = attempt.end or end
         label = f"attempt {number} {attempt.outcome}"
         label += (
-            f" for {_duration(until - attempt.start)}"
+            f" for {duration_text(until - attempt.start)}"
             if attempt.end is None
-            else (f" after {_duration(until - attempt.start)}")
+            else (f" after {duration_text(until - attempt.start)}")
         )
         left = 100 * ((attempt.start - begin) / whole)
         bars.append(_Bar(left, 100 * ((until - attempt.start) / whole), attempt.outcome, label))
@@ -157,9 +168,20 @@ def _make_row(
         names.get(node.node_id, node.node_id).strip() or node.node_id,
         attempts,
         bars,
-        _duration(taken) if attempts else "",
-        None if node.output_data is None else _json(node.output_data),
+        duration_text(taken) if attempts else "",
+        None if not node.output_data else _json(node.output_data),
     )
+
+
+def _failures(row: _Row) -> list[_Failure]:
+    """The different errors of a node."""
+    found: dict[str, _Failure] = {}
+    for number, attempt in enumerate(row.attempts, 1):
+        if attempt.error:
+            earlier = found.get(attempt.error)
+            numbers = [*(earlier.attempts if earlier else ()), number]
+            found[attempt.error] = _Failure(row.node.node_id, attempt.error, numbers, attempt.end)
+    return list(found.values())
 
 
 def _draw(record: RunRecord, nodes: Sequence[NodeRunRead], looks: Mapping[str, NodeLook]) -> str | None:
@@ -173,18 +195,6 @@ def _draw(record: RunRecord, nodes: Sequence[NodeRunRead], looks: Mapping[str, N
     }
     title = f"Graph of run {record.run.id}: {len(nodes)} nodes"
     return to_svg(record.definition, missing | dict(looks), untaken, title=title, embedded=True)
-
-
-def _duration(span: timedelta) -> str:
-    seconds = span.total_seconds()
-    if seconds < 60:  # noqa: PLR2004 - a minute
-        return "0 s" if seconds <= 0 else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    days, hours_left = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours_left:02} h"
-    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _time(time: datetime | None) -> str:

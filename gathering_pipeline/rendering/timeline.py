@@ -54,12 +54,13 @@ def find_attempts(
             continue
         attempts = found.setdefault(event.node_id, [])
         if event.type is EventType.PIPELINE_NODE_STARTED:
-            if (start := begun.pop(event.node_id, None)) is not None:  # its worker gave the run up
-                attempts.append(Attempt(event.node_id, start, event.created_at, NodeStatus.CANCELLED))
             begun[event.node_id] = event.created_at
         elif (outcome := _OUTCOMES.get(event.type)) is not None:
             start = begun.pop(event.node_id, None) or _reported_start(rows.get(event.node_id), event)
-            attempts.append(Attempt(event.node_id, start, event.created_at, outcome, event.data.get("error")))
+            error = event.data.get("error")
+            if event.type is EventType.PIPELINE_NODE_RETRYING and error is None:  # its worker gave the run up
+                outcome = NodeStatus.CANCELLED
+            attempts.append(Attempt(event.node_id, start, event.created_at, outcome, error))
     for node_id, start in begun.items():
         is_running = run.completed_at is None and node_id in rows and rows[node_id].status is NodeStatus.RUNNING
         outcome = NodeStatus.RUNNING if is_running else NodeStatus.CANCELLED
