@@ -15,7 +15,8 @@ from gathering_pipeline.errors import PipelineError, shorten
 from gathering_pipeline.texts import printable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 ACTION_NEEDED = 3
 """Exit code of a report that an operator has to act on."""
@@ -117,20 +118,35 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         click.echo("\t".join(as_text(value) for value in row))
 
 
-def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> RenderableType:
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """Make a table for a terminal; ``print_table`` has the arguments."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    names = [name.lstrip("#") for name in columns]
+    for name, given in zip(names, columns, strict=True):
+        is_number = given != name
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number or name in _WHOLE)
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in zip(names, row, strict=True)))
+    return table
+
+
+_WHOLE = frozenset({"status", "type", "created", "started", "last run"})
+"""Columns that are never folded or cut."""
+_CUT = frozenset({"name", "node", "error", "detail"})
+"""Columns that are cut where there is no room, so that a row is a line."""
+
+
+def _cell(name: str, value: object) -> Text:
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in columns:
-        is_number = name.startswith("#")
-        table.add_column(name.lstrip("#"), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
-    for row in rows:
-        # a Text, because a name such as [red] is no markup
-        table.add_row(*(Text(shorten(text := as_text(value), _MOST_CHARACTERS), style=style_of(text)) for value in row))
-    return table
+    text = f"{value:%m-%d %H:%M:%S}" if isinstance(value, datetime) else shorten(as_text(value), _MOST_CHARACTERS)
+    style = style_of(text) if name == "status" else ""
+    if name in _CUT:
+        return Text(text, style, no_wrap=True, overflow="ellipsis")
+    return Text(text, style, overflow="fold")  # a Text, because a name such as [red] is no markup
 
 
 _STYLES = {

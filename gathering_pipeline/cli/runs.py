@@ -106,8 +106,8 @@ def list_(
 ) -> None:
     """List runs, newest first.
 
-    Columns: id, pipeline and its name, status, when it was created, duration, worker; the node that it is at, or that
-    failed; the error.
+    Columns: id, pipeline and its name, status, when it was created, duration; the node that it is at, or that failed,
+    and the error.
     """
     from gathering_pipeline.repositories import RunRepository
 
@@ -138,7 +138,7 @@ def _print_runs(session: Session, found: Iterator[RunSummary], limit: int | None
         print_json([run.model_dump(mode="json") for run in shown()])
     else:
         print_table(
-            ["#id", "#pipeline", "name", "status", "created", "#duration", "worker", "node", "error"],
+            ["#id", "#pipeline", "name", "status", "created", "#duration", "detail"],
             _rows(session, shown()),
         )
     return more
@@ -158,9 +158,14 @@ def _rows(session: Session, found: Iterator[RunSummary]) -> Iterator[Sequence[ob
         for run in batch:
             yield (
                 *(run.id, run.pipeline_id, names.get(run.pipeline_id), run.status, run.created_at),
-                *(run_duration(run), run.worker_id, run.failed_node or run.current_node),
-                None if run.error_message is None else shorten(one_line(run.error_message), 100),
+                *(run_duration(run), _detail(run)),
             )
+
+
+def _detail(run: RunSummary) -> str | None:
+    """The node that a run is at, or that failed, and the error."""
+    error = None if run.error_message is None else shorten(one_line(run.error_message), 100)
+    return ": ".join(text for text in (run.failed_node or run.current_node, error) if text) or None
 
 
 def run_duration(run: RunSummary) -> str:
