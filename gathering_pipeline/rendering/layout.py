@@ -53,7 +53,10 @@ class Layout:
 
 def arrange(definition: PipelineDefinition) -> Layout:
     """Arrange a graph, which may be invalid: an edge to an unknown node is left out, and a cycle is drawn as one."""
-    nodes = list({node.id: node for node in reversed(definition.nodes)}.values())[::-1]
+    first: dict[str, PipelineNode] = {}
+    for node in definition.nodes:
+        first.setdefault(node.id, node)
+    nodes = list(first.values())
     index = {node.id: place for place, node in enumerate(nodes)}
     links = [
         (index[edge.from_node], index[edge.to_node], place)

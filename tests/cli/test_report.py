@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from gathering_pipeline import Database, RunRepository
 from gathering_pipeline.rendering import report
 from tests.support import browser
-from tests.support.commands import succeed
+from tests.support.commands import run, sentence, succeed
 from tests.support.graphs import graph
 from tests.support.runs import LEASE, claimed, done, store
 
@@ -60,27 +60,34 @@ def stored(session: Session, **fields: object) -> int:
 
 
 @pytest.fixture
-def runs(database: Database) -> Iterator[RunRepository]:
-    with database.session(autocommit=True) as session:
-        yield RunRepository(session)
+def session(database: Database) -> Iterator[Session]:
+    with database.session(autocommit=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def runs(session: Session) -> RunRepository:
+    return RunRepository(session)
 
 
 def with_failure(runs: RunRepository, session: Session) -> int:
     """A run with a retry, an untaken branch, a failure, logs and tags."""
     pipeline = stored(session)
     runs.create(pipeline, {"branch": EVIL}, tags={"customer": EVIL})
-    (run,) = runs.claim(f"worker-{'x' * 90}", LEASE)
-    runs.append_log(run.id, {"text": EVIL}, token=run.token)
-    runs.append_log(run.id, f"a line\n{EVIL}", token=run.token)
-    runs.advance(run.id, token=run.token)
-    runs.advance(run.id, [done("start", output={"long": "x" * 500})], token=run.token)
-    runs.advance(run.id, [done("build", "failed", error=f"no space {EVIL}"), done("lint")], retry=True, token=run.token)
-    runs.advance(run.id, [done("build")], token=run.token)
-    runs.advance(run.id, [done("test")], token=run.token)
-    runs.advance(run.id, [{"node_id": "check", "status": "completed", "branch": False}], token=run.token)
+    (mine,) = runs.claim(f"worker-{'x' * 90}", LEASE)
+    runs.append_log(mine.id, {"text": EVIL}, token=mine.token)
+    runs.append_log(mine.id, f"a line\n{EVIL}", token=mine.token)
+    runs.advance(mine.id, token=mine.token)
+    runs.advance(mine.id, [done("start", output={"long": "x" * 500})], token=mine.token)
+    runs.advance(
+        mine.id, [done("build", "failed", error=f"no space {EVIL}"), done("lint")], retry=True, token=mine.token
+    )
+    runs.advance(mine.id, [done("build")], token=mine.token)
+    runs.advance(mine.id, [done("test")], token=mine.token)
+    runs.advance(mine.id, [{"node_id": "check", "status": "completed", "branch": False}], token=mine.token)
     error = f"Traceback\n  {'/long/path' * 40}\n{EVIL}"
-    runs.advance(run.id, [done("fix", "failed", error=error)], token=run.token)
-    return run.id
+    runs.advance(mine.id, [done("fix", "failed", error=error)], token=mine.token)
+    return mine.id
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -121,24 +128,22 @@ def test_report_has_no_script_and_loads_nothing(
 def test_report_of_live_run_tells_what_it_waits_for(
     database_url: str, runs: RunRepository, session: Session, tmp_path: Path
 ) -> None:
-    run = claimed(runs, session, "a>b")
-    session.commit()
-    runs.advance(run.id, token=run.token)
-    page = Page(make(database_url, run.id, tmp_path))
+    live = claimed(runs, session, "a>b")
+    runs.advance(live.id, token=live.token)
+    page = Page(make(database_url, live.id, tmp_path))
     assert "What it waits for" in page.text
     assert "Worker worker holds it" in page.text
     assert "Node b waits for a." in page.text
-    assert "attempt 1 running for " in make(database_url, run.id, tmp_path)
+    assert "attempt 1 running for " in make(database_url, live.id, tmp_path)
 
 
 def test_report_of_released_attempt_is_no_failure(
     database_url: str, runs: RunRepository, session: Session, tmp_path: Path
 ) -> None:
-    run = claimed(runs, session, "a")
-    session.commit()
-    runs.advance(run.id, token=run.token)
-    runs.release(run.id, token=run.token, reason="deploy")
-    text = make(database_url, run.id, tmp_path)
+    given_up = claimed(runs, session, "a")
+    runs.advance(given_up.id, token=given_up.token)
+    runs.release(given_up.id, token=given_up.token, reason="deploy")
+    text = make(database_url, given_up.id, tmp_path)
     assert "attempt 1 cancelled after " in text
     assert ": deploy" in Page(text).text
     assert 'id="errors"' not in text
@@ -148,16 +153,15 @@ def test_report_of_run_without_nodes_or_events(
     database_url: str, runs: RunRepository, session: Session, raw: psycopg.Connection, tmp_path: Path
 ) -> None:
     pipeline = store(session, "a>b")
-    session.commit()
-    run = runs.record_run(pipeline, [done("a", duration_ms=1500), done("b", duration_ms=20)])
+    recorded = runs.record_run(pipeline, [done("a", duration_ms=1500), done("b", duration_ms=20)])
     raw.execute("DELETE FROM circle.pipeline_events")
-    text = make(database_url, run.id, tmp_path)
+    text = make(database_url, recorded.id, tmp_path)
     assert "attempt 1 completed after 1.5 s" in text
     raw.execute("SET session_replication_role = replica")  # as a subscriber stores the run of a broken graph
     raw.execute("INSERT INTO circle.pipeline_runs (pipeline_id, status) VALUES (%s, 'pending')", [pipeline])
-    page = Page(make(database_url, run.id + 1, tmp_path))
-    for sentence in ("is bound to no version of its pipeline's graph", "has no nodes yet", "No node has been started"):
-        assert sentence in page.text
+    page = Page(make(database_url, recorded.id + 1, tmp_path))
+    for text in ("is bound to no version of its pipeline's graph", "has no nodes yet", "No node has been started"):
+        assert text in page.text
 
 
 def test_report_of_large_run_is_shortened(
@@ -166,7 +170,6 @@ def test_report_of_large_run_is_shortened(
     monkeypatch.setattr(report, "MOST_ROWS", 3)
     monkeypatch.setattr(report, "MOST_DRAWN", 5)
     pipeline = store(session, "a>z b>z c>z d>z e>z f>z")
-    session.commit()
     runs.record_run(pipeline, [*(done(name) for name in "abcde"), done("f", "failed", error="boom")])
     page = Page(make(database_url, 1, tmp_path))
     assert "3 of 7 nodes, those that failed or are live before the others." in page.text
@@ -177,10 +180,7 @@ def test_report_of_large_run_is_shortened(
 def test_report_into_a_missing_folder_prints_one_sentence(
     database_url: str, runs: RunRepository, session: Session, tmp_path: Path
 ) -> None:
-    from tests.support.commands import run, sentence
-
     store(session, "a")
-    session.commit()
     runs.create(1)
     path = tmp_path / "none" / "r.html"
     assert (
@@ -209,7 +209,6 @@ def test_report_in_a_browser_fits_phone_tablet_and_desk(
     folder = Path(os.environ.get("GATHERING_SCREENSHOTS", tmp_path))
     failed_run = with_failure(runs, session)
     live = claimed(runs, session, SPEC)
-    session.commit()
     runs.advance(live.id, token=live.token)
     for run_id in (failed_run, live.id):
         make(database_url, run_id, tmp_path)

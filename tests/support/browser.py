@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,16 @@ PATIENCE = 30
 def find() -> str | None:
     """The program, if one is installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+_WITH_PIPES = """
+import os, sys
+pipes = [os.dup(int(descriptor)) for descriptor in sys.argv[1:3]]
+for wanted, pipe in enumerate(pipes, 3):  # the browser reads from 3 and writes to 4
+    os.dup2(pipe, wanted)
+    os.set_inheritable(wanted, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -74,11 +85,9 @@ class Browser:
 def start(program: str, profile: Path) -> Iterator[Browser]:
     to_browser, commands = os.pipe()
     answers, from_browser = os.pipe()
-    # the program reads from descriptor 3 and writes to 4
-    script = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
     process = subprocess.Popen(
-        ["/bin/sh", "-c", script, program, *options],
+        [sys.executable, "-c", _WITH_PIPES, str(to_browser), str(from_browser), program, *options],
         pass_fds=(to_browser, from_browser),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
