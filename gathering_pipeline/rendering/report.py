@@ -15,7 +15,7 @@ from gathering_pipeline.errors import shorten
 from gathering_pipeline.explaining import Explanation
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.models import LogEntry, NodeRunRead, PipelineDefinition, RunRead
-from gathering_pipeline.texts import duration_text, printable
+from gathering_pipeline.texts import duration_text, one_line, printable
 
 from .graph import GRAPH_STYLE, ICONS, NodeLook, color_style, to_svg
 from .timeline import Attempt, find_attempts
@@ -119,6 +119,10 @@ def render_report(record: RunRecord) -> str:
     rows = [_make_row(node, names, attempts.get(node.node_id, []), begin, end) for node in shown]
     looks = {row.node.node_id: NodeLook(row.node.status, row.duration) for row in rows}
     counts = Counter(node.status for node in nodes)
+    by_position = {node.position: node.node_id for node in nodes}
+    untaken = {
+        (node.node_id, by_position[place]) for node in nodes for place in node.untaken or () if place in by_position
+    }
     return _template().render(
         run=run,
         record=record,
@@ -127,7 +131,8 @@ def render_report(record: RunRecord) -> str:
         counts=[(status, counts[status]) for status in NodeStatus if counts[status]],
         done=sum(count for status, count in counts.items() if status.is_terminal),
         number=len(nodes),
-        graph=_draw(record, nodes, looks),
+        graph=_draw(record, nodes, looks, untaken),
+        untaken=untaken,
         most_drawn=MOST_DRAWN,
         failures=[failure for row in rows for failure in _failures(row)],
         names=names,
@@ -184,17 +189,15 @@ def _failures(row: _Row) -> list[_Failure]:
     return list(found.values())
 
 
-def _draw(record: RunRecord, nodes: Sequence[NodeRunRead], looks: Mapping[str, NodeLook]) -> str | None:
+def _draw(
+    record: RunRecord, nodes: Sequence[NodeRunRead], looks: Mapping[str, NodeLook], untaken: set[tuple[str, str]]
+) -> str | None:
     """The graph; ``None`` if there is none, or it is too large."""
     if record.definition is None or not 0 < len(record.definition.nodes) <= MOST_DRAWN:
         return None
-    missing = {node.node_id: NodeLook(node.status) for node in nodes}
-    by_position = {node.position: node.node_id for node in nodes}
-    untaken = {
-        (node.node_id, by_position[place]) for node in nodes for place in node.untaken or () if place in by_position
-    }
+    plain = {node.node_id: NodeLook(node.status) for node in nodes}
     title = f"Graph of run {record.run.id}: {len(nodes)} nodes"
-    return to_svg(record.definition, missing | dict(looks), untaken, title=title, embedded=True)
+    return to_svg(record.definition, plain | dict(looks), untaken, title=title, embedded=True)
 
 
 def _time(time: datetime | None) -> str:
@@ -203,6 +206,10 @@ def _time(time: datetime | None) -> str:
 
 def _json(value: Any) -> str:
     return shorten(json.dumps(value, indent=2, ensure_ascii=False), _MOST_JSON)
+
+
+def _brief(text: str) -> str:
+    return shorten(one_line(text), 160)
 
 
 def _harmless(value: Any) -> Any:
@@ -219,6 +226,6 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, finalize=_harmless, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"time": _time, "json": _json}
+    environment.filters |= {"time": _time, "json": _json, "brief": _brief}
     text = resources.files(__package__ or "").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text)
