@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load fuzz bench bench-peers \
-	format generated build clean
+	format generated docs build clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,10 +51,10 @@ lint: setup ## ruff, and the floors of the package
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-types: setup ## mypy and pyright, over the README's Python, too
+types: setup ## mypy and pyright, over the Python of the README and the pages, too
 	$(BIN)/mypy
-	$(BIN)/python -m tests.support.readme > .mypy_cache/readme.py
-	$(BIN)/mypy .mypy_cache/readme.py
+	$(BIN)/python -m tests.support.pages .mypy_cache/pages
+	$(BIN)/mypy .mypy_cache/pages
 	$(BIN)/pyright
 
 pytest-all: setup ## All tests once, with coverage
@@ -101,6 +101,9 @@ format: setup ## Put the sources into their form
 
 generated: setup ## Write alembic/catalog.json, alembic/locks.json and the help texts in docs/cli.md anew
 	$(BIN)/python -m tests.generated
+
+docs: setup ## The pages, in build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 build: setup ## The wheel and the source archive, in dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -120,7 +120,7 @@ CREATE TABLE circle.pipeline_runs (
     CONSTRAINT pipeline_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'cancelled', 'timeout']))
 ) WITH (fillfactor=70);
 
-CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at) WHERE (completed_at IS NOT NULL);
+CREATE INDEX idx_pipeline_runs_completed_at ON circle.pipeline_runs USING btree (completed_at, id) WHERE (completed_at IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_history ON circle.pipeline_runs USING btree (pipeline_id, id);
 CREATE UNIQUE INDEX idx_pipeline_runs_idempotency_key ON circle.pipeline_runs USING btree (pipeline_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
 CREATE INDEX idx_pipeline_runs_pipeline_id ON circle.pipeline_runs USING btree (pipeline_id);
@@ -1706,7 +1706,7 @@ AS $function$
 BEGIN
     UPDATE circle.pipeline_runs SET failed_node = (
         SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed' ORDER BY position, id LIMIT 1)
-    WHERE id = p_run_id AND failed_node IS NULL AND completed_at IS NULL;
+    WHERE id = p_run_id AND failed_node IS NULL;
     RETURN true;
 END $function$;
 
@@ -1824,7 +1824,8 @@ BEGIN
         -- with its run, or raised: looking for the old status takes O(rows)
         WHEN m.status = 'cancelled' AND circle.is_read_committed()
              AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
-        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
+        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status)
+            AND (m.status <> 'failed' OR circle.note_failure(m.run_id)) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $function$;
@@ -3522,9 +3523,9 @@ EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $function$;
 
--- Deletes runs that ended at p_after or later, oldest first, and returns the end that the next call goes on with; NULL: none is left.
--- Each refusal takes subtransactions, so a call ends after ten.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamp with time zone, OUT deleted integer, OUT kept bigint[], OUT next_end timestamp with time zone)
+-- Deletes runs that ended after the run p_after_id, which ended at p_after, oldest first. Returns the run after which the next call goes
+-- on; NULL: none is left. Each refusal takes subtransactions, so a call ends after ten.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamp with time zone, p_after_id bigint, OUT deleted integer, OUT kept bigint[], OUT next_end timestamp with time zone, OUT next_id bigint)
  RETURNS record
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3547,21 +3548,19 @@ BEGIN
     deleted := 0;
     kept := '{}';
     next_end := coalesce(p_after, '-infinity');
+    next_id := coalesce(p_after_id, 0);
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= next_end AND id <> ALL (kept)
-            ORDER BY completed_at LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND (completed_at, id) > (next_end, next_id)
+            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id), max(completed_at) INTO batch, next_end FROM old;
+        SELECT array_agg(id), max(completed_at), max(id) FILTER (WHERE completed_at = (SELECT max(completed_at) FROM old))
+        INTO batch, next_end, next_id FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        IF cardinality(kept) >= 10 THEN
-            next_end := next_end + interval '1 microsecond';   -- past them
-            EXIT;
-        END IF;
-        EXIT WHEN deleted >= p_limit;
+        EXIT WHEN cardinality(kept) >= 10 OR deleted >= p_limit;
     END LOOP;
 END $function$;
 

@@ -208,6 +208,14 @@ class Databases:
         """The async twin of ``expire``."""
         return await self._sweep(_awaiting, lambda runs: runs.expire(limit))
 
+    def sweep(self, limit: int = 30, max_claims: int = 10) -> SweepResult:
+        """Do as ``recover`` and ``expire``, in turns with all workers of each database; see ``RunRepository.sweep``."""
+        return finish(self._sweep(_blocking, lambda runs: runs.sweep(limit, max_claims)))
+
+    async def asweep(self, limit: int = 30, max_claims: int = 10) -> SweepResult:
+        """The async twin of ``sweep``."""
+        return await self._sweep(_awaiting, lambda runs: runs.sweep(limit, max_claims))
+
     async def _claim(self, send: _Send, call: _Call[ClaimedRun]) -> list[tuple[str, ClaimedRun]]:
         for _ in self._places:
             with self._lock:

@@ -89,6 +89,7 @@ class IssueCode(StrEnum):
         TOO_LARGE: Error. The pipeline has more nodes, edges, bytes or values than the limits allow.
         INVALID_FIELD: Error. Another column of the pipeline, such as ``name`` or ``timeout_seconds``, is invalid.
         NO_VERSION: Error. The stored pipeline has no valid graph that a run could use.
+        UNKNOWN_RULE: Error. A rule of the database that this code doesn't know, because its schema is newer.
         MISSING_ACTION: Warning. An action node has no ``action``.
         ORPHAN: Warning. A node other than a trigger has no edges.
         UNKNOWN_NEXT: Warning. ``next`` names a node that doesn't exist.
@@ -114,6 +115,7 @@ class IssueCode(StrEnum):
     TOO_LARGE = "too_large"
     INVALID_FIELD = "invalid_field"
     NO_VERSION = "no_version"
+    UNKNOWN_RULE = "unknown_rule"
     MISSING_ACTION = "missing_action"
     ORPHAN = "orphan"
     UNKNOWN_NEXT = "unknown_next"

@@ -277,7 +277,9 @@ class PipelineRun(Base):
         Index("idx_pipeline_runs_running", "pipeline_id", "id", postgresql_where=text("status = 'running'")),
         Index("idx_pipeline_runs_history", "pipeline_id", "id"),
         Index("idx_pipeline_runs_status_history", "status", "id"),
-        Index("idx_pipeline_runs_completed_at", "completed_at", postgresql_where=text("completed_at IS NOT NULL")),
+        Index(
+            "idx_pipeline_runs_completed_at", "completed_at", "id", postgresql_where=text("completed_at IS NOT NULL")
+        ),
         Index(
             "idx_pipeline_runs_idempotency_key",
             "pipeline_id",

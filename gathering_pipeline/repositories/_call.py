@@ -611,7 +611,7 @@ def _of_any_statement(error: psycopg.Error) -> PipelineError | None:
 
 
 def _issue(code: str, loc: list[str | int], **texts: str | None) -> Issue:
-    known = IssueCode(code)
+    known = IssueCode(code) if code in set(IssueCode) else IssueCode.UNKNOWN_RULE
     return Issue(known.severity, known, loc=tuple(loc), **texts)  # type: ignore[arg-type]  # the message is a string
 
 

@@ -119,7 +119,8 @@ APPEND_LOG = Statement("SELECT circle.append_run_log(%(run_id)s, %(entry)s::json
 PURGE = Statement(
     """
 SELECT pg_catalog.to_json(p)::text
-FROM circle.purge_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s, %(after)s::timestamptz) p""",
+FROM circle.purge_runs(
+    pg_catalog.make_interval(secs => %(older_than)s), %(limit)s, %(after)s::timestamptz, %(after_id)s::bigint) p""",
     deletes=True,
 )
 
@@ -213,8 +214,8 @@ SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_i
 
 
 _BEFORE_LOGS = -(2**62)
-_PURGED = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}[+-][0-9:]{2,8}")
-"""The cursor of a purge: the end of a run."""
+_PURGED = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}[+-][0-9:]{2,8})/([0-9]{1,18})")
+"""The cursor of a purge: the end of a run, and its id."""
 
 
 # --- the repository --------------------------------------------------------------------------------------------------
@@ -784,11 +785,14 @@ class AsyncRunRepository(AsyncRepository):
         Raises:
             InvalidCursorError: ``after`` is not such a cursor.
         """
-        if after is not None and not _PURGED.fullmatch(str(after)):
+        cursor = None if after is None else _PURGED.fullmatch(str(after))
+        if after is not None and cursor is None:
             raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(after)}")
+        end, last_id = (None, None) if cursor is None else cursor.groups()
         age, most = check_duration(older_than, "older_than", allow_zero=True), check_count(limit, "limit")
-        (found,) = await self._values(PURGE, older_than=age, limit=most, after=after)
-        return PurgeResult(deleted=found["deleted"], kept=found["kept"], next_cursor=found["next_end"])
+        (found,) = await self._values(PURGE, older_than=age, limit=most, after=end, after_id=last_id)
+        following = None if found["next_id"] is None else f"{found['next_end']}/{found['next_id']}"
+        return PurgeResult(deleted=found["deleted"], kept=found["kept"], next_cursor=following)
 
     # --- reads ---
 

@@ -26,6 +26,8 @@ HEARTBEATS = 4
 """Leases that are extended at the same time: a run that somebody has locked keeps no other waiting."""
 RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
+SWEEP_SECONDS = 5.0
+"""Pause between two sweeps of ``Databases`` by a worker without a free slot: a sweep asks each database."""
 
 
 class Worker:
@@ -84,7 +86,7 @@ class Worker:
         self._held: dict[Execution, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._is_hurried = False
-        self._retry_at = 0.0
+        self._retry_at = self._sweep_at = 0.0
 
     def stop(self) -> None:
         """Claim no further run, let handlers end within ``grace``, then release; a second call releases at once.
@@ -157,7 +159,12 @@ class Worker:
 
     async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
         if isinstance(self.database, Databases):
-            found = await self.database.aclaim(self.name, self._lease, room) if room > 0 else []
+            if room <= 0:
+                if monotonic() >= self._sweep_at:
+                    await self.database.asweep()
+                    self._sweep_at = monotonic() + SWEEP_SECONDS
+                return []
+            found = await self.database.aclaim(self.name, self._lease, room)
             if found:
                 self._changed.set()  # a call asks one database: the next one may have runs, too
             return [(self.database[name], run) for name, run in found]

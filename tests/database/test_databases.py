@@ -297,6 +297,25 @@ def test_sweeps_go_on_after_a_failure_and_tell_it(urls: dict[str, str]) -> None:
         assert recovered.failed.keys() == expired.failed.keys() == {"nowhere"}
 
 
+def test_sweep_recovers_and_expires_once_a_second(urls: dict[str, str]) -> None:
+    with Databases(urls) as databases:
+        late, lost = (create(databases["a"], timeout_seconds=100)[0] for _ in range(2))
+        while len(claim_all(databases)) > 0:
+            pass
+        with connect(urls["a"]) as raw:
+            raw.execute(
+                "UPDATE circle.pipeline_runs SET started_at = clock_timestamp() - interval '101 s' WHERE id = %s",
+                [late],
+            )
+            lose_lease(raw, lost)
+            raw.execute("DELETE FROM circle.pipeline_sweep")  # the claims swept just now
+        assert {(name, run.id, run.status) for name, run in databases.sweep().runs} == {
+            ("a", late, "timeout"),
+            ("a", lost, "pending"),
+        }
+        assert asyncio.run(databases.asweep()) == SweepResult((), {})
+
+
 # --- events ----------------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,14 @@ def test_statement_that_ends_nodes_and_run_together_is_legal(raw: psycopg.Connec
     assert caught.value.sqlstate == "PL001"
 
 
+def test_statement_that_fails_node_and_run_together_notes_the_node(raw: psycopg.Connection, running: int) -> None:
+    raw.execute(
+        "WITH nodes AS (UPDATE circle.pipeline_node_runs SET status = 'failed' WHERE node_id = 'a')"
+        " UPDATE circle.pipeline_runs SET status = 'failed'"
+    )
+    assert scalar(raw, "SELECT failed_node FROM circle.pipeline_runs") == "a"
+
+
 def test_statement_that_starts_run_and_node_together_is_legal(raw: psycopg.Connection, session: Session) -> None:
     RunRepository(session).create(store(session, "a"))
     session.commit()

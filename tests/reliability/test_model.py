@@ -235,7 +235,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.raw.execute("DELETE FROM circle.pipeline_counters")
         self.raw.execute("UPDATE circle.pipelines SET run_count = 0, success_count = 0, error_count = 0")
         made = [self.create_run(at) for at in places]
-        self.claim(1)
+        self.claim(1, sweeps=False)
         return multiple(*made)
 
     @property
@@ -494,12 +494,22 @@ class Lifecycle(RuleBasedStateMachine):
 
     # --- leases and sweeps ---
 
-    @rule(limit=st.integers(1, 3))
-    def claim_some(self, limit: int) -> None:
-        self.claim(limit)
+    @rule(limit=st.integers(1, 3), sweeps=st.booleans())
+    def claim_some(self, limit: int, sweeps: bool) -> None:
+        self.claim(limit, sweeps)
 
-    def claim(self, limit: int) -> None:
+    def claim(self, limit: int, sweeps: bool) -> None:
+        """Claim runs; whether the call sweeps is a matter of time, which is decided here."""
+        self.raw.execute(
+            "INSERT INTO circle.pipeline_sweep (next_at) VALUES (%(due)s)"
+            " ON CONFLICT (id) DO UPDATE SET next_at = excluded.next_at",
+            {"due": "-infinity" if sweeps else "infinity"},
+        )
+
         def claim() -> list[int]:
+            if sweeps:
+                self._recover()
+                self._expire()
             oldest = sorted(run_id for run_id, run in self.model.items() if run.status == "pending")[:limit]
             for run_id in oldest:
                 run = self.model[run_id]
@@ -507,7 +517,7 @@ class Lifecycle(RuleBasedStateMachine):
                 run.claims += 1
             return oldest
 
-        self.both(claim, lambda: [run.id for run in self.worker.claim("w", LEASE, limit)])
+        self.both(claim, lambda: [run.id for run in self.worker.claim("w", LEASE, limit, max_claims=MAX_CLAIMS)])
         self.read_tokens()
 
     def read_tokens(self) -> None:
@@ -558,25 +568,25 @@ class Lifecycle(RuleBasedStateMachine):
                 "UPDATE circle.pipeline_runs SET lease_expires_at = now() - interval '1 s' WHERE id = %s", [run_id]
             )
 
+    def _recover(self) -> list[tuple[int, str]]:
+        lost = [(run_id, run) for run_id, run in sorted(self.model.items()) if run.lost]
+        for _, run in lost:
+            for node in run.nodes.values():
+                if node.status == "running":
+                    self._attempt_failed(run, node, retryable=True)
+            if run.end_if_over():
+                continue
+            if run.lapsed + 1 >= MAX_CLAIMS:
+                run.end("failed")
+            else:
+                run.lapsed += 1
+                run.status, run.leased, run.lost = "pending", False, False
+        return [(run_id, run.status) for run_id, run in lost]
+
     @rule()
     def recover(self) -> None:
-        def recover() -> list[tuple[int, str]]:
-            lost = [(run_id, run) for run_id, run in sorted(self.model.items()) if run.lost]
-            for _, run in lost:
-                for node in run.nodes.values():
-                    if node.status == "running":
-                        self._attempt_failed(run, node, retryable=True)
-                if run.end_if_over():
-                    continue
-                if run.lapsed + 1 >= MAX_CLAIMS:
-                    run.end("failed")
-                else:
-                    run.lapsed += 1
-                    run.status, run.leased, run.lost = "pending", False, False
-            return [(run_id, run.status) for run_id, run in lost]
-
         before = {run_id: run.token for run_id, run in self.model.items() if run.lost}
-        self.both(recover, lambda: [(run.id, run.status) for run in self.worker.recover(100, MAX_CLAIMS)])
+        self.both(self._recover, lambda: [(run.id, run.status) for run in self.worker.recover(100, MAX_CLAIMS)])
         self.read_tokens()
         assert all(
             self.model[run_id].token > token
@@ -592,15 +602,15 @@ class Lifecycle(RuleBasedStateMachine):
                 "UPDATE circle.pipeline_runs SET started_at = now() - interval '2 h' WHERE id = %s", [run_id]
             )
 
+    def _expire(self) -> list[int]:
+        late = [run_id for run_id, run in sorted(self.model.items()) if run.late and run.status == "running"]
+        for run_id in late:
+            self.model[run_id].end("timeout")
+        return late
+
     @rule()
     def expire(self) -> None:
-        def expire() -> list[int]:
-            late = [run_id for run_id, run in sorted(self.model.items()) if run.late and run.status == "running"]
-            for run_id in late:
-                self.model[run_id].end("timeout")
-            return late
-
-        self.both(expire, lambda: [run.id for run in self.worker.expire()])
+        self.both(self._expire, lambda: [run.id for run in self.worker.expire()])
 
     # --- and after each step ---
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
-from gathering_pipeline import Databases, InvalidDataError, NodeContext, RunStatus
+from gathering_pipeline import Databases, InvalidDataError, NodeContext, RunRepository, RunStatus
+from tests.support.runs import store
 from tests.support.servers import Server
 from tests.support.workers import made, new_run, outcome, run_once
 
@@ -37,3 +40,19 @@ def test_worker_of_two_databases_executes_the_runs_of_both(databases: Databases)
 def test_pipelines_of_many_databases_are_refused(databases: Databases) -> None:
     with pytest.raises(InvalidDataError, match="pipelines are those of one Database"):
         made(databases, lambda _: None, pipelines=[1])
+
+
+def test_worker_without_a_free_slot_sweeps_all_databases(databases: Databases) -> None:
+    new_run(databases["a"], "a")
+    with databases["b"].session(autocommit=True) as session:
+        lost = RunRepository(session).create(store(session, "b")).id
+        RunRepository(session).claim("gone", timedelta(milliseconds=1))
+    seen: list[str] = []
+
+    async def handle(context: NodeContext) -> None:
+        seen.append(context.node.id)
+        while context.node.id == "a" and outcome(databases["b"], lost)[0].status != RunStatus.PENDING:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    run_once(made(databases, handle, concurrency=1, poll=timedelta(milliseconds=50)))
+    assert seen == ["a", "b"]

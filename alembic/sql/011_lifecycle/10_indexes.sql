@@ -25,7 +25,7 @@ CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_status_history ON circ
 
 -- == index: circle.idx_pipeline_runs_completed_at
 CREATE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_runs_completed_at
-    ON circle.pipeline_runs (completed_at) WHERE completed_at IS NOT NULL;
+    ON circle.pipeline_runs (completed_at, id) WHERE completed_at IS NOT NULL;
 
 -- == index: circle.idx_pipeline_node_runs_run_position
 CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS idx_pipeline_node_runs_run_position

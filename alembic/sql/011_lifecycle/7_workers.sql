@@ -286,10 +286,10 @@ BEGIN
 EXCEPTION WHEN foreign_key_violation OR restrict_violation THEN
     RETURN CASE half WHEN 0 THEN p_ids ELSE circle.delete_runs(p_ids[:half]) || circle.delete_runs(p_ids[half + 1:]) END;
 END $$;
--- Deletes runs that ended at p_after or later, oldest first, and returns the end that the next call goes on with; NULL: none is left.
--- Each refusal takes subtransactions, so a call ends after ten.
-CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamptz,
-                                             OUT deleted integer, OUT kept bigint[], OUT next_end timestamptz)
+-- Deletes runs that ended after the run p_after_id, which ended at p_after, oldest first. Returns the run after which the next call goes
+-- on; NULL: none is left. Each refusal takes subtransactions, so a call ends after ten.
+CREATE OR REPLACE FUNCTION circle.purge_runs(p_older_than interval, p_limit integer, p_after timestamptz, p_after_id bigint,
+                                             OUT deleted integer, OUT kept bigint[], OUT next_end timestamptz, OUT next_id bigint)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off SET jit = off AS $$
 DECLARE
     before timestamptz := clock_timestamp() - p_older_than;   -- a constant, so that it bounds the index scan
@@ -306,21 +306,19 @@ BEGIN
     deleted := 0;
     kept := '{}';
     next_end := coalesce(p_after, '-infinity');
+    next_id := coalesce(p_after_id, 0);
     LOOP
         WITH old AS MATERIALIZED (
-            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND completed_at >= next_end AND id <> ALL (kept)
-            ORDER BY completed_at LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
+            SELECT id, completed_at FROM circle.pipeline_runs WHERE completed_at < before AND (completed_at, id) > (next_end, next_id)
+            ORDER BY completed_at, id LIMIT least(p_limit - deleted, 64) FOR UPDATE SKIP LOCKED
         )
-        SELECT array_agg(id), max(completed_at) INTO batch, next_end FROM old;
+        SELECT array_agg(id), max(completed_at), max(id) FILTER (WHERE completed_at = (SELECT max(completed_at) FROM old))
+        INTO batch, next_end, next_id FROM old;
         EXIT WHEN batch IS NULL;
         refused := circle.delete_runs(batch);
         kept := kept || refused;
         deleted := deleted + cardinality(batch) - cardinality(refused);
-        IF cardinality(kept) >= 10 THEN
-            next_end := next_end + interval '1 microsecond';   -- past them
-            EXIT;
-        END IF;
-        EXIT WHEN deleted >= p_limit;
+        EXIT WHEN cardinality(kept) >= 10 OR deleted >= p_limit;
     END LOOP;
 END $$;
 -- Deletes versions of before p_older_than that neither their pipeline nor a run names. Returns how many.

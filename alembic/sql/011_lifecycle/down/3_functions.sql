@@ -58,7 +58,7 @@ DROP FUNCTION IF EXISTS circle.pipeline_runs_after_insert();
 DROP FUNCTION IF EXISTS circle.pipeline_runs_after_truncate();
 DROP FUNCTION IF EXISTS circle.pipeline_runs_after_update();
 DROP FUNCTION IF EXISTS circle.positions_to_take_over(bigint);
-DROP FUNCTION IF EXISTS circle.purge_runs(interval,integer,timestamp with time zone);
+DROP FUNCTION IF EXISTS circle.purge_runs(interval,integer,timestamp with time zone,bigint);
 DROP FUNCTION IF EXISTS circle.purge_versions(interval,integer);
 DROP FUNCTION IF EXISTS circle.record_results(bigint,jsonb,bigint,boolean);
 DROP FUNCTION IF EXISTS circle.record_run(bigint,jsonb,text,jsonb);
