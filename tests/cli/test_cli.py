@@ -331,7 +331,7 @@ def test_page_lists_every_command_with_help() -> None:
     assert page.split(generated.HEADING)[1] == generated.help_texts()
     assert {" ".join(words) for words in generated.commands()} >= {
         f"db {name}" for name in ("upgrade", "downgrade", "current", "check", "sql", "doctor", "preflight", "grants")
-    }
+    } | {"validate", "import", "runs watch"}
 
 
 def test_page_lists_every_finding() -> None:
