@@ -123,6 +123,8 @@ def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[
             pipeline_id, PipelineUpdate(**file.fields), revision, allow_incomplete=file.is_draft
         )
     except StaleVersionError as error:
+        if revision != file.origin.get("revision"):
+            raise  # it was changed within this moment
         raise InvalidDataError(
             f"pipeline {pipeline_id} was changed: it is at revision {error.current}, and the file has {revision}:"
             ' export it again, or remove "revision" from the file'

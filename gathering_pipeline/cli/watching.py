@@ -14,7 +14,7 @@ from rich.text import Text
 
 from gathering_pipeline.cli.output import make_table, style_of
 from gathering_pipeline.cli.runs import NODE_COLUMNS, node_row, run_duration
-from gathering_pipeline.errors import PipelineError, is_transient
+from gathering_pipeline.errors import is_transient
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.repositories import PipelineRepository, RunRepository
 from gathering_pipeline.texts import one_line, printable
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gathering_pipeline.models import NodeRunRead, RunRead
 
 PAUSE = 0.5
+_REST = 10
+"""Pause after a read that took long, as a multiple of it: a run can have many nodes."""
 _HEAD = 8
 """Lines that are not about nodes."""
 _ORDER = (
@@ -44,19 +46,20 @@ def watch_live(database: Database, run_id: int) -> RunRead:
         name = PipelineRepository(session).get(run.pipeline_id).name
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
-        problem = ""
+        problem, taken = "", 0.0
         while True:
             live.update(_draw(run, nodes, name, problem, console.height - _HEAD), refresh=True)
             if run.completed_at is not None and not problem:
                 return run
-            time.sleep(PAUSE)
+            time.sleep(max(PAUSE, _REST * taken))
+            begun = time.monotonic()
             try:
                 run, nodes = _read(database, run_id)
-                problem = ""
-            except PipelineError as error:
+                problem, taken = "", time.monotonic() - begun
+            except Exception as error:
                 if not is_transient(error):
                     raise
-                problem = str(error)
+                problem, taken = str(error), 0.0
 
 
 def _read(database: Database, run_id: int) -> tuple[RunRead, list[NodeRunRead]]:

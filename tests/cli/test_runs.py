@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import Database, RunRepository
+from gathering_pipeline.embedded import EmbeddedServer
+from tests.support import servers
 from tests.support.commands import PATIENCE, in_terminal, read, run, sentence, start, succeed
 from tests.support.runs import LEASE, done, store
 
@@ -218,6 +221,33 @@ def test_watch_in_a_terminal_shows_progress_until_the_run_ends(
     assert "2/2 nodes" in output
     assert "\x1b]0;owned" not in output
     assert "[red]" in output
+
+
+def test_watch_goes_on_after_a_crash_of_the_server(own_server: EmbeddedServer) -> None:
+    with Database(own_server.url) as database:
+        database.upgrade()
+        with database.session() as session:
+            run_id = RunRepository(session).create(store(session, "a>b", retry_backoff_base=0)).id
+        with ThreadPoolExecutor() as pool:
+            live = pool.submit(in_terminal, "runs", "watch", str(run_id), url=own_server.url)
+            process = start("runs", "watch", str(run_id), url=own_server.url)
+            assert process.stdout is not None
+            with database.session(autocommit=True) as session:
+                RunRepository(session).start(run_id)
+            assert process.stdout.readline().endswith("run started\n")
+            time.sleep(1)
+            servers.restart(own_server, "immediate")
+            time.sleep(1)
+            with executed(database, run_id):
+                pass
+            assert process.stdout.read().splitlines()[-1].endswith("run completed")
+            assert process.wait(PATIENCE) == 0
+            process.stdout.close()
+            assert process.stderr is not None
+            assert "Traceback" not in process.stderr.read()
+            process.stderr.close()
+            code, output = live.result(PATIENCE)
+    assert (code, "2/2 nodes" in output, "Traceback" in output) == (0, True, False)
 
 
 def test_interrupted_watch_ends_without_traceback(database_url: str, runs: RunRepository, pipeline: int) -> None:

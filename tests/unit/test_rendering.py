@@ -188,6 +188,7 @@ def test_mermaid_of_any_name_is_only_text() -> None:
     label = r"(?:[\w ,/]|#\d+;)*"
     assert re.fullmatch(rf'    n0\["{label}<br/>action"\]', lines[1])
     assert re.fullmatch(rf'    n0 -->\|"{label}"\| n1', lines[3])
+    assert "#36;#36;" not in to_mermaid(definition("a", name="$$x$$"))
     assert to_mermaid(definition("a", name="")).splitlines()[1] == '    n0["#8203;<br/>action"]'
 
 
