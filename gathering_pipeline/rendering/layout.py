@@ -14,7 +14,7 @@ from gathering_pipeline.models import PipelineDefinition, PipelineNode
 
 WIDTH, HEIGHT = 208.0, 56.0
 """Size of a node."""
-GAP_X, GAP_Y = 64.0, 24.0
+GAP_X, GAP_Y = 52.0, 24.0
 """Least distance of two nodes."""
 
 _SWEEPS = 8
@@ -107,7 +107,7 @@ def _is_coordinate(value: Any) -> bool:
 
 def _stretch(places: Sequence[Point]) -> float | None:
     """The factor that keeps nodes apart; ``None`` if it were too large, as of nodes that were never placed."""
-    wide, high = WIDTH + 0.75 * GAP_X, HEIGHT + GAP_Y
+    wide, high = WIDTH + GAP_X, HEIGHT + GAP_Y
     cells: dict[tuple[int, int], list[Point]] = {}
     stretch = 1.0
     for x, y in places:

@@ -158,15 +158,12 @@ def _make_row(
 ) -> _Row:
     whole, bars = end - begin, []
     for number, attempt in enumerate(attempts, 1):
-        until = attempt.end or end
-        label = f"attempt {number} {attempt.outcome}"
-        label += (
-            f" for {duration_text(until - attempt.start)}"
-            if attempt.end is None
-            else (f" after {duration_text(until - attempt.start)}")
-        )
-        left = 100 * ((attempt.start - begin) / whole)
-        bars.append(_Bar(left, 100 * ((until - attempt.start) / whole), attempt.outcome, label))
+        span = (attempt.end or end) - attempt.start
+        words = "for" if attempt.end is None else "after"
+        label = f"attempt {number} {attempt.outcome} {words} {duration_text(span)}"
+        if attempt.worker_id is not None:
+            label += f", worker {attempt.worker_id}"
+        bars.append(_Bar(100 * ((attempt.start - begin) / whole), 100 * (span / whole), attempt.outcome, label))
     taken = sum(((attempt.end or end) - attempt.start for attempt in attempts), timedelta())
     return _Row(
         node,

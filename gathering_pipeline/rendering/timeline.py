@@ -27,6 +27,7 @@ class Attempt:
         end: When it ended; ``None``: it is running.
         outcome: How it ended; ``running`` if it didn't, ``cancelled`` if the run ended, or gave it up, before it did.
         error: Why it failed.
+        worker_id: The worker that executed it; ``None``: the event doesn't name one.
     """
 
     node_id: str
@@ -34,6 +35,7 @@ class Attempt:
     end: datetime | None
     outcome: NodeStatus
     error: str | None = None
+    worker_id: str | None = None
 
 
 def find_attempts(
@@ -60,7 +62,9 @@ def find_attempts(
             error = event.data.get("error")
             if event.type is EventType.PIPELINE_NODE_RETRYING and error is None:  # its worker gave the run up
                 outcome = NodeStatus.CANCELLED
-            attempts.append(Attempt(event.node_id, start, event.created_at, outcome, error))
+            attempts.append(
+                Attempt(event.node_id, start, event.created_at, outcome, error, event.data.get("worker_id"))
+            )
     for node_id, start in begun.items():
         is_running = run.completed_at is None and node_id in rows and rows[node_id].status is NodeStatus.RUNNING
         outcome = NodeStatus.RUNNING if is_running else NodeStatus.CANCELLED
