@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """``printable`` for a text of several lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def one_line(text: str) -> str:
     """A text in one line, with single blanks."""
     return printable(" ".join(text.split()))

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gathering_pipeline.errors import PipelineError, shorten
-from gathering_pipeline.texts import printable
+from gathering_pipeline.texts import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ class Group(click.Group):
             sentence = describe(error)
             if sentence is None:
                 raise
-            raise click.ClickException(printable(sentence)) from error
+            raise click.ClickException(printable_lines(sentence)) from error
 
 
 def describe(error: Exception) -> str | None:
@@ -78,7 +78,7 @@ def describe(error: Exception) -> str | None:
 
 def echo(text: str, *, err: bool = False) -> None:
     """Print lines that may hold texts of users."""
-    click.echo("\n".join(map(printable, text.split("\n"))), err=err)
+    click.echo(printable_lines(text), err=err)
 
 
 def to_json(value: object) -> str:
@@ -97,9 +97,9 @@ def print_json(value: object) -> None:
     click.echo(to_json(value))
 
 
-def is_terminal(stream: TextIO | None = None) -> bool:
+def is_terminal() -> bool:
     """Whether people read the output as it comes."""
-    return (stream or sys.stdout).isatty()
+    return sys.stdout.isatty()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

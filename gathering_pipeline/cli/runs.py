@@ -38,7 +38,7 @@ run_argument = click.argument("run_id", metavar="RUN", type=int)
 
 STATUSES = [status.value for status in RunStatus]
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-_SPAN = re.compile(r"([0-9]{1,9})([smhdw])")
+_SPAN = re.compile(r"([0-9]{1,7})([smhdw])")
 _MOST_LOGS = 1_000
 """Entries of a log that a report shows."""
 _BATCH = 500
@@ -46,17 +46,23 @@ _BATCH = 500
 
 
 def _read_span(_context: click.Context, _option: click.Parameter, given: str) -> timedelta:
-    if (match := _SPAN.fullmatch(given)) is None:
+    span = _parse_span(given)
+    if span is None:
         raise click.BadParameter(f"{given!r} is no duration: write a number and s, m, h, d or w, as in 90s or 2d")
-    return timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+    return span
+
+
+def _parse_span(text: str) -> timedelta | None:
+    match = _SPAN.fullmatch(text)
+    return None if match is None else timedelta(seconds=int(match[1]) * _UNITS[match[2]])
 
 
 def _read_time(_context: click.Context, _option: click.Parameter, given: str | None) -> datetime | None:
     if given is None:
         return None
     try:
-        if match := _SPAN.fullmatch(given):
-            return datetime.now(UTC) - timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+        if (span := _parse_span(given)) is not None:
+            return datetime.now(UTC) - span
         moment = datetime.fromisoformat(given)
     except (ValueError, OverflowError):
         raise click.BadParameter(

@@ -15,7 +15,7 @@ from gathering_pipeline.errors import shorten
 from gathering_pipeline.explaining import Explanation
 from gathering_pipeline.lifecycle import NodeStatus
 from gathering_pipeline.models import LogEntry, NodeRunRead, PipelineDefinition, RunRead
-from gathering_pipeline.texts import duration_text, one_line, printable
+from gathering_pipeline.texts import duration_text, one_line, printable_lines
 
 from .graph import GRAPH_STYLE, ICONS, NodeLook, color_style, to_svg
 from .timeline import Attempt, find_attempts
@@ -212,7 +212,7 @@ def _brief(text: str) -> str:
 def _harmless(value: Any) -> Any:
     """What stands in the page for a value: texts of users can't turn the direction of what follows."""
     if isinstance(value, str) and not hasattr(value, "__html__"):
-        return "\n".join(map(printable, value.split("\n")))
+        return printable_lines(value)
     return value
 
 

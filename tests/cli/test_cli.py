@@ -316,6 +316,7 @@ def test_command_errors_print_one_sentence(database_url: str, empty_database_url
     assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
     assert "Error: existing tables can't be adopted:" in refused.stderr
     assert "pipelines.name: type is integer, character varying(255) expected" in refused.stderr
+    assert "\\n" not in refused.stderr
 
 
 def test_command_by_role_without_rights_prints_one_sentence(database_url: str, admin: psycopg.Connection) -> None:

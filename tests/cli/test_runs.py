@@ -316,7 +316,9 @@ def test_purge_asks_for_confirmation_and_deletes_in_transactions(
     assert purged.stdout == "deleted 1,090 runs\n"
     assert "500 runs deleted\n1,000 runs deleted\n" in purged.stderr
     assert len(read("runs", "list", "--all", url=database_url)) == 10
-    assert "is no duration" in sentence(run("runs", "purge", "--older-than", "old", url=database_url), 2)
+    for span in ("old", "1", "99999999w", "-1d"):
+        assert "is no duration" in sentence(run("runs", "purge", f"--older-than={span}", url=database_url), 2)
+    assert "at most 36500 days" in sentence(run("runs", "purge", "--older-than=9999999w", "--yes", url=database_url))
 
 
 def test_command_on_empty_database_prints_one_sentence(empty_database_url: str) -> None:
