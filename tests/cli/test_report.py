@@ -214,12 +214,14 @@ def test_report_in_a_browser_fits_phone_tablet_and_desk(
         make(database_url, run_id, tmp_path)
     with browser.start(program, tmp_path / "profile") as page:
         for run_id in (failed_run, live.id):
-            for width, height, scheme in ((360, 740, "dark"), (768, 1024, "light"), (1440, 900, "light")):
+            for width, height, scheme in ((360, 740, "dark"), (961, 1200, "light"), (1440, 900, "light")):
                 page.open(tmp_path / f"{run_id}.html", width, height, scheme)
                 place = (run_id, width)
                 assert (page.evaluate("innerWidth"), place) == (width, place)
                 root = "document.documentElement"
                 assert page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth"), place
+                table = "document.querySelector('table').parentElement"
+                assert page.evaluate(f"{table}.scrollWidth <= {table}.clientWidth"), place
                 assert (json.loads(page.evaluate(OVERFLOWING)), place) == ([], place)
                 dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
                 assert dark == (scheme == "dark")

@@ -210,16 +210,11 @@ def test_watch_in_a_terminal_shows_progress_until_the_run_ends(
     run_id = runs.create(pipeline).id
 
     def execute() -> None:
-        time.sleep(2)
         with executed(database, run_id):
             pass
 
-    thread = threading.Thread(target=execute)
-    thread.start()
-    code, output = in_terminal("runs", "watch", str(run_id), url=database_url)
-    thread.join()
+    code, output = in_terminal("runs", "watch", str(run_id), url=database_url, after="0/2 nodes", do=execute)
     assert code == 0
-    assert "0/2 nodes" in output
     assert "2/2 nodes" in output
     assert "\x1b]0;owned" not in output
     assert "[red]" in output
@@ -231,13 +226,15 @@ def test_watch_goes_on_after_a_crash_of_the_server(own_server: EmbeddedServer) -
         with database.session() as session:
             run_id = RunRepository(session).create(store(session, "a>b", retry_backoff_base=0)).id
         with ThreadPoolExecutor() as pool:
-            live = pool.submit(in_terminal, "runs", "watch", str(run_id), url=own_server.url)
+            watched = threading.Event()
+            words = ("runs", "watch", str(run_id))
+            live = pool.submit(in_terminal, *words, url=own_server.url, after="0/2 nodes", do=watched.set)
             process = start("runs", "watch", str(run_id), url=own_server.url)
             assert process.stdout is not None
             with database.session(autocommit=True) as session:
                 RunRepository(session).start(run_id)
             assert process.stdout.readline().partition(" run ")[2].startswith("started")
-            time.sleep(1)
+            assert watched.wait(PATIENCE)
             servers.restart(own_server, "immediate")
             time.sleep(1)
             with executed(database, run_id):

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,20 @@ def start(*words: str, url: str | None = None) -> subprocess.Popen[str]:
     )
 
 
-def in_terminal(*words: str, url: str | None = None, columns: int = 100) -> tuple[int, str]:
-    """The exit code and the output of a program in a terminal."""
+def in_terminal(
+    *words: str, url: str | None = None, columns: int = 100, after: str = "", do: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
+    """The exit code and the output of a program in a terminal; once it shows a text, something is done."""
     environment = os.environ | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
     environment |= {} if url is None else {"DATABASE_URL": url}
     parent, child = pty.openpty()
     process = subprocess.Popen([PROGRAM, *words], env=environment, stdin=child, stdout=child, stderr=subprocess.DEVNULL)
     os.close(child)
-    output, ends_at = b"", time.monotonic() + PATIENCE
+    output, ends_at, waits = b"", time.monotonic() + PATIENCE, True
     while time.monotonic() < ends_at:
+        if waits and after.encode() in output:
+            waits = False
+            do()
         if select.select([parent], [], [], 1)[0]:
             try:
                 output += os.read(parent, 1 << 16)
