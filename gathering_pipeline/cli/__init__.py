@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 
 def main() -> None:
     """Run the command of ``sys.argv``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that isn't UTF-8 lacks most characters of names
     try:
         import rich  # noqa: F401 - missing, it is reported at once, and not only in a terminal
 

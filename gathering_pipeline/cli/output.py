@@ -81,9 +81,9 @@ def echo(text: str, *, err: bool = False) -> None:
     click.echo(printable_lines(text), err=err)
 
 
-def to_json(value: object) -> str:
+def to_json(value: object, *, only_ascii: bool = False) -> str:
     """Write JSON for people and programs; what isn't printable is escaped, which changes no value."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=only_ascii)
     return "\n".join(
         line
         if line.isprintable()
@@ -94,7 +94,7 @@ def to_json(value: object) -> str:
 
 def print_json(value: object) -> None:
     """Print one JSON document."""
-    click.echo(to_json(value))
+    click.echo(to_json(value, only_ascii=not sys.stdout.encoding.lower().startswith("utf")))
 
 
 def is_terminal() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -12,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import PipelineCreate, PipelineRead, PipelineRepository, PipelineStatus, PipelineUpdate
 from gathering_pipeline.cli.output import to_json
-from tests.support.commands import in_terminal, read, run, sentence, succeed
+from tests.support.commands import PROGRAM, in_terminal, read, run, sentence, succeed
 from tests.support.graphs import DRAFT, GOOD, graph, shared_files, values
 from tests.support.runs import store
 
@@ -184,6 +185,17 @@ def test_list_in_a_terminal_is_a_table_without_markup_of_names(database_url: str
     assert "\x1b]0;" not in output
     assert "\x9b" not in output
     assert "───" in output
+
+
+def test_show_on_a_terminal_without_unicode_prints_escapes(
+    database_url: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(session, "a", name="日本 é 😀")
+    session.commit()
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    for words, wanted in (([], "\\u65e5\\u672c é \\U0001f600"), (["--json"], "\\u65e5\\u672c \\u00e9 \\ud83d\\ude00")):
+        command = [str(PROGRAM), "show", "1", *words, "--url", database_url]
+        assert wanted in subprocess.run(command, capture_output=True, check=True).stdout.decode("latin-1")
 
 
 # --- graph ------------------------------------------------------------------------------------------------------------
