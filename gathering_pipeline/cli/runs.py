@@ -72,10 +72,13 @@ def _read_time(_context: click.Context, _option: click.Parameter, given: str | N
 
 
 def _read_tags(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    tags: dict[str, str] = {}
     for item in given:
-        if "=" not in item:
-            raise click.BadParameter(f"{item!r} is no tag: write KEY=VALUE")
-    return dict(item.split("=", 1) for item in given)
+        key, separator, value = item.partition("=")
+        if not separator or key in tags:
+            raise click.BadParameter(f"{item!r} {'repeats a key' if separator else 'is no tag'}: write KEY=VALUE")
+        tags[key] = value
+    return tags
 
 
 @click.group()

@@ -114,6 +114,8 @@ def test_command_of_unknown_run_prints_one_sentence(database_url: str, tmp_path:
     assert sentence(run("runs", "show", "9" * 25, url=database_url)) == f"run {'9' * 25} does not exist"
     assert "is not a valid integer" in sentence(run("runs", "show", "seven", url=database_url), 2)
     assert "is no tag: write KEY=VALUE" in sentence(run("runs", "list", "--tag", "x", url=database_url), 2)
+    repeated = ("--tag", "a=1", "--tag", "a=2")
+    assert "'a=2' repeats a key: write KEY=VALUE" in sentence(run("runs", "list", *repeated, url=database_url), 2)
     assert list(tmp_path.iterdir()) == []
 
 
