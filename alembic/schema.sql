@@ -204,6 +204,7 @@ CREATE TABLE circle.pipeline_counters (
     run_count bigint NOT NULL DEFAULT 0,
     success_count bigint NOT NULL DEFAULT 0,
     error_count bigint NOT NULL DEFAULT 0,
+    leases_lost bigint NOT NULL DEFAULT 0,
     last_run timestamp with time zone,
     CONSTRAINT pipeline_counters_pkey PRIMARY KEY (pipeline_id, id)
 );
@@ -1359,9 +1360,9 @@ BEGIN
         DELETE FROM circle.pipeline_counters c USING free f WHERE c.pipeline_id = f.pipeline_id AND c.id = f.id RETURNING c.*
     )
     INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, run_count,
-                                          success_count, error_count, last_run)
+                                          success_count, error_count, leases_lost, last_run)
     SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
-           sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
+           sum(g.run_count), sum(g.success_count), sum(g.error_count), sum(g.leases_lost), max(g.last_run)
     FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
 END $function$;
 REVOKE ALL ON FUNCTION circle.add_up_counters() FROM PUBLIC;
@@ -1525,15 +1526,15 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_runs_after_insert() FROM PUBLIC;
 
--- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
-CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_resumed_from bigint)
+-- The data of the event of a run that starts: its claim and the worker, and what it was resumed from.
+CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_worker_id text, p_resumed_from bigint)
  RETURNS jsonb
  LANGUAGE plpgsql
  STABLE
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim) END
+    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim, 'worker_id', p_worker_id) END
         || CASE WHEN p_resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', p_resumed_from, 'taken_over', (
                SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND taken_from IS NOT NULL)) END;
 END $function$;
@@ -1551,9 +1552,11 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
-           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' THEN circle.start_event_data(
-                    NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.resumed_from) ELSE '{}' END
+           CASE NEW.status
+               WHEN 'running' THEN circle.start_event_data(
+                   NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.worker_id, NEW.resumed_from)
+               WHEN 'completed' THEN jsonb_build_object('worker_id', NEW.worker_id, 'duration_seconds', NEW.duration_seconds)
+               ELSE jsonb_build_object('worker_id', NEW.worker_id, 'duration_seconds', NEW.duration_seconds, 'error', NEW.error_message) END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -1735,16 +1738,44 @@ BEGIN
     RETURN p_requested <> 'cancelled';
 END $function$;
 
--- The data of the event of a node run that failed or waits: for its retry, or because its run was released.
-CREATE OR REPLACE FUNCTION circle.node_event_data(n circle.pipeline_node_runs)
+-- The milliseconds since a node was started, unless they are given. Inlined.
+CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamp with time zone)
+ RETURNS integer
+ LANGUAGE sql
+AS $function$
+    SELECT CASE
+        WHEN p_given IS NOT NULL THEN p_given
+        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
+        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
+$function$;
+
+-- The data of the event of a node run that failed, that waits, for its retry or because its run was released, or that nobody executed.
+CREATE OR REPLACE FUNCTION circle.node_failure_data(p_status text, p_worker_id text, p_retry_count integer, p_started_at timestamp with time zone, p_duration_ms integer, p_error text, p_available_at timestamp with time zone)
+ RETURNS jsonb
+ LANGUAGE plpgsql
+ SET search_path TO 'pg_catalog', 'pg_temp'
+AS $function$
+BEGIN
+    RETURN CASE p_status
+        WHEN 'failed' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id, 'duration_ms', p_duration_ms,
+                                              'error', p_error)
+        WHEN 'pending' THEN jsonb_build_object(
+            'attempt', CASE WHEN p_available_at IS NULL THEN p_retry_count + 1::bigint ELSE greatest(p_retry_count, 1) END,
+            'worker_id', p_worker_id, 'duration_ms', circle.elapsed_ms(NULL, p_started_at), 'error', p_error,
+            'available_at', p_available_at)
+        ELSE '{}' END;
+END $function$;
+
+-- The data of the event of a node run: the attempt, the worker that holds the run, and how long the attempt took. Inlined, and short,
+-- because an executor prepares it anew in each step.
+CREATE OR REPLACE FUNCTION circle.node_event_data(p_status text, p_worker_id text, p_retry_count integer, p_started_at timestamp with time zone, p_duration_ms integer, p_error text, p_available_at timestamp with time zone)
  RETURNS jsonb
  LANGUAGE sql
- STABLE
 AS $function$
-    SELECT CASE n.status
-        WHEN 'failed' THEN jsonb_build_object('error', n.error_message)
-        ELSE jsonb_build_object('attempt', CASE WHEN n.available_at IS NULL THEN n.retry_count + 1::bigint ELSE greatest(n.retry_count, 1) END,
-                                'error', n.error_message, 'available_at', n.available_at) END
+    SELECT CASE WHEN p_status IN ('running', 'completed')
+        THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
+                                'duration_ms', CASE WHEN p_status = 'completed' THEN p_duration_ms END)
+        ELSE circle.node_failure_data(p_status, p_worker_id, p_retry_count, p_started_at, p_duration_ms, p_error, p_available_at) END
 $function$;
 
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert()
@@ -1756,6 +1787,8 @@ AS $function$
 DECLARE
     r record;
     run_status text;
+    worker text;
+    held boolean := false;
     eventful boolean := false;
 BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
@@ -1765,7 +1798,7 @@ BEGIN
                     bool_or(status = 'failed') AS failed, count(taken_from) > 0 AS taken, min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
              FROM new_rows GROUP BY run_id ORDER BY run_id LOOP
         -- locks the run, so that it doesn't end concurrently
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
+        SELECT status, worker_id INTO run_status, worker FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
         IF run_status <> 'running' AND (run_status <> 'pending' OR r.running IS NOT NULL) THEN
             PERFORM circle.judge_node(r.run_id, coalesce(r.running, r.node_id), 'new',
                                       CASE WHEN r.running IS NOT NULL THEN 'running' ELSE r.status END);
@@ -1775,12 +1808,14 @@ BEGIN
         IF r.taken AND NOT EXISTS (SELECT FROM circle.pipeline_runs WHERE id = r.run_id AND resumed_from IS NOT NULL) THEN
             RAISE EXCEPTION 'run % is not resumed: no node of it has taken_from', r.run_id USING ERRCODE = 'integrity_constraint_violation';
         END IF;
+        held := held OR worker IS NOT NULL;
         eventful := eventful OR r.eventful;
     END LOOP;
     IF eventful THEN
         INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-        SELECT circle.event_xid(), run_id, node_id, circle.node_event(status),
-               CASE WHEN status = 'failed' THEN jsonb_build_object('error', error_message) ELSE '{}' END
+        SELECT circle.event_xid(), run_id, node_id, circle.node_event(status), circle.node_event_data(
+            status, CASE WHEN held THEN (SELECT t.worker_id FROM circle.pipeline_runs t WHERE t.id = run_id) END, retry_count, started_at, duration_ms,
+            error_message, available_at)
         FROM new_rows WHERE status NOT IN ('pending', 'cancelled') AND taken_from IS NULL ORDER BY run_id, position, id;
     END IF;
     RETURN NULL;
@@ -1812,8 +1847,9 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
     -- one number for all, taken when the sort below has ended, and so every wait for a run
-    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), CASE WHEN e.status IN ('failed', 'pending')
-        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = e.id) ELSE '{}' END
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), (
+        SELECT circle.node_event_data(n.status, r.worker_id, n.retry_count, n.started_at, n.duration_ms, n.error_message, n.available_at)
+        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id WHERE n.id = e.id)
     FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE
         WHEN CASE m.status
@@ -2324,18 +2360,22 @@ DECLARE
     counts json;
     seconds double precision[];
 BEGIN
-    WITH recent AS MATERIALIZED (
-        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN extract(epoch FROM r.completed_at - r.started_at)::float8 END AS seconds
+    WITH recent AS (
+        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN date_part('epoch', r.completed_at - r.started_at) END AS took
         FROM circle.pipeline_runs r
         WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
         ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit
-    ), wanted AS MATERIALIZED (
-        SELECT * FROM recent WHERE created_at >= p_since
     )
-    SELECT (SELECT json_object_agg(s.status, s.number) FROM (SELECT status, count(*) AS number FROM wanted GROUP BY status) s),
-           (SELECT percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY w.seconds) FROM wanted w)
-    INTO counts, seconds;
-    RETURN json_build_object('runs', coalesce(counts, '{}'), 'p50', seconds[1], 'p95', seconds[2]);
+    SELECT json_strip_nulls(json_build_object(
+               'pending', nullif(count(*) FILTER (WHERE status = 'pending'), 0),
+               'running', nullif(count(*) FILTER (WHERE status = 'running'), 0),
+               'completed', nullif(count(*) FILTER (WHERE status = 'completed'), 0),
+               'failed', nullif(count(*) FILTER (WHERE status = 'failed'), 0),
+               'cancelled', nullif(count(*) FILTER (WHERE status = 'cancelled'), 0),
+               'timeout', nullif(count(*) FILTER (WHERE status = 'timeout'), 0))),
+           percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY took)
+    INTO counts, seconds FROM recent WHERE created_at >= p_since;
+    RETURN json_build_object('runs', counts, 'p50', seconds[1], 'p95', seconds[2]);
 END $function$;
 
 -- Locks the runs before their pipeline. The advisory lock keeps create_run out.
@@ -2657,17 +2697,6 @@ BEGIN
     END IF;
     RETURN circle.node_answer(n);
 END $function$;
-
--- The milliseconds since a node was started, unless they are given. Inlined.
-CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamp with time zone)
- RETURNS integer
- LANGUAGE sql
-AS $function$
-    SELECT CASE
-        WHEN p_given IS NOT NULL THEN p_given
-        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
-        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
-$function$;
 
 -- Whether an attempt that isn't named was reported before: its node waits for the retry. Inlined.
 CREATE OR REPLACE FUNCTION circle.was_reported(n circle.pipeline_node_runs, p_attempt integer)
@@ -2998,6 +3027,7 @@ BEGIN
     RETURN CASE WHEN started IS NULL THEN circle.settle_run(p_run_id, p_inputs) ELSE circle.started_step(p_run_id, started, p_inputs) END;
 END $function$;
 
+-- IS TRUE keeps the index on ends away, which has the id as its second column.
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean)
  RETURNS void
  LANGUAGE plpgsql
@@ -3006,7 +3036,7 @@ CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results json
 AS $function$
 BEGIN
     IF p_results <> '[]' AND EXISTS (
-            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND completed_at IS NOT NULL AND claim_token = p_token) THEN
+            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND (completed_at IS NOT NULL) IS TRUE AND claim_token = p_token) THEN
         PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
     ELSE
         PERFORM circle.lock_run(p_run_id, p_token);
@@ -3078,7 +3108,7 @@ END $function$;
 -- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
 -- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its
 -- step is NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
-CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
+CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb, p_with_inputs bigint[] DEFAULT '{}'::bigint[])
  RETURNS TABLE(run_id bigint, step json)
  LANGUAGE plpgsql
  SET search_path TO 'pg_catalog', 'pg_temp'
@@ -3141,22 +3171,25 @@ BEGIN
                           WHERE p.status NOT IN ('completed', 'skipped')
                             AND NOT (p.run_id, p.position) IN (
                                 SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
-        RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
+        RETURNING n.id, n.run_id, n.node_id, n.node_type, n.position, n.retry_count
     ), current AS (
         UPDATE circle.pipeline_runs r SET current_node = c.node_id
         FROM (SELECT DISTINCT ON (s.run_id) s.run_id, s.node_id FROM started s ORDER BY s.run_id, s.position DESC) c WHERE r.id = c.run_id
     ), steps AS (
         SELECT s.run_id, json_build_object('status', 'running', 'started', json_agg(json_build_object(
-                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step
+                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step,
+               array_agg(s.id)::text AS ids
         FROM started s GROUP BY s.run_id
     )
     SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM results x WHERE NOT x.run_id IN (SELECT f.run_id FROM refused f)) AS wanted,
-           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps
+           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps, array_agg(s.ids) AS ids
     INTO moved FROM steps s;
     IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
         RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
     END IF;
-    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    RETURN QUERY SELECT t.run_id::bigint, CASE WHEN t.run_id = ANY (p_with_inputs)   -- by a statement of its own, which sees the new outputs
+        THEN json_build_object('status', 'running', 'started', circle.started_nodes(t.run_id, t.ids::bigint[], true)) ELSE t.step END
+    FROM unnest(moved.run_ids, moved.steps, moved.ids) t (run_id, step, ids);
     idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
     IF idle <> '{}' THEN
         WITH over AS (
@@ -3174,7 +3207,7 @@ BEGIN
         SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
         RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
         FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
-            RETURN QUERY SELECT one, circle.settle_run(one, false);
+            RETURN QUERY SELECT one, circle.settle_run(one, one = ANY (p_with_inputs));
         END LOOP;
     END IF;
     RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)
@@ -3371,11 +3404,12 @@ BEGIN
     ), sums AS MATERIALIZED (
         SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
                sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
-               sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+               sum(success_count) AS success_count, sum(error_count) AS error_count, sum(leases_lost) AS leases_lost,
+               max(last_run) AS last_run
         FROM gone GROUP BY pipeline_id
     ), kept AS (
-        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout)
-        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout FROM sums
+        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, leases_lost)
+        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout, leases_lost FROM sums
     )
     UPDATE circle.pipelines p SET run_count = least(p.run_count + s.run_count, 2147483647),
         success_count = least(p.success_count + s.success_count, 2147483647),
@@ -3428,13 +3462,14 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
+    FOR r IN SELECT id, pipeline_id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
                     to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS "UTC"') AS lease_end FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
             VALUES (r.id, 'recovered', r.worker_id, r.claim_token, 'the lease ended at ' || r.lease_end);
+            INSERT INTO circle.pipeline_counters (pipeline_id, leases_lost) VALUES (r.pipeline_id, 1);
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
             IF result.id IS NULL AND r.lapsed >= p_max_claims THEN
@@ -3742,9 +3777,9 @@ END $function$;
 
 -- ---- alembic/sql/011_lifecycle/9_explaining.sql
 
--- The last claim of a run of a pipeline, and when one of its runs was last claimed or ended: of its last 100 runs, the last 100 before
--- the head of its queue, because the claimed ones stand before a long queue, and 100 running ones.
-CREATE OR REPLACE FUNCTION circle.last_claim(p_pipeline_id bigint, OUT claimed_at timestamp with time zone, OUT worker_id text, OUT moved_at timestamp with time zone)
+-- The last claim of a run of a pipeline: of its last 100 runs, the last 100 before the head of its queue, because the claimed ones stand
+-- before a long queue, and 100 running ones.
+CREATE OR REPLACE FUNCTION circle.last_claim(p_pipeline_id bigint, OUT claimed_at timestamp with time zone, OUT worker_id text)
  RETURNS record
  LANGUAGE plpgsql
  STABLE
@@ -3763,36 +3798,23 @@ BEGIN
     SELECT r.id INTO head FROM circle.pipeline_runs r
     WHERE r.pipeline_id = p_pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
     ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1;
-    SELECT max(c.at), (array_agg(c.worker_id ORDER BY c.at DESC) FILTER (WHERE c.at IS NOT NULL))[1], max(greatest(c.at, n.completed_at))
-    INTO claimed_at, worker_id, moved_at
+    SELECT max(c.at), (array_agg(c.worker_id ORDER BY c.at DESC) FILTER (WHERE c.at IS NOT NULL))[1] INTO claimed_at, worker_id
     FROM (
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+        (SELECT r.id FROM circle.pipeline_runs r
          WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
         UNION
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+        (SELECT r.id FROM circle.pipeline_runs r
          WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, head)
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
         UNION
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r WHERE r.pipeline_id = p_pipeline_id AND r.status = 'running'
+        (SELECT r.id FROM circle.pipeline_runs r WHERE r.pipeline_id = p_pipeline_id AND r.status = 'running'
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
     ) n
     LEFT JOIN LATERAL (
         SELECT h.at, h.worker_id, h.kind FROM circle.pipeline_run_history h WHERE h.run_id = n.id
         ORDER BY h.run_id DESC, h.id DESC LIMIT 4) c ON c.kind = 'claimed';   -- at most three rows follow the last claim
 END $function$;
-
--- When something last moved in a run: a status, or who holds it. An event that was purged is older than those that are kept.
-CREATE OR REPLACE FUNCTION circle.last_move(p_run_id bigint, p_since timestamp with time zone)
- RETURNS timestamp with time zone
- LANGUAGE sql
- STABLE
- SET search_path TO 'pg_catalog', 'pg_temp'
-AS $function$
-    SELECT greatest(p_since,
-        (SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = p_run_id ORDER BY h.run_id DESC, h.id DESC LIMIT 1),
-        (SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = p_run_id ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1))
-$function$;
 
 -- The facts from which gathering_pipeline/explaining.py says why a run stands still; NULL: there is no such run. Of its nodes at most
 -- 100 that are live, failed, skipped or taken over, those first that something can be done about. Tokens stay secret.
@@ -3899,4 +3921,86 @@ BEGIN
                                                       'reason', left(h.reason, 1000), 'is_current', h.token = r.claim_token) ORDER BY h.id)
                     FROM (SELECT * FROM circle.pipeline_run_history t WHERE t.run_id = p_run_id
                           ORDER BY t.run_id DESC, t.id DESC LIMIT 20) h));
+END $function$;
+
+-- Live runs in which nothing has moved for a time, and which nothing holds on purpose, oldest first: their lease is past, or their timeout, or
+-- they are running and no worker executes a node, or a worker could have claimed them, or none ever can. Whatever the history, it looks at
+-- the oldest 10,000 running runs and as many pending ones, the first p_limit of each queue, and the 10,000 longest past their waiting time.
+CREATE OR REPLACE FUNCTION circle.stuck_runs(p_older_than interval, p_limit integer)
+ RETURNS bigint[]
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+DECLARE
+    since timestamptz := clock_timestamp() - p_older_than;
+BEGIN
+    RETURN ARRAY(
+        WITH open AS MATERIALIZED (
+            SELECT p.id, p.max_running FROM circle.pipelines p
+            WHERE p.status = 'active' AND coalesce(p.status_changed_at < since, true)
+              AND (p.max_running = 0 OR NOT EXISTS (SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = p.id AND r.status = 'running'
+                                                    ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
+        ), found AS (
+            -- the last event of a run is its last change of a status, whichever writer made it
+            (SELECT r.id FROM (
+                 SELECT t.id, t.pipeline_id, coalesce(t.started_at, t.created_at) AS began, t.lease_expires_at FROM circle.pipeline_runs t
+                 WHERE t.status >= 'running' AND t.status <= 'running' ORDER BY t.status, t.id LIMIT 10000) r
+             WHERE r.lease_expires_at < since
+                OR r.began < since - (SELECT make_interval(secs => nullif(p.timeout_seconds, 0)) FROM circle.pipelines p WHERE p.id = r.pipeline_id)
+                OR r.began < since
+                   AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = r.id
+                                 ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
+                   AND coalesce((SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = r.id
+                                 ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1) < since, true)
+                   AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
+                       n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL))
+             LIMIT p_limit)
+            UNION ALL
+            (SELECT q.id FROM open p
+             CROSS JOIN LATERAL (
+                 SELECT r.id FROM circle.pipeline_runs r
+                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) head
+             CROSS JOIN LATERAL (
+                 SELECT r.id, r.created_at, r.run_at FROM circle.pipeline_runs r
+                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                   -- until lately the pipeline was full, if one of its runs was claimed or ended: those stand before the head, or are new
+                   AND (p.max_running = 0 OR NOT EXISTS (
+                       SELECT FROM (
+                           (SELECT b.id, b.completed_at FROM circle.pipeline_runs b
+                            WHERE b.pipeline_id >= p.id AND (b.pipeline_id, b.id) < (p.id, head.id)
+                            ORDER BY b.pipeline_id DESC, b.id DESC LIMIT 100)
+                           UNION ALL
+                           (SELECT b.id, b.completed_at FROM circle.pipeline_runs b
+                            WHERE b.pipeline_id >= p.id AND (b.pipeline_id, b.id) <= (p.id, 9223372036854775807)
+                            ORDER BY b.pipeline_id DESC, b.id DESC LIMIT 100)) b
+                       WHERE b.completed_at >= since OR (SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = b.id
+                                                         ORDER BY h.run_id DESC, h.id DESC LIMIT 1) >= since))
+                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit) q
+             WHERE q.created_at < since AND coalesce(q.run_at < since, true)
+               AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = q.id
+                             ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
+               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since)
+             LIMIT p_limit)
+            UNION ALL
+            (SELECT w.id FROM (
+                 SELECT r.id, r.pipeline_id, r.pipeline_version FROM circle.pipeline_runs r
+                 WHERE r.status = 'pending' AND r.waits_until IS NOT NULL AND r.waits_until < since ORDER BY r.waits_until LIMIT 10000) w
+             WHERE w.pipeline_version IS NOT NULL AND (w.pipeline_id IN (SELECT p.id FROM open p)) IS TRUE
+             LIMIT p_limit)
+            UNION ALL   -- without a version a run is never claimed
+            (SELECT u.id FROM (
+                 SELECT r.id, r.pipeline_version, r.created_at FROM circle.pipeline_runs r
+                 WHERE r.status >= 'pending' AND r.status <= 'pending' ORDER BY r.status, r.id LIMIT 10000) u
+             WHERE u.pipeline_version IS NULL AND u.created_at < since
+             LIMIT p_limit)
+        )
+        SELECT f.id FROM found f ORDER BY f.id LIMIT p_limit);
 END $function$;

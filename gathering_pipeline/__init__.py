@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .explaining import Explanation, HistoryEntry, NodeExplanation, Reason, ReasonCode
     from .health import Health
     from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
+    from .metrics import Metrics
     from .models import (
         ChangedRuns,
         ClaimedRun,
@@ -163,6 +164,7 @@ __all__ = [
     "LeaseLostError",
     "Limits",
     "LogEntry",
+    "Metrics",
     "NodeConfig",
     "NodeContext",
     "NodeExecutionResult",

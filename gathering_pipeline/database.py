@@ -39,8 +39,10 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.forks import renew_in_child
 from gathering_pipeline.health import Health
 from gathering_pipeline.listening import POLL, AsyncEvents, Events
+from gathering_pipeline.metrics import AsyncMetricsReader, Metrics, MetricsReader
 from gathering_pipeline.models import RunRead
 from gathering_pipeline.repositories._call import READING, commit_failure, read_only_failure
+from gathering_pipeline.repositories._log import logger
 from gathering_pipeline.repositories.grouped import AsyncGroupCommit, GroupCommit
 from gathering_pipeline.repositories.runs import AsyncRunRepository, RunRepository
 from gathering_pipeline.settings import DatabaseSettings
@@ -171,8 +173,8 @@ class Database:
         ``with database.group_commit() as runs`` a ``RunRepository`` for many threads: call inside the block.
 
         The answer of a call comes after the commit that holds it; a refused call concerns its caller alone. It takes
-        two connections of the pool for ``advance``. Every other method, ``advance`` with ``retry`` or ``inputs``, and
-        calls on a run that somebody else has locked, are sent by themselves on a third.
+        two connections of the pool for ``advance``. What ``advance_many`` leaves out, and every other method, is sent
+        by itself on a third.
         """
         return GroupCommits(self)
 
@@ -282,6 +284,23 @@ class Database:
         except _UNHEALTHY as error:
             return self._unreachable(engine.sync_engine, error)
         return self._reachable(engine.sync_engine, found)
+
+    def metrics(self) -> Metrics:
+        """Read the numbers that a monitoring system watches; ``.prometheus()`` prints them. One round trip.
+
+        It takes as long with a long history, and reads on ``read_url`` if there is one.
+
+        Raises:
+            ConfigurationError: As of ``session``; so are the other errors.
+        """
+        with _open(self._reader.for_sessions(self._reader.sync, autocommit=True), autocommit=True) as session:
+            return MetricsReader(session).read()
+
+    async def ametrics(self) -> Metrics:
+        """The async twin of ``metrics``."""
+        engine = self._reader.for_sessions(self._reader.asynchronous, autocommit=True)
+        async with _open_async(engine, autocommit=True) as session:
+            return await AsyncMetricsReader(session).read()
 
     def _reachable(self, engine: Engine, found: dict[str, Any]) -> Health:
         return Health(reachable=True, **found, **self._pool(engine), expected_revision=migrations.head())
@@ -485,6 +504,7 @@ def _commit(session: Session, autocommit: bool) -> None:
             session.commit()
         except DBAPIError as error:
             if failure := commit_failure(error):
+                logger.warning("the commit failed: %s: %s", type(failure).__name__, failure)
                 raise failure from error
             raise
     except PendingRollbackError as error:

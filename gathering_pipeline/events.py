@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class EventType(StrEnum):
@@ -38,28 +38,28 @@ RUN_ENDS = frozenset(
 class PipelineEvent(BaseModel):
     """A lifecycle event as stored.
 
-    Attributes:
-        id: Increases within a run, with gaps.
-        run_id: The run.
-        node_id: The node; ``None`` for an event of the run itself.
-        type: What happened.
-        data: ``error`` of a failure, timeout or cancellation; ``claim`` (its number) for the start of a claimed run;
-            ``attempt`` (the one that failed, from 1), ``error`` and ``available_at`` (time of the next attempt) for a
-            retry.
-        created_at: When it happened, by the database's clock.
-        cursor: The ``after=`` for the events that follow; valid in this database only.
+    ``data`` of an event of a node has ``attempt`` (from 1), ``worker_id`` (``None``: no worker held the run),
+    ``duration_ms`` of the attempt (``None`` as it starts), ``error`` of a failure and of a retry, and ``available_at``,
+    the time of the next attempt; that of a skipped node is empty. A run that starts has ``claim``, the number of the
+    claim, and ``worker_id`` if it was claimed, and if it resumes another ``resumed_from`` and ``taken_over``, a number
+    of nodes. One that ends has ``worker_id``, ``duration_seconds``, and ``error`` unless it completed.
     """
 
     # a later revision of the schema may have more columns
     model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
-    id: int
-    run_id: int
-    node_id: str | None
-    type: EventType
-    data: dict[str, Any]
-    created_at: datetime
-    cursor: str
+    id: int = Field(description="Increases within a run, with gaps.")
+    run_id: int = Field(description="The run.")
+    node_id: str | None = Field(description="The node; null for an event of the run itself.")
+    type: EventType = Field(description="What happened.")
+    data: dict[str, Any] = Field(
+        description=(
+            "What belongs to the event: `attempt`, `worker_id` and `duration_ms` of a node, `claim`, "
+            "`worker_id` and `duration_seconds` of a run, `error` of a failure, `available_at` of a retry."
+        ),
+    )
+    created_at: datetime = Field(description="When it happened, by the database's clock.")
+    cursor: str = Field(description="The `after=` for the events that follow; valid in this database only.")
 
     @property
     def ends_run(self) -> bool:
@@ -68,14 +68,9 @@ class PipelineEvent(BaseModel):
 
 
 class EventPage(BaseModel):
-    """One page of the event log.
-
-    Attributes:
-        items: The events in reading order.
-        next_cursor: The ``after=`` of the next page, also when ``items`` is empty.
-    """
+    """One page of the event log."""
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
-    items: tuple[PipelineEvent, ...]
-    next_cursor: str
+    items: tuple[PipelineEvent, ...] = Field(description="The events in reading order.")
+    next_cursor: str = Field(description="The `after=` of the next page, also when `items` is empty.")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import shorten
 from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
@@ -116,67 +116,45 @@ class _Frozen(BaseModel):
 
 
 class Reason(_Frozen):
-    """Why a run stands still, or how it ended.
+    """Why a run stands still, or how it ended."""
 
-    Attributes:
-        code: The situation.
-        text: A sentence with the numbers that matter; times are the database's, in UTC.
-    """
-
-    code: ReasonCode
-    text: str
+    code: ReasonCode = Field(description="The situation.")
+    text: str = Field(description="A sentence with the numbers that matter; times are the database's, in UTC.")
 
 
 class NodeExplanation(_Frozen):
-    """Why a node stands still.
+    """Why a node stands still."""
 
-    Attributes:
-        node_id: The node.
-        status: Its status.
-        code: The situation.
-        text: A sentence, as of a ``Reason``.
-    """
-
-    node_id: str
-    status: NodeStatus
-    code: ReasonCode
-    text: str
+    node_id: str = Field(description="The node.")
+    status: NodeStatus = Field(description="Its status.")
+    code: ReasonCode = Field(description="The situation.")
+    text: str = Field(description="A sentence, as of a `Reason`.")
 
 
 class HistoryEntry(_Frozen):
-    """Who took or gave up a run, or cancelled it.
+    """Who took or gave up a run, or cancelled it."""
 
-    Attributes:
-        at: When.
-        kind: What happened.
-        worker_id: The worker that claimed, released or lost it; of a cancellation the role of the session.
-        reason: Why; ``None``: it wasn't said.
-    """
-
-    at: datetime
-    kind: HistoryKind
-    worker_id: str | None
-    reason: str | None
+    at: datetime = Field(description="When.")
+    kind: HistoryKind = Field(description="What happened.")
+    worker_id: str | None = Field(
+        description="The worker that claimed, released or lost it; of a cancellation the role of the session."
+    )
+    reason: str | None = Field(description="Why; null: it wasn't said.")
 
 
 class Explanation(_Frozen):
-    """Why a run stands still, as ``RunRepository.explain`` found it; ``str()`` is for people.
+    """Why a run stands still, as ``RunRepository.explain`` found it; ``str()`` is for people."""
 
-    Attributes:
-        run_id: The run.
-        status: Its status.
-        reasons: What holds it, what is to be done, and how it got there.
-        nodes: Its nodes that are live, failed, skipped or taken over, in execution order, at most 100.
-        more_nodes: How many such nodes are left out.
-        history: The last 20 claims, releases, recoveries and cancellations, oldest first.
-    """
-
-    run_id: int
-    status: RunStatus
-    reasons: tuple[Reason, ...]
-    nodes: tuple[NodeExplanation, ...]
-    more_nodes: int
-    history: tuple[HistoryEntry, ...]
+    run_id: int = Field(description="The run.")
+    status: RunStatus = Field(description="Its status.")
+    reasons: tuple[Reason, ...] = Field(description="What holds it, what is to be done, and how it got there.")
+    nodes: tuple[NodeExplanation, ...] = Field(
+        description="Its nodes that are live, failed, skipped or taken over, in execution order, at most 100."
+    )
+    more_nodes: int = Field(description="How many such nodes are left out.")
+    history: tuple[HistoryEntry, ...] = Field(
+        description="The last 20 claims, releases, recoveries and cancellations, oldest first."
+    )
 
     def __str__(self) -> str:
         """A paragraph about the run, and a line for each of the first nodes that have something to tell."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, text
 
 from gathering_pipeline import migrations
@@ -18,34 +18,24 @@ SELECT current_user, pg_is_in_recovery(), current_setting('server_version_num'):
 
 
 class Health(BaseModel):
-    """What ``Database.health`` found. Where the database can't be reached, only ``error`` and the pool are known.
-
-    Attributes:
-        reachable: Whether the server answered.
-        error: Why it did not.
-        revision: Revision of the schema; ``None``: there is none.
-        expected_revision: The revision that this code is written for.
-        user: Role of the connection.
-        is_primary: Whether the server takes writes; a standby doesn't.
-        replication_lag: How far a standby is behind; ``None`` on a primary.
-        server_version: Major version of PostgreSQL.
-        connections_in_use: Connections of the pool that sessions hold; ``None``: the pool of a program's engine doesn't
-            count them.
-        connections_allowed: Most connections of the pool; ``None`` as above.
-    """
+    """What ``Database.health`` found. Where the database can't be reached, only ``error`` and the pool are known."""
 
     model_config = ConfigDict(frozen=True)
 
-    reachable: bool
-    error: str | None = None
-    revision: str | None = None
-    expected_revision: str
-    user: str | None = None
-    is_primary: bool | None = None
-    replication_lag: timedelta | None = None
-    server_version: int | None = None
-    connections_in_use: int | None
-    connections_allowed: int | None
+    reachable: bool = Field(description="Whether the server answered.")
+    error: str | None = Field(None, description="Why it did not.")
+    revision: str | None = Field(None, description="Revision of the schema; null: there is none.")
+    expected_revision: str = Field(description="The revision that this code is written for.")
+    user: str | None = Field(None, description="Role of the connection.")
+    is_primary: bool | None = Field(None, description="Whether the server takes writes; a standby doesn't.")
+    replication_lag: timedelta | None = Field(None, description="How far a standby is behind; null on a primary.")
+    server_version: int | None = Field(None, description="Major version of PostgreSQL.")
+    connections_in_use: int | None = Field(
+        description=(
+            "Connections of the pool that sessions hold; null: the pool of a program's engine doesn't count them."
+        ),
+    )
+    connections_allowed: int | None = Field(description="Most connections of the pool; null as above.")
 
     @property
     def ok(self) -> bool:

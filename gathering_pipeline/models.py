@@ -17,12 +17,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     StrictBool,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core.core_schema import CoreSchema, list_schema
 
 from .arguments import check_branch
 from .errors import InvalidPipelineError, Issue, IssueCode, shorten
@@ -107,45 +110,38 @@ class _Model(BaseModel):
 
 
 class PipelineEdge(_Model):
-    """A directed edge between two nodes; JSON spells its ends ``from`` and ``to``. Unknown keys are kept.
-
-    Attributes:
-        id: Unique among the edges of the graph.
-        from_node: Id of the node that comes first.
-        to_node: Id of the node that follows.
-        condition: Label of the branch that the edge belongs to: a node that completes with this outcome takes it, in
-            lower or upper case. ``None`` or blank: always taken.
-    """
+    """A directed edge between two nodes; JSON spells its ends ``from`` and ``to``. Unknown keys are kept."""
 
     model_config = ConfigDict(populate_by_name=True, extra="allow")
 
-    id: Strict
+    id: Strict = Field(description="Unique among the edges of the graph.")
     # the aliases stand in the annotations: there type checkers don't take them for the names of the parameters
-    from_node: Annotated[Strict, Field(alias="from")]
-    to_node: Annotated[Strict, Field(alias="to")]
-    condition: Strict | None = None
+    from_node: Annotated[Strict, Field(alias="from")] = Field(description="Id of the node that comes first.")
+    to_node: Annotated[Strict, Field(alias="to")] = Field(description="Id of the node that follows.")
+    condition: Strict | None = Field(
+        None,
+        description=(
+            "Label of the branch that the edge belongs to: a node that completes with this outcome takes it,"
+            " in lower or upper case. null or blank: always taken."
+        ),
+    )
 
 
 class PipelineNode(_Model):
-    """A step of a pipeline. Unknown keys are kept (``model_extra``).
-
-    Attributes:
-        id: Unique among the nodes of the graph; at most 100 characters.
-        type: What the node does; decides which configuration it needs.
-        name: Label for people.
-        config: The raw configuration, see ``NodeConfig``; unknown keys and nulls are kept.
-        position: Place in the editor, such as ``{"x": 50, "y": 100}``.
-        next: Ids of the following nodes, which some writers store; the edges decide.
-    """
+    """A step of a pipeline. Unknown keys are kept (``model_extra``)."""
 
     model_config = ConfigDict(extra="allow")
 
-    id: Strict
-    type: NodeType
-    name: Strict
-    config: Object = Field(default_factory=dict)
-    position: Object | None = None
-    next: Annotated[list[Strict], Field(strict=True)] | None = None
+    id: Strict = Field(description="Unique among the nodes of the graph; at most 100 characters.")
+    type: NodeType = Field(description="What the node does; decides which configuration it needs.")
+    name: Strict = Field(description="Label for people.")
+    config: Object = Field(
+        default_factory=dict, description="The raw configuration, see `NodeConfig`; unknown keys and nulls are kept."
+    )
+    position: Object | None = Field(None, description='Place in the editor, such as `{"x": 50, "y": 100}`.')
+    next: Annotated[list[Strict], Field(strict=True)] | None = Field(
+        None, description="Ids of the following nodes, which some writers store; the edges decide."
+    )
 
 
 class PipelineDefinition(_Model):
@@ -154,8 +150,8 @@ class PipelineDefinition(_Model):
     # The validator caches the order here: in a slot, which equality, copies and pickles ignore.
     __slots__ = ("_order",)
 
-    nodes: list[PipelineNode]
-    edges: list[PipelineEdge]
+    nodes: list[PipelineNode] = Field(description="The nodes.")
+    edges: list[PipelineEdge] = Field(description="The edges between them.")
 
     @property
     def node_map(self) -> dict[str, PipelineNode]:
@@ -247,26 +243,17 @@ def _shape_issue(lists: dict[str, Any], place: Sequence[str | int], kind: str, r
 
 
 class NodeExecutionResult(_Model):
-    """The result of one node of a run, reported by an executor.
-
-    Attributes:
-        node_id: The node.
-        status: Terminal status of the node.
-        output: JSON object that the node produced.
-        error: Reason of the failure.
-        duration_ms: Time taken, in milliseconds.
-        retry_count: Retries made, so 0 after one attempt.
-    """
+    """The result of one node of a run, reported by an executor."""
 
     # a misspelt field, such as ``outputs``, would be lost silently
     model_config = ConfigDict(extra="forbid")
 
-    node_id: str
-    status: Literal["completed", "failed", "skipped", "cancelled"]
-    output: dict[str, Any] | None = None
-    error: str | None = None
-    duration_ms: StrictInt32 = 0
-    retry_count: StrictInt32 = 0
+    node_id: str = Field(description="The node.")
+    status: Literal["completed", "failed", "skipped", "cancelled"] = Field(description="Terminal status of the node.")
+    output: dict[str, Any] | None = Field(None, description="JSON object that the node produced.")
+    error: str | None = Field(None, description="Reason of the failure.")
+    duration_ms: StrictInt32 = Field(0, description="Time taken, in milliseconds.")
+    retry_count: StrictInt32 = Field(0, description="Retries made, so 0 after one attempt.")
 
 
 def _branch(value: object, info: ValidationInfo) -> object:
@@ -277,19 +264,26 @@ def _branch(value: object, info: ValidationInfo) -> object:
 
 
 class NodeResult(NodeExecutionResult):
-    """The result of an attempt of a node.
+    """The result of an attempt of a node."""
 
-    Attributes:
-        attempt: The attempt that it is about, 1 for the first: a late report about an earlier one is recognised.
-            ``None``: the current one.
-        retryable: Whether a failed attempt is retried while retries are left; ``None``: as ``retry`` of the call says.
-        branch: The outcome of a completed node, which decides the edges that it takes, see ``untaken_successors``;
-            ``None``: all.
-    """
-
-    attempt: Annotated[int, Field(strict=True, ge=1, le=MAX_INT32)] | None = None
-    retryable: StrictBool | None = None
-    branch: Annotated[bool | str | None, PlainValidator(_branch)] = None
+    attempt: Annotated[int, Field(strict=True, ge=1, le=MAX_INT32)] | None = Field(
+        None,
+        description=(
+            "The attempt that it is about, 1 for the first: a late report about an earlier one is "
+            "recognised. null: the current one."
+        ),
+    )
+    retryable: StrictBool | None = Field(
+        None,
+        description="Whether a failed attempt is retried while retries are left; null: as `retry` of the call says.",
+    )
+    branch: Annotated[bool | str | None, PlainValidator(_branch)] = Field(
+        None,
+        description=(
+            "The outcome of a completed node, which decides the edges that it takes, see "
+            "`untaken_successors`; null: all."
+        ),
+    )
 
 
 class RunReport(NamedTuple):
@@ -299,11 +293,13 @@ class RunReport(NamedTuple):
         run_id: The run.
         results: ``NodeResult``, ``NodeExecutionResult`` or mappings with their fields.
         token: The token of the claim.
+        inputs: Whether started nodes have the outputs of their predecessors.
     """
 
     run_id: int
     results: Iterable[NodeExecutionResult | Mapping[str, Any]] = ()
     token: int | None = None
+    inputs: bool = False
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -313,47 +309,68 @@ class _Schema(_Model):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_OF_PIPELINES = {
+    "name": "Name for people, 1 to 255 characters.",
+    "description": "Free text.",
+    "status": "Only an `active` pipeline can be run.",
+    "nodes": "The nodes as JSON objects, see `PipelineNode`; unknown keys are kept.",
+    "edges": "The edges as JSON objects, see `PipelineEdge`; unknown keys are kept.",
+    "timeout_seconds": "Longest duration of a run, in seconds; null or 0: no limit.",
+    "max_retries_per_node": "Retries of a failed node, so 3 means up to 4 attempts.",
+    "retry_backoff_base": "First retry delay, in seconds; it doubles with each retry.",
+    "retry_backoff_max": "Longest retry delay, in seconds.",
+    "max_running": "Most runs that `claim` lets run at the same time; 0: no limit.",
+}
+"""The descriptions of the fields that a pipeline has as it is written, changed and read."""
+
+
+class _ShownAs:
+    """Shows a type in the JSON Schema of a field that takes more, or of which nothing is checked."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.model = model
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        self.model.model_rebuild()
+        return handler(list_schema(self.model.__pydantic_core_schema__))
+
+
 class PipelineCreate(_Schema):
-    """A pipeline to be stored; the graph is checked when it is written, and raw JSON is stored as it is.
+    """A pipeline to be stored; the graph is checked when it is written, and raw JSON is stored as it is."""
 
-    Attributes:
-        name: 1 to 255 characters.
-        description: Free text.
-        status: Only an ``active`` pipeline can be run.
-        nodes: JSON objects or ``PipelineNode``.
-        edges: JSON objects or ``PipelineEdge``.
-        timeout_seconds: Longest duration of a run; ``None`` or 0: no limit.
-        max_retries_per_node: Retries, so 3 means up to 4 attempts.
-        retry_backoff_base: First retry delay in seconds; it doubles with each retry.
-        retry_backoff_max: Longest retry delay in seconds.
-        max_running: Most runs that ``claim`` lets run at the same time; 0: no limit.
-    """
-
-    name: Name
-    description: Text | None = None
-    status: PipelineStatus = PipelineStatus.DRAFT
-    nodes: Annotated[list[Any], Field(strict=True)] = Field(default_factory=list)
-    edges: Annotated[list[Any], Field(strict=True)] = Field(default_factory=list)
-    timeout_seconds: Int32 | None = 3600
-    max_retries_per_node: Retries = 3
-    retry_backoff_base: Seconds = 1.0
-    retry_backoff_max: Seconds = 60.0
-    max_running: Retries = 0
+    name: Name = Field(description=_OF_PIPELINES["name"])
+    description: Text | None = Field(None, description=_OF_PIPELINES["description"])
+    status: PipelineStatus = Field(PipelineStatus.DRAFT, description=_OF_PIPELINES["status"])
+    nodes: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineNode)] = Field(
+        default_factory=list, description=_OF_PIPELINES["nodes"]
+    )
+    edges: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineEdge)] = Field(
+        default_factory=list, description=_OF_PIPELINES["edges"]
+    )
+    timeout_seconds: Int32 | None = Field(3600, description=_OF_PIPELINES["timeout_seconds"])
+    max_retries_per_node: Retries = Field(3, description=_OF_PIPELINES["max_retries_per_node"])
+    retry_backoff_base: Seconds = Field(1.0, description=_OF_PIPELINES["retry_backoff_base"])
+    retry_backoff_max: Seconds = Field(60.0, description=_OF_PIPELINES["retry_backoff_max"])
+    max_running: Retries = Field(0, description=_OF_PIPELINES["max_running"])
 
 
 class PipelineUpdate(_Schema):
     """The fields of a pipeline to be changed: those given (``model_fields_set``), as in ``PipelineCreate``."""
 
-    name: Name | None = None
-    description: Text | None = None
-    status: PipelineStatus | None = None
-    nodes: Annotated[list[Any], Field(strict=True)] | None = None
-    edges: Annotated[list[Any], Field(strict=True)] | None = None
-    timeout_seconds: Int32 | None = None
-    max_retries_per_node: Retries | None = None
-    retry_backoff_base: Seconds | None = None
-    retry_backoff_max: Seconds | None = None
-    max_running: Retries | None = None
+    name: Name | None = Field(None, description=_OF_PIPELINES["name"])
+    description: Text | None = Field(None, description=_OF_PIPELINES["description"])
+    status: PipelineStatus | None = Field(None, description=_OF_PIPELINES["status"])
+    nodes: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineNode)] | None = Field(
+        None, description=_OF_PIPELINES["nodes"]
+    )
+    edges: Annotated[list[Any], Field(strict=True), _ShownAs(PipelineEdge)] | None = Field(
+        None, description=_OF_PIPELINES["edges"]
+    )
+    timeout_seconds: Int32 | None = Field(None, description=_OF_PIPELINES["timeout_seconds"])
+    max_retries_per_node: Retries | None = Field(None, description=_OF_PIPELINES["max_retries_per_node"])
+    retry_backoff_base: Seconds | None = Field(None, description=_OF_PIPELINES["retry_backoff_base"])
+    retry_backoff_max: Seconds | None = Field(None, description=_OF_PIPELINES["retry_backoff_max"])
+    max_running: Retries | None = Field(None, description=_OF_PIPELINES["max_running"])
 
     @field_validator("*", mode="after")
     @classmethod
@@ -372,34 +389,30 @@ class _Read(_Schema):
 
 
 class PipelineRead(_Read):
-    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read.
+    """A stored pipeline. ``nodes`` and ``edges`` are the raw JSON, unchecked: a broken graph can still be read."""
 
-    Attributes:
-        version: Number of the graph.
-        revision: Number of the row, for ``expected_revision``: each edit adds one, counters don't.
-        status_changed_at: Since when it has its status; ``None`` where that is older than this column.
-    """
-
-    id: int
-    name: str
-    description: str | None
-    status: PipelineStatus
-    status_changed_at: datetime | None
-    nodes: Any
-    edges: Any
-    version: int
-    revision: int
-    timeout_seconds: int | None
-    max_retries_per_node: int
-    retry_backoff_base: float
-    retry_backoff_max: float
-    max_running: int
-    run_count: int
-    success_count: int
-    error_count: int
-    last_run: datetime | None
-    created_at: datetime | None
-    updated_at: datetime | None
+    id: int = Field(description="Id of the pipeline.")
+    name: str = Field(description=_OF_PIPELINES["name"])
+    description: str | None = Field(description=_OF_PIPELINES["description"])
+    status: PipelineStatus = Field(description=_OF_PIPELINES["status"])
+    status_changed_at: datetime | None = Field(
+        description="Since when it has its status; null where that is older than this column."
+    )
+    nodes: Annotated[Any, _ShownAs(PipelineNode)] = Field(description=_OF_PIPELINES["nodes"])
+    edges: Annotated[Any, _ShownAs(PipelineEdge)] = Field(description=_OF_PIPELINES["edges"])
+    version: int = Field(description="Number of the graph; each edit of the graph adds one.")
+    revision: int = Field(description="Number of the row, for `expected_revision`; each edit adds one, counters don't.")
+    timeout_seconds: int | None = Field(description=_OF_PIPELINES["timeout_seconds"])
+    max_retries_per_node: int = Field(description=_OF_PIPELINES["max_retries_per_node"])
+    retry_backoff_base: float = Field(description=_OF_PIPELINES["retry_backoff_base"])
+    retry_backoff_max: float = Field(description=_OF_PIPELINES["retry_backoff_max"])
+    max_running: int = Field(description=_OF_PIPELINES["max_running"])
+    run_count: int = Field(description="Number of runs that were created.")
+    success_count: int = Field(description="Number of runs that completed.")
+    error_count: int = Field(description="Number of runs that failed or timed out.")
+    last_run: datetime | None = Field(description="When the last run was created; null: never.")
+    created_at: datetime | None = Field(description="When it was created.")
+    updated_at: datetime | None = Field(description="When it was last edited.")
 
     @property
     def definition(self) -> PipelineDefinition:
@@ -410,176 +423,140 @@ class PipelineRead(_Read):
         """
         return PipelineDefinition.from_json(self.nodes, self.edges)
 
+    def to_create(self) -> PipelineCreate:
+        """A draft with the same fields and graph, unknown keys included: to be edited and stored as another pipeline.
+
+        Raises:
+            ValidationError: What is stored was written before the rules of ``PipelineCreate``.
+        """
+        fields = {name: getattr(self, name) for name in PipelineCreate.model_fields}
+        return PipelineCreate.model_validate(fields | {"status": PipelineStatus.DRAFT})
+
 
 class PipelineVersion(_Read):
-    """A version of a pipeline's graph.
+    """A version of a pipeline's graph."""
 
-    Attributes:
-        version: Its number.
-        node_count: How many nodes it has.
-        created_at: When it was written.
-    """
-
-    version: int
-    node_count: int
-    created_at: datetime
+    version: int = Field(description="Its number.")
+    node_count: int = Field(description="How many nodes it has.")
+    created_at: datetime = Field(description="When it was written.")
 
 
 class RunSummary(_Read):
-    """A run as a list shows it; times are the database's, ``duration_seconds`` is rounded.
+    """A run as a list shows it; times are the database's, ``duration_seconds`` is rounded."""
 
-    Attributes:
-        claim_count: How often it was claimed.
-        lapsed_claims: How many of these claims ended because the lease ran out.
-        priority: Runs with a higher one are claimed first.
-        run_at: The time that ``create`` was given.
-        waits_until: A pending run isn't claimed before: it waits for ``run_at`` or for the retry of a node.
-        resumed_from: The run that it takes completed nodes over from; ``None`` once that one is deleted.
-    """
-
-    id: int
-    pipeline_id: int
-    pipeline_version: int | None
-    status: RunStatus
-    current_node: str | None
-    error_message: str | None
-    failed_node: str | None
-    duration_seconds: int
-    worker_id: str | None
-    claim_count: int
-    lapsed_claims: int
-    lease_expires_at: datetime | None
-    priority: int
-    run_at: datetime | None
-    waits_until: datetime | None
-    resumed_from: int | None
-    started_at: datetime | None
-    completed_at: datetime | None
-    created_at: datetime | None
+    id: int = Field(description="Id of the run.")
+    pipeline_id: int = Field(description="Its pipeline.")
+    pipeline_version: int | None = Field(description="The version of the graph that it is bound to; null: it has none.")
+    status: RunStatus = Field(description="Its status.")
+    current_node: str | None = Field(description="The node that was started last.")
+    error_message: str | None = Field(description="Why it failed, timed out or was cancelled.")
+    failed_node: str | None = Field(description="The first node, in execution order, that failed.")
+    duration_seconds: int = Field(description="From its start to its end, in seconds, rounded.")
+    worker_id: str | None = Field(description="The worker that holds it, or held it when it ended.")
+    claim_count: int = Field(description="How often it was claimed.")
+    lapsed_claims: int = Field(description="How many of these claims ended because the lease ran out.")
+    lease_expires_at: datetime | None = Field(description="Until when its worker holds it; null: no worker does.")
+    priority: int = Field(description="Runs with a higher one are claimed first.")
+    run_at: datetime | None = Field(description="The time before which no worker was to claim it.")
+    waits_until: datetime | None = Field(
+        description="A pending run isn't claimed before: it waits for `run_at` or for the retry of a node."
+    )
+    resumed_from: int | None = Field(
+        description="The run that it takes completed nodes over from; null once that one is deleted."
+    )
+    started_at: datetime | None = Field(description="When it was first started.")
+    completed_at: datetime | None = Field(description="When it ended.")
+    created_at: datetime | None = Field(description="When it was created.")
 
 
 class RunRead(RunSummary):
-    """A stored run.
+    """A stored run."""
 
-    Attributes:
-        trigger_data: The JSON input.
-        logs: The column ``logs``, which raw writers fill; ``RunRepository.logs`` reads all entries.
-        idempotency_key: The key that it was created with.
-    """
-
-    trigger_data: Any
-    logs: Any
-    idempotency_key: str | None
+    trigger_data: Any = Field(description="The JSON input.")
+    logs: Any = Field(description="The column `logs`, which raw writers fill; `RunRepository.logs` reads all entries.")
+    idempotency_key: str | None = Field(description="The key that it was created with.")
 
 
 class ClaimedRun(RunRead):
-    """A run that its worker has just claimed.
+    """A run that its worker has just claimed."""
 
-    Attributes:
-        token: Names the claim: the worker's calls on the run need it.
-    """
-
-    token: int = Field(validation_alias=AliasChoices("claim_token", "token"), repr=False)
+    token: int = Field(
+        validation_alias=AliasChoices("claim_token", "token"),
+        repr=False,
+        description="Names the claim: the worker's calls on the run need it.",
+    )
 
 
 class LogEntry(_Read):
-    """An entry of a run's log.
+    """An entry of a run's log."""
 
-    Attributes:
-        id: Its place in the log. Entries that raw writers put into the column ``logs`` have negative ones.
-        entry: JSON.
-        created_at: When it was appended; ``None`` for an entry of the column.
-    """
-
-    id: int
-    entry: Any
-    created_at: datetime | None
+    id: int = Field(
+        description="Its place in the log. Entries that raw writers put into the column `logs` have negative ones."
+    )
+    entry: Any = Field(description="JSON.")
+    created_at: datetime | None = Field(description="When it was appended; null for an entry of the column.")
 
 
 class NodeRunRead(_Read):
-    """A node of a stored run.
+    """A node of a stored run."""
 
-    Attributes:
-        position: Its place in execution order, from 0.
-        predecessors: Their positions.
-        successors: Their positions.
-        untaken: The successors that it didn't take when it completed; ``None``: it took all. A skipped node with a
-            completed predecessor was not taken by it; any other follows skipped nodes.
-        taken_from: The run that executed it, where a resumed run took it over.
-    """
-
-    id: int
-    run_id: int
-    node_id: str
-    node_type: str
-    status: NodeStatus
-    input_data: Any
-    output_data: Any
-    error_message: str | None
-    retry_count: int
-    position: int | None
-    predecessors: list[int] | None
-    successors: list[int] | None
-    untaken: list[int] | None
-    taken_from: int | None
-    available_at: datetime | None
-    started_at: datetime | None
-    completed_at: datetime | None
-    duration_ms: int
+    id: int = Field(description="Id of the node run.")
+    run_id: int = Field(description="Its run.")
+    node_id: str = Field(description="Id of the node in the graph.")
+    node_type: str = Field(description="Its type.")
+    status: NodeStatus = Field(description="Its status.")
+    input_data: Any = Field(description="JSON that it was started with.")
+    output_data: Any = Field(description="JSON that it produced.")
+    error_message: str | None = Field(description="Why its last attempt failed.")
+    retry_count: int = Field(description="Retries made, so 0 in the first attempt.")
+    position: int | None = Field(description="Its place in execution order, from 0.")
+    predecessors: list[int] | None = Field(description="Positions of the nodes before it.")
+    successors: list[int] | None = Field(description="Positions of the nodes that follow it.")
+    untaken: list[int] | None = Field(
+        description="Positions of the successors that it didn't take when it completed; null: it took all."
+    )
+    taken_from: int | None = Field(description="The run that executed it, where a resumed run took it over.")
+    available_at: datetime | None = Field(description="When its retry is due.")
+    started_at: datetime | None = Field(description="When its last attempt was started.")
+    completed_at: datetime | None = Field(description="When it ended.")
+    duration_ms: int = Field(description="Duration of the last attempt, in milliseconds.")
 
 
 class NodeState(_Read):
-    """A node run after a transition.
+    """A node run after a transition."""
 
-    Attributes:
-        run_id: The run.
-        node_id: The node.
-        node_type: Its type.
-        status: Its status.
-        attempt: The number of the current attempt, 1 for the first; of a pending node that of the next one.
-        available_at: When its retry is due.
-        error_message: Why the last attempt failed.
-    """
-
-    run_id: int
-    node_id: str
-    node_type: str
-    status: NodeStatus
-    attempt: int
-    available_at: datetime | None
-    error_message: str | None
+    run_id: int = Field(description="The run.")
+    node_id: str = Field(description="The node.")
+    node_type: str = Field(description="Its type.")
+    status: NodeStatus = Field(description="Its status.")
+    attempt: int = Field(
+        description="The number of the current attempt, 1 for the first; of a pending node that of the next one."
+    )
+    available_at: datetime | None = Field(description="When its retry is due.")
+    error_message: str | None = Field(description="Why the last attempt failed.")
 
 
 class StartedNode(_Read):
-    """An attempt of a node that is running: what a worker executes.
+    """An attempt of a node that is running: what a worker executes."""
 
-    Attributes:
-        node_id: The node.
-        node_type: Its type.
-        attempt: The number of the attempt, 1 for the first.
-        inputs: The outputs of the completed predecessors that take it, by node id; ``None`` unless they were asked for.
-    """
-
-    node_id: str
-    node_type: str
-    attempt: int
-    inputs: dict[str, Any] | None = None
+    node_id: str = Field(description="The node.")
+    node_type: str = Field(description="Its type.")
+    attempt: int = Field(description="The number of the attempt, 1 for the first.")
+    inputs: dict[str, Any] | None = Field(
+        None,
+        description=(
+            "The outputs of the completed predecessors that take it, by node id; null unless they were asked for."
+        ),
+    )
 
 
 class Step(_Read):
-    """What ``advance`` did.
+    """What ``advance`` did."""
 
-    Attributes:
-        status: The run's status.
-        started: The nodes that the call started, in execution order.
-        running: The nodes that are running, where the call started none.
-        next_due: When the next retry is due, where the call started no node.
-    """
-
-    status: RunStatus
-    started: tuple[StartedNode, ...] = ()
-    running: tuple[StartedNode, ...] = ()
-    next_due: datetime | None = None
+    status: RunStatus = Field(description="The run's status.")
+    started: tuple[StartedNode, ...] = Field((), description="The nodes that the call started, in execution order.")
+    running: tuple[StartedNode, ...] = Field((), description="The nodes that are running, where the call started none.")
+    next_due: datetime | None = Field(None, description="When the next retry is due, where the call started no node.")
 
     @field_validator("started", "running", mode="before")
     @classmethod
@@ -588,51 +565,36 @@ class Step(_Read):
 
 
 class RunStatistics(_Read):
-    """Counts and durations of a pipeline's latest runs.
+    """Counts and durations of a pipeline's latest runs."""
 
-    Attributes:
-        runs: Number of runs by status.
-        success_rate: Completed runs among those that completed, failed or timed out, 0 to 1; ``None`` before the first.
-        duration_p50: Median duration of the completed runs.
-        duration_p95: Duration that 95 % of the completed runs did not exceed.
-    """
-
-    runs: dict[RunStatus, int]
-    success_rate: float | None
-    duration_p50: timedelta | None
-    duration_p95: timedelta | None
+    runs: dict[RunStatus, int] = Field(description="Number of runs by status.")
+    success_rate: float | None = Field(
+        description="Completed runs among those that completed, failed or timed out, 0 to 1; null before the first."
+    )
+    duration_p50: timedelta | None = Field(description="Median duration of the completed runs.")
+    duration_p95: timedelta | None = Field(description="Duration that 95 % of the completed runs did not exceed.")
 
 
 class ChangedRuns(_Read):
-    """What a call of ``resume_all`` or ``cancel_all`` did.
+    """What a call of ``resume_all`` or ``cancel_all`` did."""
 
-    Attributes:
-        runs: The resumed or cancelled runs.
-        refused: Why others could not be, by their ids.
-        next_cursor: The ``after=`` of the next call; ``None``: no older run is left.
-    """
-
-    runs: tuple[RunRead, ...]
-    refused: dict[int, str]
-    next_cursor: int | None
+    runs: tuple[RunRead, ...] = Field(description="The resumed or cancelled runs.")
+    refused: dict[int, str] = Field(description="Why others could not be, by their ids.")
+    next_cursor: int | None = Field(description="The `after=` of the next call; null: no older run is left.")
 
 
 class PurgeResult(_Read):
-    """What a call of ``RunRepository.purge`` did.
+    """What a call of ``RunRepository.purge`` did."""
 
-    Attributes:
-        deleted: Number of deleted runs.
-        kept: Ids of old runs that could not be deleted, because rows of other tables refer to them.
-        next_cursor: The ``after=`` of the next call; ``None``: no older run is left.
-    """
-
-    deleted: int
-    kept: tuple[int, ...]
-    next_cursor: str | None
+    deleted: int = Field(description="Number of deleted runs.")
+    kept: tuple[int, ...] = Field(
+        description="Ids of old runs that could not be deleted, because rows of other tables refer to them."
+    )
+    next_cursor: str | None = Field(description="The `after=` of the next call; null: no older run is left.")
 
 
 class Page(_Read, Generic[T]):
     """One page of a list; ``next_cursor`` is the ``after=`` of the next page, ``None`` on the last."""
 
-    items: tuple[T, ...]
-    next_cursor: int | None
+    items: tuple[T, ...] = Field(description="The items of the page.")
+    next_cursor: int | None = Field(description="The `after` of the next page; null on the last.")

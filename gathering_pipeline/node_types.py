@@ -28,43 +28,45 @@ class _NodeConfig(BaseModel):
 class TriggerNodeConfig(_NodeConfig):
     """Configuration of a trigger; nothing is required."""
 
-    type: Literal["trigger"] = "trigger"
+    type: Literal["trigger"] = Field("trigger", description="Type of the node.")
 
 
 class AgentNodeConfig(_NodeConfig):
     """Configuration of an agent; existing rows also hold ``agent_id`` as a number."""
 
-    type: Literal["agent"] = "agent"
-    agent_id: str = Field(coerce_numbers_to_str=True)
-    task: str
+    type: Literal["agent"] = Field("agent", description="Type of the node.")
+    agent_id: str = Field(coerce_numbers_to_str=True, description="The agent; existing rows also hold a number.")
+    task: str = Field(description="What the agent is to do.")
 
 
 class ConditionNodeConfig(_NodeConfig):
     """Configuration of a condition: an expression."""
 
-    type: Literal["condition"] = "condition"
-    condition: str = "true"
+    type: Literal["condition"] = Field("condition", description="Type of the node.")
+    condition: str = Field("true", description="Expression that decides the branch.")
 
 
 class ActionNodeConfig(_NodeConfig):
     """Configuration of an action: its name, and the parameters of the action as further keys."""
 
-    type: Literal["action"] = "action"
-    action: str
+    type: Literal["action"] = Field("action", description="Type of the node.")
+    action: str = Field(description="Name of the action; its parameters are further keys.")
 
 
 class ParallelNodeConfig(_NodeConfig):
     """Configuration of a fork; nothing is required."""
 
-    type: Literal["parallel"] = "parallel"
+    type: Literal["parallel"] = Field("parallel", description="Type of the node.")
 
 
 class DelayNodeConfig(_NodeConfig):
     """Configuration of a delay, in seconds."""
 
-    type: Literal["delay"] = "delay"
+    type: Literal["delay"] = Field("delay", description="Type of the node.")
     # strict: the stored JSON is never rewritten, so an executor would receive "5" or true unchanged
-    seconds: float = Field(default=0, ge=0, allow_inf_nan=False, strict=True)
+    seconds: float = Field(
+        default=0, ge=0, allow_inf_nan=False, strict=True, description="How long it waits, in seconds."
+    )
 
 
 NodeConfig = Annotated[

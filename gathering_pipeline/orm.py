@@ -47,11 +47,13 @@ from sqlalchemy.ext.mutable import MutableList
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstanceState,
+    Load,
     Mapped,
     Mapper,
     ORMExecuteState,
     Session,
     mapped_column,
+    relationship,
     undefer,
     validates,
 )
@@ -159,6 +161,15 @@ def _by_trigger() -> Any:
     return mapped_column(server_default=FetchedValue(), server_onupdate=FetchedValue())
 
 
+def _reading(order_by: Any = False) -> Any:
+    """A relationship to load explicitly, by ``selectinload`` or ``joinedload``: it is read only, and deletes nothing.
+
+    A flush leaves foreign keys to their columns and cascades to the database. Access to what isn't loaded raises, in
+    async sessions as in others: it would be a query for each object.
+    """
+    return relationship(viewonly=True, lazy="raise", order_by=order_by)
+
+
 class Pipeline(Base):
     """A stored pipeline.
 
@@ -168,6 +179,8 @@ class Pipeline(Base):
 
     ``revision`` is SQLAlchemy's version counter: the flush of an object whose row was edited since it was loaded raises
     ``sqlalchemy.orm.exc.StaleDataError``. ``Session.bulk_update_mappings`` needs the ``revision`` in each mapping.
+
+    ``runs`` are all its runs, oldest first; like each relationship here it is read only, and is loaded explicitly.
     """
 
     __tablename__ = "pipelines"
@@ -210,6 +223,8 @@ class Pipeline(Base):
     version: Mapped[int] = mapped_column(Integer, server_default=text("1"), server_onupdate=FetchedValue())
     revision: Mapped[int] = mapped_column(BigInteger, server_default=text("1"), server_onupdate=FetchedValue())
     status_changed_at: Mapped[datetime | None] = _by_trigger()
+
+    runs: Mapped[list[PipelineRun]] = _reading("PipelineRun.id")
 
     __mapper_args__ = {  # noqa: RUF012 (SQLAlchemy's)
         "version_id_col": revision,
@@ -316,6 +331,9 @@ class PipelineRun(Base):
         BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="SET NULL")
     )
 
+    pipeline: Mapped[Pipeline] = _reading()
+    node_runs: Mapped[list[PipelineNodeRun]] = _reading("PipelineNodeRun.position, PipelineNodeRun.id")
+
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 
 
@@ -352,6 +370,8 @@ class PipelineNodeRun(Base):
     available_at: Mapped[datetime | None] = _by_trigger()
     untaken: Mapped[list[int] | None] = mapped_column(ARRAY(Integer))
     taken_from: Mapped[int | None] = mapped_column(BigInteger)
+
+    run: Mapped[PipelineRun] = _reading()
 
     __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012 (SQLAlchemy's)
 
@@ -400,6 +420,7 @@ class PipelineCounterRow(Base):
     run_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     success_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     error_count: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    leases_lost: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     last_run: Mapped[datetime | None]
 
 
@@ -615,17 +636,25 @@ def _load_revision(state: ORMExecuteState) -> None:
     statement: Any = state.statement
     options = getattr(statement, "_with_options", ())
     elements = chain.from_iterable(getattr(option, "context", ()) for option in options)
+    paths = [element.path.path for element in elements]
     if (
         not options
         or state.is_column_load
         # SQLAlchemy refuses two options about a column: defer(Pipeline.revision) stays
-        or any(getattr(element.path[-1], "key", None) == "revision" for element in elements)
+        or any(getattr(path[-1], "key", None) == "revision" for path in paths)
     ):
         return
     for column in statement.column_descriptions:
         entity, class_ = column["expr"], column["type"]
         if isinstance(class_, type) and issubclass(class_, Pipeline):
             statement = statement.options(undefer(entity.revision))
+    # a path of classes and relationships in turns; one that ends with a column has an even length
+    for way in dict.fromkeys(path[:-1] for path in paths if len(path) % 2 == 0):
+        if way[1:] and issubclass(way[-1].mapper.class_, Pipeline):  # of a related class
+            option: Any = Load(way[0].entity)
+            for entity, relation, related in zip(way[::2], way[1::2], way[2::2], strict=False):
+                option = option.defaultload(getattr(entity.entity, relation.key).of_type(related.entity))
+            statement = statement.options(option.undefer(way[-1].entity.revision))
     state.statement = statement
 
 

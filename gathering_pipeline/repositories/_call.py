@@ -64,6 +64,7 @@ from gathering_pipeline.errors import (
 )
 from gathering_pipeline.models import Page, PipelineRead, RunSummary
 from gathering_pipeline.orm import Base, Pipeline, PipelineNodeRun, PipelineRun
+from gathering_pipeline.repositories._log import log_change, log_fault
 
 M = TypeVar("M", bound=BaseModel)
 P = TypeVar("P", RunSummary, PipelineRead)
@@ -94,7 +95,14 @@ class AsyncRepository:
             PipelineError: What the database refused, typed.
             psycopg.Error: An error of the database that this package doesn't define, as of a trigger of the host.
         """
-        return await self._transport.send(statement, parameters)
+        try:
+            rows = await self._transport.send(statement, parameters)
+        except Exception as error:
+            log_fault(statement, parameters, error)
+            raise
+        if not statement.read_only:
+            log_change(statement, parameters, rows)
+        return rows
 
     async def _read(self, model: type[M], statement: Statement, **parameters: Any) -> list[M]:
         """Send one statement whose rows are JSON objects, and parse each row.

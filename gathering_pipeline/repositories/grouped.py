@@ -19,7 +19,6 @@ from typing import Any, Generic, NoReturn, Self, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from gathering_pipeline.arguments import check_flag
 from gathering_pipeline.errors import (
     CommitIndeterminateError,
     DatabaseUnavailableError,
@@ -162,18 +161,13 @@ class AsyncGroupCommit(AsyncRunRepository):
     async def advance(
         self, run_id: int, results: Results = (), *, retry: bool = False, inputs: bool = False, token: int | None = None
     ) -> Step:
-        """Do as ``AsyncRunRepository.advance``, in one commit with the calls of other tasks.
-
-        With ``retry`` or ``inputs`` it is sent by itself.
-        """
-        report = encode_report(run_id, results, token)
-        options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
+        """Do as ``AsyncRunRepository.advance``, in one commit with the calls of other tasks."""
+        report = encode_report(run_id, results, token, retry=retry, inputs=inputs)
         if self._lone is None:
             raise ForkedConnectionError if self._inherited else PipelineError(_CLOSED)
         self._calls += 1
         try:
-            step = None if retry or inputs else await self._gathered(self._lone, report)
-            return step or await self._advance(report, **options)
+            return await self._gathered(self._lone, report) or await self._advance(report)
         finally:
             self._calls -= 1
             self._tell_if_closed()
@@ -269,19 +263,14 @@ class GroupCommit(RunRepository):
     def advance(
         self, run_id: int, results: Results = (), *, retry: bool = False, inputs: bool = False, token: int | None = None
     ) -> Step:
-        """Do as ``RunRepository.advance``, in one commit with the calls of other threads.
-
-        With ``retry`` or ``inputs`` it is sent by itself.
-        """
-        report = encode_report(run_id, results, token)
-        options = {"retry": check_flag(retry, "retry"), "inputs": check_flag(inputs, "inputs")}
+        """Do as ``RunRepository.advance``, in one commit with the calls of other threads."""
+        report = encode_report(run_id, results, token, retry=retry, inputs=inputs)
         if self._lone is None:
             raise ForkedConnectionError if self._inherited else PipelineError(_CLOSED)
-        step = None if retry or inputs else self._gathered(report)
-        if step is not None:
+        if step := self._gathered(report):
             return step
         with self._open_session() as session:
-            return finish(calls_on(session)._advance(report, **options))  # noqa: SLF001 - the two are one piece
+            return finish(calls_on(session)._advance(report))  # noqa: SLF001 - the two are one piece
 
     def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or wait until another thread has sent it; ``None``: it has to be sent by itself."""

@@ -96,7 +96,8 @@ FAIL_NODE = Statement(
 ADVANCE = Statement("SELECT circle.advance_run(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s, %(inputs)s)::text")
 ADVANCE_MANY = Statement("""
 SELECT pg_catalog.json_build_array(run_id, step)::text
-FROM circle.advance_runs(%(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)s::jsonb)""")
+FROM circle.advance_runs(
+    %(run_ids)s::bigint[], %(tokens)s::bigint[], %(results)s::jsonb, %(with_inputs)s::bigint[])""")
 RECORD = Statement("SELECT circle.record_results(%(run_id)s, %(results)s::jsonb, %(token)s, %(retry)s)")
 CLAIM = Statement("""
 SELECT pg_catalog.to_json(r)::text
@@ -197,14 +198,20 @@ FROM circle.pipeline_runs r WHERE r.id = %(run_id)s::bigint""",
     read_only=True,
 )
 EXPLAIN = Statement("SELECT f::text FROM circle.explain_run(%(run_id)s) f WHERE f IS NOT NULL", read_only=True)
-COUNTS = Statement(
-    """
-SELECT pg_catalog.json_build_object('pending', coalesce(sum(pending), 0), 'running', coalesce(sum(running), 0),
-                         'completed', coalesce(sum(completed), 0), 'failed', coalesce(sum(failed), 0),
-                         'cancelled', coalesce(sum(cancelled), 0), 'timeout', coalesce(sum(timeout), 0))::text
-FROM circle.pipeline_counters c WHERE EXISTS (SELECT FROM circle.pipelines p WHERE p.id = c.pipeline_id)""",
+STUCK = Statement(
+    f"""
+SELECT pg_catalog.to_json(s)::text FROM (
+    SELECT {_SUMMARY} FROM circle.stuck_runs(pg_catalog.make_interval(secs => %(older_than)s), %(limit)s) f (ids)
+    CROSS JOIN LATERAL (SELECT * FROM circle.pipeline_runs t WHERE t.id = ANY (f.ids) OFFSET 0) r ORDER BY r.id
+) s""",
     read_only=True,
 )
+RUNS_BY_STATUS = """pg_catalog.json_build_object(
+    'pending', coalesce(sum(c.pending), 0), 'running', coalesce(sum(c.running), 0),
+    'completed', coalesce(sum(c.completed), 0), 'failed', coalesce(sum(c.failed), 0),
+    'cancelled', coalesce(sum(c.cancelled), 0), 'timeout', coalesce(sum(c.timeout), 0))"""
+COUNTERS = "circle.pipeline_counters c WHERE EXISTS (SELECT FROM circle.pipelines p WHERE p.id = c.pipeline_id)"
+COUNTS = Statement(f"SELECT {RUNS_BY_STATUS}::text FROM {COUNTERS}", read_only=True)
 STATISTICS = Statement(
     """
 SELECT circle.run_statistics(%(pipeline)s, clock_timestamp() - pg_catalog.make_interval(secs => %(window)s),
@@ -571,8 +578,7 @@ class AsyncRunRepository(AsyncRepository):
             LeaseLostError: The token is not the run's.
             InvalidDataError: An output can't be stored, or a branch is none of its node.
         """
-        report = encode_report(run_id, results, token)
-        return await self._advance(report, retry=check_flag(retry, "retry"), inputs=check_flag(inputs, "inputs"))
+        return await self._advance(encode_report(run_id, results, token, retry=retry, inputs=inputs))
 
     async def advance_many(self, reports: Iterable[RunReport]) -> list[Step | None]:
         """Do as ``advance`` for many runs, in one call and one commit.
@@ -596,7 +602,7 @@ class AsyncRunRepository(AsyncRepository):
         for place, report in enumerate(reports):
             check_type(report, RunReport, f"reports[{place}]", "RunReport(run_id, results, token) makes one")
             try:
-                encoded.append(encode_report(report.run_id, report.results, report.token))
+                encoded.append(encode_report(report.run_id, report.results, report.token, inputs=report.inputs))
             except InvalidDataError as error:
                 raise InvalidDataError(f"reports[{place}].{error}") from None
         if len({report.run_id for report in encoded}) < len(encoded):
@@ -950,6 +956,26 @@ class AsyncRunRepository(AsyncRepository):
             raise RunNotFoundError(run_id)
         return explain(found[0], most)
 
+    async def stuck(self, older_than: timedelta, limit: int = 50) -> list[RunSummary]:
+        """Read live runs in which nothing has moved for ``older_than``, and which nothing holds on purpose.
+
+        They are past their lease or their timeout; or they are running, and no worker executes a node of them; or they
+        could have been claimed, or never can, because they have no version of a graph. What waits for a paused or full
+        pipeline, for ``run_at`` or for a retry is not stuck. ``explain`` says more about each.
+
+        The call looks at the 10,000 oldest running and pending runs, at the first ``limit`` in the queue of each active
+        pipeline, and at the 10,000 longest past their waiting time: a long history makes it no slower.
+
+        Args:
+            older_than: Age of the last change of a status, claim, release, end of a lease or of a timeout.
+            limit: Most runs; which of the claimable ones they are is left open where there are more.
+
+        Returns:
+            The runs, oldest first.
+        """
+        age, most = check_duration(older_than, "older_than", allow_zero=True), check_count(limit, "limit")
+        return await self._read(RunSummary, STUCK, older_than=age, limit=most)
+
     async def counts(self) -> dict[RunStatus, int]:
         """Count runs by status, from counters that every change of a status keeps; a status without runs is 0."""
         counted = (await self._values(COUNTS))[0]
@@ -983,9 +1009,9 @@ class AsyncRunRepository(AsyncRepository):
 
     # --- statements on one run, and on many ---
 
-    async def _advance(self, report: EncodedReport, *, retry: bool = False, inputs: bool = False) -> Step:
-        parameters = {"run_id": report.run_id, "token": report.token, "retry": retry, "inputs": inputs}
-        return (await self._read(Step, ADVANCE, results=_as_list(report.results), **parameters))[0]
+    async def _advance(self, report: EncodedReport) -> Step:
+        parameters = report._asdict() | {"results": _as_list(report.results)}
+        return (await self._read(Step, ADVANCE, **parameters))[0]
 
     async def _advance_many(self, reports: Sequence[EncodedReport]) -> list[Step | None]:
         rows = await self._values(
@@ -995,6 +1021,7 @@ class AsyncRunRepository(AsyncRepository):
             results=_as_list(
                 f'{{"run_id":{report.run_id},{result[1:]}' for report in reports for result in report.results
             ),
+            with_inputs=_as_array(report.run_id for report in reports if report.inputs),
         )
         steps = {run_id: step and Step.model_validate(step) for run_id, step in rows}
         return [steps[report.run_id] for report in reports]
@@ -1089,6 +1116,7 @@ class RunRepository(Repository):
     ready_nodes = blocking(AsyncRunRepository.ready_nodes)
     definition = blocking(AsyncRunRepository.definition)
     explain = blocking(AsyncRunRepository.explain)
+    stuck = blocking(AsyncRunRepository.stuck)
     counts = blocking(AsyncRunRepository.counts)
     statistics = blocking(AsyncRunRepository.statistics)
 
@@ -1109,13 +1137,21 @@ class EncodedReport(NamedTuple):
     run_id: int
     results: list[str]
     token: int | None
+    retry: bool
+    inputs: bool
 
 
 def encode_report(
-    run_id: int, results: Iterable[NodeExecutionResult | Mapping[str, Any]], token: int | None
+    run_id: int,
+    results: Iterable[NodeExecutionResult | Mapping[str, Any]],
+    token: int | None,
+    *,
+    retry: bool = False,
+    inputs: bool = False,
 ) -> EncodedReport:
     """Check the arguments of ``advance`` and write its results as JSON; raises as ``advance`` does."""
-    return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token))
+    flags = check_flag(retry, "retry"), check_flag(inputs, "inputs")
+    return EncodedReport(check_run_id(run_id), _encode_results(results), check_token(token), *flags)
 
 
 def _encode_filters(

@@ -7,7 +7,7 @@ import inspect
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from time import monotonic
@@ -53,6 +53,8 @@ MAX_PAUSE_SECONDS = 15.0
 """Shortest and longest time between two attempts of a call that the database can't answer now."""
 RELEASE_SECONDS = 5.0
 """Longest time for the release of a run whose worker ends."""
+UNGATHERED = 4
+"""Reports on a database that are sent at the same time without a group commit, each on a connection of the pool."""
 GRAPHS = 256
 """Graphs that a worker remembers at most."""
 
@@ -68,6 +70,7 @@ class Shared:
         lease: Duration of a claim.
         poll: Pause after a claim that found nothing.
         graphs: The nodes of graphs by database, pipeline and version.
+        reports: What sends the reports, by database.
     """
 
     handlers: Mapping[str, Handler]
@@ -76,6 +79,47 @@ class Shared:
     lease: timedelta
     poll: timedelta
     graphs: dict[tuple[int, int, int | None], Mapping[str, PipelineNode]] = field(default_factory=dict)
+    reports: dict[int, Reports] = field(default_factory=dict)
+
+    def reports_to(self, database: Database) -> Reports:
+        """What sends the reports to a database."""
+        return self.reports.setdefault(id(database), Reports(database))
+
+
+class Reports:
+    """Sends the reports on the runs of one database. Where many are under way, they share statements and commits."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._under_way = 0
+        self._opened = AsyncExitStack()
+        self._group: AsyncRunRepository | None = None
+        self._changing = asyncio.Lock()
+
+    async def send(self, call: Callable[[AsyncRunRepository], Awaitable[T]]) -> T:
+        """Make a call until it is answered. The last of many gives their connections back."""
+        self._under_way += 1
+        try:
+            if self._under_way <= UNGATHERED and self._group is None:
+                return await insist(self._database, call)
+            return await insisted(lambda: self._gathered(call))
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                await self._close()
+
+    async def _gathered(self, call: Callable[[AsyncRunRepository], Awaitable[T]]) -> T:
+        async with self._changing:
+            if self._group is None:
+                self._group = await self._opened.enter_async_context(self._database.group_commit())
+            group = self._group
+        return await call(group)
+
+    async def _close(self) -> None:
+        async with self._changing:
+            if self._under_way == 0:
+                self._group = None
+                await self._opened.aclose()
 
 
 class Execution:
@@ -208,7 +252,7 @@ class Execution:
             return await runs.advance(self.run.id, batch, retry=True, inputs=True, token=self.run.token)
 
         try:
-            step = await insist(self._database, advance)
+            step = await self._shared.reports_to(self._database).send(advance)
         except (InvalidDataError, IllegalTransitionError) as error:
             if not batch or isinstance(error, RunOverError):
                 raise
@@ -374,11 +418,20 @@ def _key(node: StartedNode) -> tuple[str, int]:
 
 async def insist(database: Database, call: Callable[[AsyncRunRepository], Awaitable[T]]) -> T:
     """Make a call again and again while the database can't answer it; it has to be one that may be repeated."""
+
+    async def in_session() -> T:
+        async with database.async_session(autocommit=True) as session:
+            return await call(AsyncRunRepository(session))
+
+    return await insisted(in_session)
+
+
+async def insisted(call: Callable[[], Awaitable[T]]) -> T:
+    """The answer of a call, which is made again and again while the database can't answer it."""
     pauses = pauses_between_attempts()
     while True:
         try:
-            async with database.async_session(autocommit=True) as session:
-                return await call(AsyncRunRepository(session))
+            return await call()
         except Exception as error:
             if not may_pass(error):
                 raise

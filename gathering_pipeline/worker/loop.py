@@ -137,25 +137,28 @@ class Worker:
         while not self._stopping.is_set():
             self._changed.clear()
             pause = jittered(self._poll.total_seconds())
+            is_idle, found = not self._held, 0  # idle: a run that ends during the claim may make another one claimable
             try:
-                await self._claim(tasks)
+                found = await self._claim(tasks)
                 pauses = pauses_between_attempts()
             except Exception as error:
                 if once or not may_pass(error):
                     raise
                 pause = next(pauses)
                 logger.warning("the database is unavailable, next attempt in %.1f s: %s", pause, error)
-            if once and not self._held and monotonic() >= self._retry_at:
+            if once and is_idle and not found and monotonic() >= self._retry_at:
                 return
             await self._wait(pause)
 
-    async def _claim(self, tasks: asyncio.TaskGroup) -> None:
+    async def _claim(self, tasks: asyncio.TaskGroup) -> int:
         """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
         room = self._shared.slots.free - sum(execution.demand for execution in self._held)
         room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
-        for database, run in await self._claimed(room):
+        claimed = await self._claimed(room)
+        for database, run in claimed:
             execution = Execution(self._shared, database, run)
             self._held[execution] = tasks.create_task(self._follow(execution))
+        return len(claimed)
 
     async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
         if isinstance(self.database, Databases):

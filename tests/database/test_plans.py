@@ -20,8 +20,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import RunReport, RunRepository, RunStatus, migrator
+from gathering_pipeline import ReasonCode, RunReport, RunRepository, RunStatus, migrator
 from gathering_pipeline.database import Database
+from gathering_pipeline.metrics import MetricsReader
 from tests.support.databases import unguarded
 from tests.support.graphs import graph
 from tests.support.runs import done, started, store
@@ -254,7 +255,9 @@ ON_ONE_RUN: dict[str, tuple[str, Move]] = {
     "nodes": ("running", lambda runs, run_id, _: runs.nodes(run_id)),
     "ready_nodes": ("running", lambda runs, run_id, _: runs.ready_nodes(run_id)),
     "definition": ("running", lambda runs, run_id, _: runs.definition(run_id)),
+    "explain": ("running", lambda runs, run_id, _: runs.explain(run_id)),
 }
+MORE = {"explain": {"idx_pipeline_runs_resumed_from"}}
 
 
 @pytest.mark.parametrize("name", ON_ONE_RUN)
@@ -263,7 +266,7 @@ def test_call_on_one_run_reads_few_rows(history: Session, name: str) -> None:
     run_id, token = some(history, status)
     reads, _ = reads_of(history, lambda runs: call(runs, run_id, token))
     assert reads.table_scans == 0
-    assert reads.indexes <= BY_ID | OF_A_RUN
+    assert reads.indexes <= BY_ID | OF_A_RUN | MORE.get(name, set())
     assert max(reads.rows, reads.entries) <= FEW
 
 
@@ -273,7 +276,7 @@ def test_call_on_one_run_with_stale_statistics_reads_few_rows(stale: Session, na
     run_id, token = some(stale, status)
     reads, _ = reads_of(stale, lambda runs: call(runs, run_id, token))
     assert reads.table_scans == 0
-    assert reads.indexes <= BY_ID | OF_A_RUN
+    assert reads.indexes <= BY_ID | OF_A_RUN | MORE.get(name, set())
     assert max(reads.rows, reads.entries) <= FEW
 
 
@@ -442,6 +445,33 @@ def test_filtered_page_looks_at_few_runs(history: Session, name: str) -> None:
     assert max(reads.rows, reads.entries) <= most
 
 
+@pytest.mark.parametrize("which", ["min", "max"])
+def test_explain_of_a_pending_run_reads_few_rows(history: Session, stale: Session, which: str) -> None:
+    """The last one of its queue stands behind 999 others."""
+    for session in (history, stale):
+        run_id = session.execute(
+            text(f"SELECT {which}(id) FROM circle.pipeline_runs WHERE status = 'pending'")
+        ).scalar_one()
+        session.commit()
+        reads, explanation = reads_of(session, lambda runs, run_id=run_id: runs.explain(run_id))  # type: ignore[misc]
+        assert explanation.reasons[0].code == ReasonCode.CLAIMABLE
+        assert reads.table_scans == 0
+        assert reads.indexes <= BY_ID | OF_A_RUN | QUEUE | RUNNING | MORE["explain"] | {"idx_pipeline_runs_history"}
+        # those before it; then the last runs of the pipeline, those before the queue's head, and running ones
+        assert max(reads.rows, reads.entries) <= 1_000 + 3 * 100 + FEW
+
+
+@pytest.mark.parametrize("age", [timedelta(0), timedelta(hours=1)])
+def test_stuck_reads_a_bounded_number_of_rows(history: Session, stale: Session, age: timedelta) -> None:
+    for session, live in ((history, RUNS // 100 * 3), (stale, 11_000)):
+        reads_of(session, lambda runs: runs.stuck(age))  # marks what other tests rolled back as dead
+        reads, found = reads_of(session, lambda runs: runs.stuck(age))
+        assert len(found) == (50 if age == timedelta(0) else 0)
+        assert reads.table_scans == 0
+        assert reads.indexes <= BY_ID | OF_A_RUN | QUEUE | RUNNING | {"idx_pipeline_runs_history"}
+        assert max(reads.rows, reads.entries) <= live + PIPELINES + 50 * 6 + FEW
+
+
 def test_statistics_read_runs_of_their_pipeline(history: Session) -> None:
     pipeline = history.execute(text("SELECT min(id) FROM circle.pipelines")).scalar_one()
     reads, statistics = reads_of(history, lambda runs: runs.statistics(pipeline))
@@ -455,6 +485,16 @@ def test_counts_read_no_runs(history: Session) -> None:
     reads, counts = reads_of(history, lambda runs: runs.counts())
     assert sum(counts.values()) == RUNS
     assert (reads.table_scans, reads.rows, reads.entries) == (0, 0, 0)
+
+
+def test_metrics_read_one_run(history: Session, stale: Session) -> None:
+    for session in (history, stale):
+        reads_of(session, lambda _, session=session: MetricsReader(session).read())  # type: ignore[misc]
+        reads, metrics = reads_of(session, lambda _, session=session: MetricsReader(session).read())  # type: ignore[misc]
+        assert sum(metrics.runs.values()) == RUNS
+        assert metrics.oldest_pending is not None
+        assert reads.table_scans == 0
+        assert max(reads.rows, reads.entries) <= FEW
 
 
 def buffers(raw: psycopg.Connection, statement: str) -> int:

@@ -257,6 +257,7 @@ def test_reading_on_a_standby_reads_history_statistics_and_events(replicated: Da
         assert [node.node_id for node in runs.nodes(run.id)] == ["a", "b"]
         assert runs.definition(run.id).node_map.keys() == {"a", "b"}
         assert runs.counts()[RunStatus.COMPLETED] >= 1
+        assert replicated.metrics().runs == runs.counts()
         assert runs.statistics(run.pipeline_id).success_rate == 1
         assert PipelineRepository(reads).get(run.pipeline_id).run_count == 1
         assert EventRepository(reads).read(run_id=run.id).items[-1].type is EventType.PIPELINE_RUN_COMPLETED

@@ -20,7 +20,7 @@ from gathering_pipeline.lifecycle import (
 )
 from tests.support import databases
 from tests.support.events import NODE, forget, names, raw_run, read_all, stored
-from tests.support.runs import LEASE, done, store
+from tests.support.runs import LEASE, claimed, done, lose_lease, store
 
 
 @pytest.fixture
@@ -93,15 +93,83 @@ def test_events_of_a_run_hold_its_data(session: Session) -> None:
     events = read_all(session)
     assert names(events) == ["run started", "a started", "a retrying", "a started", "a failed", "run failed"]
     assert {event.run_id for event in events} == {run.id}
-    data = [event.data for event in events if event.data]
-    assert datetime.fromisoformat(data[0].pop("available_at")) == due  # PostgreSQL writes no trailing zeros
+    data = [event.data for event in events]
+    assert datetime.fromisoformat(data[2].pop("available_at")) == due  # PostgreSQL writes no trailing zeros
+    durations = [item.pop("duration_ms") for item in data if "duration_ms" in item]
+    assert [duration is None for duration in durations] == [True, False, True, False]
     assert data == [
-        {"attempt": 1, "error": "first"},
-        {"error": "second"},
-        {"error": "given up"},
+        {},
+        {"attempt": 1, "worker_id": None},
+        {"attempt": 1, "worker_id": None, "error": "first"},
+        {"attempt": 2, "worker_id": None},
+        {"attempt": 2, "worker_id": None, "error": "second"},
+        {"worker_id": None, "duration_seconds": 0, "error": "given up"},
     ]
     assert all(before.created_at <= after.created_at for before, after in pairwise(events))
     assert all(before.id < after.id for before, after in pairwise(events))
+
+
+def test_events_of_a_claimed_run_name_worker_attempt_and_duration(session: Session) -> None:
+    runs = RunRepository(session)
+    runs.create(store(session, "a>b b>c", retry_backoff_base=0))
+    (run,) = runs.claim("first", LEASE)
+    runs.advance(run.id, token=run.token)
+    runs.advance(run.id, [done("a", "failed")], retry=True, token=run.token)
+    runs.release(run.id, token=run.token)
+    (run,) = runs.claim("second", LEASE)
+    runs.advance(run.id, token=run.token)
+    runs.advance(run.id, [done("a", duration_ms=1_500)], token=run.token)
+    runs.record(run.id, [done("b", duration_ms=20), done("c", "skipped")], token=run.token)
+    ended = runs.finish(run.id, token=run.token)
+    session.commit()
+    events = read_all(session)
+    told = [(event.data.get("worker_id"), event.data.get("attempt")) for event in events]
+    assert [(name, *data) for name, data in zip(names(events), told, strict=True)] == [
+        ("run started", "first", None),
+        *(("a started", "first", 1), ("a retrying", "first", 1)),
+        *(("a started", "first", 2), ("a retrying", "first", 2)),
+        ("run started", "second", None),
+        *(("a started", "second", 2), ("a completed", "second", 2)),
+        *(("b started", "second", 1), ("b completed", "second", 1), ("c skipped", None, None)),
+        ("run completed", "second", None),
+    ]
+    assert [event.data["duration_ms"] for event in events if event.type == "pipeline_node.completed"] == [1_500, 20]
+    assert events[-2].data == {}
+    assert events[-1].data == {"worker_id": "second", "duration_seconds": ended.duration_seconds}
+
+
+def test_recovered_node_names_the_worker_that_was_lost(session: Session, raw: psycopg.Connection) -> None:
+    runs = RunRepository(session)
+    run = claimed(runs, session, "a")
+    runs.advance(run.id, token=run.token)
+    session.commit()
+    lose_lease(raw, run.id)
+    runs.recover()
+    session.commit()
+    retried = read_all(session)[-1]
+    assert names([retried]) == ["a retrying"]
+    assert (retried.data["worker_id"], retried.data["attempt"]) == ("worker", 1)
+    assert retried.data["duration_ms"] >= 0
+
+
+def test_events_of_raw_writers_have_what_their_rows_hold(session: Session, raw: psycopg.Connection) -> None:
+    run_id = raw_run(raw, session)
+    raw.execute("UPDATE circle.pipeline_runs SET worker_id = 'legacy' WHERE id = %s", [run_id])
+    raw.execute(
+        "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, retry_count, duration_ms, error_message)"
+        " VALUES (%s, 'a', 'action', 'completed', 2, 7, NULL), (%s, 'b', 'action', 'failed', 0, 9, 'x'),"
+        " (%s, 'c', 'action', 'running', 0, 0, NULL)",
+        [run_id] * 3,
+    )
+    raw.execute("UPDATE circle.pipeline_node_runs SET status = 'completed', duration_ms = 5 WHERE node_id = 'c'")
+    worker = {"worker_id": "legacy"}
+    assert [event.data for event in read_all(session)] == [
+        {},
+        {"attempt": 3, "duration_ms": 7} | worker,
+        {"attempt": 1, "duration_ms": 9, "error": "x"} | worker,
+        {"attempt": 1, "duration_ms": None} | worker,
+        {"attempt": 1, "duration_ms": 5} | worker,
+    ]
 
 
 def test_record_orders_node_events_by_position_before_the_run_ends(session: Session) -> None:
@@ -180,7 +248,8 @@ def test_release_writes_retrying_event(session: Session) -> None:
     session.commit()
     events = read_all(session)
     assert names(events) == ["run started", "a started", "a retrying", "run cancelled"]
-    assert (events[2].data["attempt"], events[3].data) == (1, {"error": "enough"})
+    assert (events[2].data["attempt"], events[2].data["worker_id"]) == (1, "w")
+    assert events[3].data == {"worker_id": None, "duration_seconds": 0, "error": "enough"}
 
 
 def test_rolled_back_call_writes_no_event(raw: psycopg.Connection, session: Session) -> None:

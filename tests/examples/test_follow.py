@@ -37,15 +37,16 @@ def test_following_a_run_prints_its_events_and_stops_at_its_end(
             runs.start(each)
         runs.start_node(run_id, "push")
         runs.complete_node(run_id, "push")
+        duration = runs.nodes(run_id)[0].duration_ms
         runs.cancel(run_id, "not needed")
     monkeypatch.setenv("GATHERING_DATABASE_URL", url_of(database))
     assert follow.main([str(run_id)]) == 0
     lines = [line.split("  ", 1)[1].split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["run", str(run_id), "pipeline_run.started"],
-        ["run", str(run_id), "pipeline_node.started", "push"],
-        ["run", str(run_id), "pipeline_node.completed", "push"],
-        ["run", str(run_id), "pipeline_run.cancelled", "error=not", "needed"],
+        ["run", str(run_id), "pipeline_node.started", "push", "attempt=1"],
+        ["run", str(run_id), "pipeline_node.completed", "push", "attempt=1", f"duration_ms={duration}"],
+        ["run", str(run_id), "pipeline_run.cancelled", "error=not", "needed", "duration_seconds=0"],
     ]
 
 

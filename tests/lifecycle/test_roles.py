@@ -94,6 +94,7 @@ def read(database: Database) -> None:
             runs.logs(run.id)
             runs.tags(run.id)
             runs.explain(run.id)
+        runs.stuck(LEASE)
         runs.counts()
         events.read()
         events.last()

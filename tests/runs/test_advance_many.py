@@ -33,9 +33,10 @@ def test_advance_many_does_what_advance_does(runs: RunRepository, session: Sessi
     live = many
     while live:
         live = chance.sample(live, len(live))
-        steps = runs.advance_many([RunReport(run_id, reports[run_id]) for run_id in live])
+        inputs = {run_id: chance.random() < 0.5 for run_id in live}
+        steps = runs.advance_many([RunReport(run_id, reports[run_id], inputs=inputs[run_id]) for run_id in live])
         for run_id, step in zip(live, steps, strict=True):
-            assert step == runs.advance(twins[run_id], reports[run_id])
+            assert step == runs.advance(twins[run_id], reports[run_id], inputs=inputs[run_id])
             assert step is not None
             running[run_id] -= {result.node_id for result in reports[run_id]}
             running[run_id] |= {node.node_id for node in step.started}

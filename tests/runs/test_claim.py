@@ -144,7 +144,9 @@ def test_each_claim_is_one_started_event_with_its_number(
     (last,) = runs.claim("w", LEASE)
     assert (last.claim_count, last.lapsed_claims) == (3, 1)
     events = EventRepository(session).read(run_id=run.id).items
-    assert [event.data for event in events if event.type == "pipeline_run.started"] == [{"claim": n} for n in (1, 2, 3)]
+    assert [event.data for event in events if event.type == "pipeline_run.started"] == [
+        {"claim": n, "worker_id": "w" if n > 1 else "worker"} for n in (1, 2, 3)
+    ]
 
 
 def test_claim_of_a_raw_run_gives_it_its_nodes(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
@@ -324,4 +326,7 @@ def test_event_of_a_start_without_claim_has_no_number(runs: RunRepository, sessi
     started = runs.start(run.id)
     assert started.waits_until is None
     events = EventRepository(session).read(run_id=run.id).items
-    assert [event.data for event in events if event.type == "pipeline_run.started"] == [{"claim": 1}, {}]
+    assert [event.data for event in events if event.type == "pipeline_run.started"] == [
+        {"claim": 1, "worker_id": "worker"},
+        {},
+    ]

@@ -17,6 +17,7 @@ from gathering_pipeline.database import Database
 from gathering_pipeline.errors import (
     IllegalTransitionError,
 )
+from gathering_pipeline.metrics import MetricsReader
 from gathering_pipeline.settings import DatabaseSettings
 from tests.support.graphs import chain
 from tests.support.runs import LEASE, done, store
@@ -104,8 +105,10 @@ def test_each_call_takes_one_round_trip(wire: tuple[Session, Callable[[], int]])
         lambda: runs.nodes(run_id),
         lambda: runs.definition(run_id),
         lambda: runs.explain(run_id),
+        lambda: runs.stuck(LEASE),
         lambda: runs.search(),
         lambda: runs.counts(),
+        lambda: MetricsReader(session).read(),
         lambda: runs.statistics(pipeline),
         lambda: runs.cancel(run_id),
     ]

@@ -323,3 +323,22 @@ class TestRead:
         assert event.created_at == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
         with pytest.raises(ValidationError, match="frozen"):
             event.run_id = 3  # type: ignore[misc]
+
+
+class TestToCreate:
+    NODES = ({"id": "t", "type": "trigger", "name": "T", "config": {"x": None}, "mine": [1]},)
+
+    def test_keeps_all_but_the_status(self) -> None:
+        stored = read(list(self.NODES), []).model_copy(
+            update={"status": PipelineStatus.ACTIVE, "timeout_seconds": 0, "max_running": 7, "description": "d"}
+        )
+        draft = stored.to_create()
+        assert draft.status is PipelineStatus.DRAFT
+        for name in PipelineCreate.model_fields.keys() - {"status"}:
+            assert getattr(draft, name) == getattr(stored, name)
+        assert draft.model_dump()["nodes"] == [dict(node) for node in self.NODES]
+
+    @pytest.mark.parametrize("nodes", [None, {}, "[]"])
+    def test_of_what_is_no_graph_raises(self, nodes: object) -> None:
+        with pytest.raises(ValidationError, match="nodes"):
+            read(nodes, []).to_create()

@@ -233,3 +233,28 @@ def test_results_that_come_together_are_one_report(database: Database) -> None:
         events = EventRepository(session).read(run_id=run_id).items
     transactions = [event.cursor.split("-")[2] for event in events if event.type == "pipeline_node.completed"]
     assert [transactions.count(transaction) for transaction in dict.fromkeys(transactions)] == [1, 4, 1]
+
+
+def test_worker_run_once_leaves_no_run_that_can_be_claimed(database: Database) -> None:
+    run_ids = [new_run(database, "a>b") for _ in range(12)]
+    run_once(made(database, lambda _: None, concurrency=1))
+    assert {outcome(database, run_id)[0].status for run_id in run_ids} == {RunStatus.COMPLETED}
+
+
+def test_reports_of_many_runs_share_commits(database: Database) -> None:
+    run_ids = [new_run(database, "a>b") for _ in range(24)]
+    together = asyncio.Barrier(24)
+    inputs: list[Any] = []
+
+    async def handle(context: NodeContext) -> dict[str, int]:
+        await together.wait()
+        inputs.append(context.inputs)
+        return {"run": context.run.id}
+
+    run_once(made(database, handle, concurrency=24))
+    assert {outcome(database, run_id)[0].status for run_id in run_ids} == {RunStatus.COMPLETED}
+    assert sorted(given["a"]["run"] for given in inputs if given) == run_ids
+    with database.session() as session:
+        events = EventRepository(session).read(limit=1000).items
+    transactions = {event.cursor.split("-")[2] for event in events if event.type == "pipeline_node.completed"}
+    assert len(transactions) < 24  # of 48 reports

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -60,6 +61,27 @@ def test_worker_survives_a_crash_of_the_server(own_server: EmbeddedServer, own_d
     run_with(worker, meanwhile)
     assert outcome(own_database, run_id)[0].claim_count == 1
     assert completions(own_database, run_id) == ["a", "b", "c"]
+
+
+def test_reports_that_share_a_connection_survive_its_end(database: Database, raw: psycopg.Connection) -> None:
+    run_ids = [new_run(database, "a>b b>c") for _ in range(16)]
+    together = asyncio.Barrier(16)
+    executed: list[tuple[int, str]] = []
+
+    async def handle(context: NodeContext) -> None:
+        executed.append((context.run.id, context.node.id))
+        await together.wait()
+        if context.run.id == run_ids[0]:  # while the reports of the others are sent
+            raw.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+    async def meanwhile(_running: asyncio.Task[None]) -> None:
+        await until(lambda: {outcome(database, run_id)[0].status for run_id in run_ids} == {RunStatus.COMPLETED})
+
+    run_with(made(database, handle, concurrency=16, lease=timedelta(minutes=1)), meanwhile)
+    assert sorted(executed) == sorted((run_id, node_id) for run_id in run_ids for node_id in "abc")
 
 
 @contextmanager

@@ -77,6 +77,7 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_counters (
     run_count BIGINT NOT NULL DEFAULT 0,
     success_count BIGINT NOT NULL DEFAULT 0,
     error_count BIGINT NOT NULL DEFAULT 0,
+    leases_lost BIGINT NOT NULL DEFAULT 0,
     last_run TIMESTAMPTZ,
     PRIMARY KEY (pipeline_id, id)
 );

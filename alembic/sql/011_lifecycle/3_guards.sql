@@ -38,9 +38,9 @@ BEGIN
         DELETE FROM circle.pipeline_counters c USING free f WHERE c.pipeline_id = f.pipeline_id AND c.id = f.id RETURNING c.*
     )
     INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, run_count,
-                                          success_count, error_count, last_run)
+                                          success_count, error_count, leases_lost, last_run)
     SELECT g.pipeline_id, sum(g.pending), sum(g.running), sum(g.completed), sum(g.failed), sum(g.cancelled), sum(g.timeout),
-           sum(g.run_count), sum(g.success_count), sum(g.error_count), max(g.last_run)
+           sum(g.run_count), sum(g.success_count), sum(g.error_count), sum(g.leases_lost), max(g.last_run)
     FROM gone g JOIN circle.pipelines p ON p.id = g.pipeline_id GROUP BY g.pipeline_id;
 END $$;
 -- Counts runs that change from a status to another; a NULL is no status. One in some hundred calls adds up the rows.
@@ -181,11 +181,11 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$;
--- The data of the event of a run that starts: the number of its claim, and what it was resumed from.
-CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_resumed_from bigint) RETURNS jsonb
+-- The data of the event of a run that starts: its claim and the worker, and what it was resumed from.
+CREATE OR REPLACE FUNCTION circle.start_event_data(p_run_id bigint, p_claim integer, p_worker_id text, p_resumed_from bigint) RETURNS jsonb
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim) END
+    RETURN CASE WHEN p_claim IS NULL THEN '{}' ELSE jsonb_build_object('claim', p_claim, 'worker_id', p_worker_id) END
         || CASE WHEN p_resumed_from IS NULL THEN '{}' ELSE jsonb_build_object('resumed_from', p_resumed_from, 'taken_over', (
                SELECT count(*) FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND taken_from IS NOT NULL)) END;
 END $$;
@@ -198,9 +198,11 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, type, data)
     SELECT circle.event_xid(), NEW.id, circle.run_event(NEW.status),
-           CASE WHEN NEW.status IN ('failed', 'cancelled', 'timeout') THEN jsonb_build_object('error', NEW.error_message)
-                WHEN NEW.status = 'running' THEN circle.start_event_data(
-                    NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.resumed_from) ELSE '{}' END
+           CASE NEW.status
+               WHEN 'running' THEN circle.start_event_data(
+                   NEW.id, CASE WHEN NEW.claim_count > OLD.claim_count THEN NEW.claim_count END, NEW.worker_id, NEW.resumed_from)
+               WHEN 'completed' THEN jsonb_build_object('worker_id', NEW.worker_id, 'duration_seconds', NEW.duration_seconds)
+               ELSE jsonb_build_object('worker_id', NEW.worker_id, 'duration_seconds', NEW.duration_seconds, 'error', NEW.error_message) END
     WHERE CASE
         WHEN TG_RELID <> 'circle.pipeline_runs'::regclass OR NOT circle.is_read_committed()
              OR NEW.status IN ('pending', 'completed') AND EXISTS (
@@ -352,18 +354,44 @@ BEGIN
     END IF;
     RETURN p_requested <> 'cancelled';
 END $$;
--- The data of the event of a node run that failed or waits: for its retry, or because its run was released.
-CREATE OR REPLACE FUNCTION circle.node_event_data(n circle.pipeline_node_runs) RETURNS jsonb LANGUAGE sql STABLE AS $$
-    SELECT CASE n.status
-        WHEN 'failed' THEN jsonb_build_object('error', n.error_message)
-        ELSE jsonb_build_object('attempt', CASE WHEN n.available_at IS NULL THEN n.retry_count + 1::bigint ELSE greatest(n.retry_count, 1) END,
-                                'error', n.error_message, 'available_at', n.available_at) END
+-- The milliseconds since a node was started, unless they are given. Inlined.
+CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamptz) RETURNS integer LANGUAGE sql VOLATILE AS $$
+    SELECT CASE
+        WHEN p_given IS NOT NULL THEN p_given
+        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
+        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
+$$;
+-- The data of the event of a node run that failed, that waits, for its retry or because its run was released, or that nobody executed.
+CREATE OR REPLACE FUNCTION circle.node_failure_data(p_status text, p_worker_id text, p_retry_count integer, p_started_at timestamptz,
+                                                    p_duration_ms integer, p_error text, p_available_at timestamptz)
+RETURNS jsonb LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN CASE p_status
+        WHEN 'failed' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id, 'duration_ms', p_duration_ms,
+                                              'error', p_error)
+        WHEN 'pending' THEN jsonb_build_object(
+            'attempt', CASE WHEN p_available_at IS NULL THEN p_retry_count + 1::bigint ELSE greatest(p_retry_count, 1) END,
+            'worker_id', p_worker_id, 'duration_ms', circle.elapsed_ms(NULL, p_started_at), 'error', p_error,
+            'available_at', p_available_at)
+        ELSE '{}' END;
+END $$;
+-- The data of the event of a node run: the attempt, the worker that holds the run, and how long the attempt took. Inlined, and short,
+-- because an executor prepares it anew in each step.
+CREATE OR REPLACE FUNCTION circle.node_event_data(p_status text, p_worker_id text, p_retry_count integer, p_started_at timestamptz,
+                                                  p_duration_ms integer, p_error text, p_available_at timestamptz)
+RETURNS jsonb LANGUAGE sql VOLATILE AS $$
+    SELECT CASE WHEN p_status IN ('running', 'completed')
+        THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
+                                'duration_ms', CASE WHEN p_status = 'completed' THEN p_duration_ms END)
+        ELSE circle.node_failure_data(p_status, p_worker_id, p_retry_count, p_started_at, p_duration_ms, p_error, p_available_at) END
 $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     r record;
     run_status text;
+    worker text;
+    held boolean := false;
     eventful boolean := false;
 BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
@@ -373,7 +401,7 @@ BEGIN
                     bool_or(status = 'failed') AS failed, count(taken_from) > 0 AS taken, min(node_id) AS node_id, min(node_id) FILTER (WHERE status = 'running') AS running, min(status) AS status
              FROM new_rows GROUP BY run_id ORDER BY run_id LOOP
         -- locks the run, so that it doesn't end concurrently
-        SELECT status INTO run_status FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
+        SELECT status, worker_id INTO run_status, worker FROM circle.pipeline_runs WHERE id = r.run_id FOR NO KEY UPDATE;
         IF run_status <> 'running' AND (run_status <> 'pending' OR r.running IS NOT NULL) THEN
             PERFORM circle.judge_node(r.run_id, coalesce(r.running, r.node_id), 'new',
                                       CASE WHEN r.running IS NOT NULL THEN 'running' ELSE r.status END);
@@ -383,12 +411,14 @@ BEGIN
         IF r.taken AND NOT EXISTS (SELECT FROM circle.pipeline_runs WHERE id = r.run_id AND resumed_from IS NOT NULL) THEN
             RAISE EXCEPTION 'run % is not resumed: no node of it has taken_from', r.run_id USING ERRCODE = 'integrity_constraint_violation';
         END IF;
+        held := held OR worker IS NOT NULL;
         eventful := eventful OR r.eventful;
     END LOOP;
     IF eventful THEN
         INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
-        SELECT circle.event_xid(), run_id, node_id, circle.node_event(status),
-               CASE WHEN status = 'failed' THEN jsonb_build_object('error', error_message) ELSE '{}' END
+        SELECT circle.event_xid(), run_id, node_id, circle.node_event(status), circle.node_event_data(
+            status, CASE WHEN held THEN (SELECT t.worker_id FROM circle.pipeline_runs t WHERE t.id = run_id) END, retry_count, started_at, duration_ms,
+            error_message, available_at)
         FROM new_rows WHERE status NOT IN ('pending', 'cancelled') AND taken_from IS NULL ORDER BY run_id, position, id;
     END IF;
     RETURN NULL;
@@ -410,8 +440,9 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
     -- one number for all, taken when the sort below has ended, and so every wait for a run
-    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), CASE WHEN e.status IN ('failed', 'pending')
-        THEN (SELECT circle.node_event_data(n) FROM circle.pipeline_node_runs n WHERE n.id = e.id) ELSE '{}' END
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), (
+        SELECT circle.node_event_data(n.status, r.worker_id, n.retry_count, n.started_at, n.duration_ms, n.error_message, n.available_at)
+        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id WHERE n.id = e.id)
     FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
     WHERE CASE
         WHEN CASE m.status

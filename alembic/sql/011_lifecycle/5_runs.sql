@@ -384,18 +384,22 @@ DECLARE
     counts json;
     seconds double precision[];
 BEGIN
-    WITH recent AS MATERIALIZED (
-        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN extract(epoch FROM r.completed_at - r.started_at)::float8 END AS seconds
+    WITH recent AS (
+        SELECT r.status, r.created_at, CASE WHEN r.status = 'completed' THEN date_part('epoch', r.completed_at - r.started_at) END AS took
         FROM circle.pipeline_runs r
         WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
         ORDER BY r.pipeline_id DESC, r.id DESC LIMIT p_limit
-    ), wanted AS MATERIALIZED (
-        SELECT * FROM recent WHERE created_at >= p_since
     )
-    SELECT (SELECT json_object_agg(s.status, s.number) FROM (SELECT status, count(*) AS number FROM wanted GROUP BY status) s),
-           (SELECT percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY w.seconds) FROM wanted w)
-    INTO counts, seconds;
-    RETURN json_build_object('runs', coalesce(counts, '{}'), 'p50', seconds[1], 'p95', seconds[2]);
+    SELECT json_strip_nulls(json_build_object(
+               'pending', nullif(count(*) FILTER (WHERE status = 'pending'), 0),
+               'running', nullif(count(*) FILTER (WHERE status = 'running'), 0),
+               'completed', nullif(count(*) FILTER (WHERE status = 'completed'), 0),
+               'failed', nullif(count(*) FILTER (WHERE status = 'failed'), 0),
+               'cancelled', nullif(count(*) FILTER (WHERE status = 'cancelled'), 0),
+               'timeout', nullif(count(*) FILTER (WHERE status = 'timeout'), 0))),
+           percentile_cont('{0.5,0.95}'::float8[]) WITHIN GROUP (ORDER BY took)
+    INTO counts, seconds FROM recent WHERE created_at >= p_since;
+    RETURN json_build_object('runs', counts, 'p50', seconds[1], 'p95', seconds[2]);
 END $$;
 -- Locks the runs before their pipeline. The advisory lock keeps create_run out.
 CREATE OR REPLACE FUNCTION circle.delete_pipeline(p_pipeline_id bigint, p_force boolean) RETURNS void

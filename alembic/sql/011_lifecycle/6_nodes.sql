@@ -241,13 +241,6 @@ BEGIN
     END IF;
     RETURN circle.node_answer(n);
 END $$;
--- The milliseconds since a node was started, unless they are given. Inlined.
-CREATE OR REPLACE FUNCTION circle.elapsed_ms(p_given integer, p_started_at timestamptz) RETURNS integer LANGUAGE sql VOLATILE AS $$
-    SELECT CASE
-        WHEN p_given IS NOT NULL THEN p_given
-        WHEN p_started_at IS NULL THEN 0   -- least() would ignore the NULL
-        ELSE least(extract(epoch FROM greatest(clock_timestamp(), p_started_at) - p_started_at) * 1000, 2147483647)::integer END
-$$;
 -- Whether an attempt that isn't named was reported before: its node waits for the retry. Inlined.
 CREATE OR REPLACE FUNCTION circle.was_reported(n circle.pipeline_node_runs, p_attempt integer) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT p_attempt IS NULL AND n.status = 'pending' AND n.retry_count > 0
@@ -537,11 +530,12 @@ BEGIN
     END IF;
     RETURN CASE WHEN started IS NULL THEN circle.settle_run(p_run_id, p_inputs) ELSE circle.started_step(p_run_id, started, p_inputs) END;
 END $$;
+-- IS TRUE keeps the index on ends away, which has the id as its second column.
 CREATE OR REPLACE FUNCTION circle.record_results(p_run_id bigint, p_results jsonb, p_token bigint, p_retry boolean) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
     IF p_results <> '[]' AND EXISTS (
-            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND completed_at IS NOT NULL AND claim_token = p_token) THEN
+            SELECT FROM circle.pipeline_runs WHERE id = p_run_id AND (completed_at IS NOT NULL) IS TRUE AND claim_token = p_token) THEN
         PERFORM circle.repeat_or_refuse_results(p_run_id, p_results, '{}', p_token);
     ELSE
         PERFORM circle.lock_run(p_run_id, p_token);
@@ -607,7 +601,7 @@ END $$;
 -- all, each with its run_id. A call is plain if its results complete nodes, without a branch, of a run that the caller holds and in
 -- which no node failed, or begins such a run. A call whose run is locked by somebody else, or that isn't plain, changes nothing, and its
 -- step is NULL: advance_run has to be called for it. So nobody waits for somebody else's run, and each refusal has its own error.
-CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb)
+CREATE OR REPLACE FUNCTION circle.advance_runs(p_run_ids bigint[], p_tokens bigint[], p_results jsonb, p_with_inputs bigint[] DEFAULT '{}')
 RETURNS TABLE (run_id bigint, step json)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET lock_timeout = '100ms' AS $$
 #variable_conflict use_column
@@ -666,22 +660,25 @@ BEGIN
                           WHERE p.status NOT IN ('completed', 'skipped')
                             AND NOT (p.run_id, p.position) IN (
                                 SELECT d.run_id, d.position FROM done d WHERE d.position IS NOT NULL))
-        RETURNING n.run_id, n.node_id, n.node_type, n.position, n.retry_count
+        RETURNING n.id, n.run_id, n.node_id, n.node_type, n.position, n.retry_count
     ), current AS (
         UPDATE circle.pipeline_runs r SET current_node = c.node_id
         FROM (SELECT DISTINCT ON (s.run_id) s.run_id, s.node_id FROM started s ORDER BY s.run_id, s.position DESC) c WHERE r.id = c.run_id
     ), steps AS (
         SELECT s.run_id, json_build_object('status', 'running', 'started', json_agg(json_build_object(
-                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step
+                   'node_id', s.node_id, 'node_type', s.node_type, 'attempt', s.retry_count + 1::bigint) ORDER BY s.position)) AS step,
+               array_agg(s.id)::text AS ids
         FROM started s GROUP BY s.run_id
     )
     SELECT (SELECT count(*) FROM done) AS rows, (SELECT count(*) FROM results x WHERE NOT x.run_id IN (SELECT f.run_id FROM refused f)) AS wanted,
-           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps
+           ARRAY(SELECT f.run_id FROM refused f) AS refused, array_agg(s.run_id) AS run_ids, array_agg(s.step) AS steps, array_agg(s.ids) AS ids
     INTO moved FROM steps s;
     IF moved.rows <> moved.wanted THEN   -- a raw writer changed a node meanwhile
         RAISE EXCEPTION 'the batch was disturbed' USING ERRCODE = 'serialization_failure';
     END IF;
-    RETURN QUERY SELECT t.run_id, t.step FROM unnest(moved.run_ids, moved.steps) t (run_id, step);
+    RETURN QUERY SELECT t.run_id::bigint, CASE WHEN t.run_id = ANY (p_with_inputs)   -- by a statement of its own, which sees the new outputs
+        THEN json_build_object('status', 'running', 'started', circle.started_nodes(t.run_id, t.ids::bigint[], true)) ELSE t.step END
+    FROM unnest(moved.run_ids, moved.steps, moved.ids) t (run_id, step, ids);
     idle := ARRAY(SELECT t.id FROM unnest(calls.reported || calls.fresh) t (id) EXCEPT SELECT unnest(moved.run_ids || moved.refused));
     IF idle <> '{}' THEN
         WITH over AS (
@@ -699,7 +696,7 @@ BEGIN
         SELECT coalesce(array_agg(o.id), '{}') INTO ended FROM over o;
         RETURN QUERY SELECT t.id, '{"status": "completed"}'::json FROM unnest(ended) t (id);
         FOR one IN SELECT unnest(idle) EXCEPT SELECT unnest(ended) ORDER BY 1 LOOP   -- other nodes run, or something is unusual
-            RETURN QUERY SELECT one, circle.settle_run(one, false);
+            RETURN QUERY SELECT one, circle.settle_run(one, one = ANY (p_with_inputs));
         END LOOP;
     END IF;
     RETURN QUERY SELECT c.id, NULL::json FROM unnest(p_run_ids) c (id)

@@ -163,11 +163,12 @@ BEGIN
     ), sums AS MATERIALIZED (
         SELECT pipeline_id, sum(pending) AS pending, sum(running) AS running, sum(completed) AS completed, sum(failed) AS failed,
                sum(cancelled) AS cancelled, sum(timeout) AS timeout, sum(run_count) AS run_count,
-               sum(success_count) AS success_count, sum(error_count) AS error_count, max(last_run) AS last_run
+               sum(success_count) AS success_count, sum(error_count) AS error_count, sum(leases_lost) AS leases_lost,
+               max(last_run) AS last_run
         FROM gone GROUP BY pipeline_id
     ), kept AS (
-        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout)
-        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout FROM sums
+        INSERT INTO circle.pipeline_counters (pipeline_id, pending, running, completed, failed, cancelled, timeout, leases_lost)
+        SELECT pipeline_id, pending, running, completed, failed, cancelled, timeout, leases_lost FROM sums
     )
     UPDATE circle.pipelines p SET run_count = least(p.run_count + s.run_count, 2147483647),
         success_count = least(p.success_count + s.success_count, 2147483647),
@@ -206,13 +207,14 @@ BEGIN
     IF NOT circle.is_read_committed() THEN
         PERFORM circle.refuse_isolation();
     END IF;
-    FOR r IN SELECT id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
+    FOR r IN SELECT id, pipeline_id, worker_id, claim_token, lapsed_claims + 1::bigint AS lapsed,
                     to_char(lease_expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS "UTC"') AS lease_end FROM circle.pipeline_runs
              WHERE status = 'running' AND lease_expires_at < clock_timestamp()
              ORDER BY id + 0 LIMIT least(p_limit, 60) FOR NO KEY UPDATE SKIP LOCKED LOOP
         BEGIN
             INSERT INTO circle.pipeline_run_history (run_id, kind, worker_id, token, reason)
             VALUES (r.id, 'recovered', r.worker_id, r.claim_token, 'the lease ended at ' || r.lease_end);
+            INSERT INTO circle.pipeline_counters (pipeline_id, leases_lost) VALUES (r.pipeline_id, 1);
             PERFORM circle.fail_attempts(r.id, NULL, 'the worker''s lease ran out', true, NULL, false);
             result := circle.end_run_if_done(r.id);
             IF result.id IS NULL AND r.lapsed >= p_max_claims THEN

@@ -3,9 +3,9 @@
 -- Reads of a few rows, by indexes: what could be long is cut at a number. As in page_of_runs, only the right index remains without sorts.
 
 -- == create functions that explain
--- The last claim of a run of a pipeline, and when one of its runs was last claimed or ended: of its last 100 runs, the last 100 before
--- the head of its queue, because the claimed ones stand before a long queue, and 100 running ones.
-CREATE OR REPLACE FUNCTION circle.last_claim(p_pipeline_id bigint, OUT claimed_at timestamptz, OUT worker_id text, OUT moved_at timestamptz)
+-- The last claim of a run of a pipeline: of its last 100 runs, the last 100 before the head of its queue, because the claimed ones stand
+-- before a long queue, and 100 running ones.
+CREATE OR REPLACE FUNCTION circle.last_claim(p_pipeline_id bigint, OUT claimed_at timestamptz, OUT worker_id text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off
 SET enable_incremental_sort = off SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
 #variable_conflict use_column
@@ -15,31 +15,23 @@ BEGIN
     SELECT r.id INTO head FROM circle.pipeline_runs r
     WHERE r.pipeline_id = p_pipeline_id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
     ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1;
-    SELECT max(c.at), (array_agg(c.worker_id ORDER BY c.at DESC) FILTER (WHERE c.at IS NOT NULL))[1], max(greatest(c.at, n.completed_at))
-    INTO claimed_at, worker_id, moved_at
+    SELECT max(c.at), (array_agg(c.worker_id ORDER BY c.at DESC) FILTER (WHERE c.at IS NOT NULL))[1] INTO claimed_at, worker_id
     FROM (
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+        (SELECT r.id FROM circle.pipeline_runs r
          WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) <= (p_pipeline_id, 9223372036854775807)
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
         UNION
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r
+        (SELECT r.id FROM circle.pipeline_runs r
          WHERE r.pipeline_id >= p_pipeline_id AND (r.pipeline_id, r.id) < (p_pipeline_id, head)
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
         UNION
-        (SELECT r.id, r.completed_at FROM circle.pipeline_runs r WHERE r.pipeline_id = p_pipeline_id AND r.status = 'running'
+        (SELECT r.id FROM circle.pipeline_runs r WHERE r.pipeline_id = p_pipeline_id AND r.status = 'running'
          ORDER BY r.pipeline_id DESC, r.id DESC LIMIT 100)
     ) n
     LEFT JOIN LATERAL (
         SELECT h.at, h.worker_id, h.kind FROM circle.pipeline_run_history h WHERE h.run_id = n.id
         ORDER BY h.run_id DESC, h.id DESC LIMIT 4) c ON c.kind = 'claimed';   -- at most three rows follow the last claim
 END $$;
--- When something last moved in a run: a status, or who holds it. An event that was purged is older than those that are kept.
-CREATE OR REPLACE FUNCTION circle.last_move(p_run_id bigint, p_since timestamptz) RETURNS timestamptz
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT greatest(p_since,
-        (SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = p_run_id ORDER BY h.run_id DESC, h.id DESC LIMIT 1),
-        (SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = p_run_id ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1))
-$$;
 -- The facts from which gathering_pipeline/explaining.py says why a run stands still; NULL: there is no such run. Of its nodes at most
 -- 100 that are live, failed, skipped or taken over, those first that something can be done about. Tokens stay secret.
 CREATE OR REPLACE FUNCTION circle.explain_run(p_run_id bigint) RETURNS json
@@ -136,4 +128,76 @@ BEGIN
                                                       'reason', left(h.reason, 1000), 'is_current', h.token = r.claim_token) ORDER BY h.id)
                     FROM (SELECT * FROM circle.pipeline_run_history t WHERE t.run_id = p_run_id
                           ORDER BY t.run_id DESC, t.id DESC LIMIT 20) h));
+END $$;
+-- Live runs in which nothing has moved for a time, and which nothing holds on purpose, oldest first: their lease is past, or their timeout, or
+-- they are running and no worker executes a node, or a worker could have claimed them, or none ever can. Whatever the history, it looks at
+-- the oldest 10,000 running runs and as many pending ones, the first p_limit of each queue, and the 10,000 longest past their waiting time.
+CREATE OR REPLACE FUNCTION circle.stuck_runs(p_older_than interval, p_limit integer) RETURNS bigint[]
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off
+SET enable_incremental_sort = off SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+DECLARE
+    since timestamptz := clock_timestamp() - p_older_than;
+BEGIN
+    RETURN ARRAY(
+        WITH open AS MATERIALIZED (
+            SELECT p.id, p.max_running FROM circle.pipelines p
+            WHERE p.status = 'active' AND coalesce(p.status_changed_at < since, true)
+              AND (p.max_running = 0 OR NOT EXISTS (SELECT FROM circle.pipeline_runs r WHERE r.pipeline_id = p.id AND r.status = 'running'
+                                                    ORDER BY r.pipeline_id, r.id OFFSET p.max_running - 1))
+        ), found AS (
+            -- the last event of a run is its last change of a status, whichever writer made it
+            (SELECT r.id FROM (
+                 SELECT t.id, t.pipeline_id, coalesce(t.started_at, t.created_at) AS began, t.lease_expires_at FROM circle.pipeline_runs t
+                 WHERE t.status >= 'running' AND t.status <= 'running' ORDER BY t.status, t.id LIMIT 10000) r
+             WHERE r.lease_expires_at < since
+                OR r.began < since - (SELECT make_interval(secs => nullif(p.timeout_seconds, 0)) FROM circle.pipelines p WHERE p.id = r.pipeline_id)
+                OR r.began < since
+                   AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = r.id
+                                 ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
+                   AND coalesce((SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = r.id
+                                 ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1) < since, true)
+                   AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
+                       n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL))
+             LIMIT p_limit)
+            UNION ALL
+            (SELECT q.id FROM open p
+             CROSS JOIN LATERAL (
+                 SELECT r.id FROM circle.pipeline_runs r
+                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT 1) head
+             CROSS JOIN LATERAL (
+                 SELECT r.id, r.created_at, r.run_at FROM circle.pipeline_runs r
+                 WHERE r.pipeline_id = p.id AND r.status = 'pending' AND r.waits_until IS NULL AND r.pipeline_version IS NOT NULL
+                   -- until lately the pipeline was full, if one of its runs was claimed or ended: those stand before the head, or are new
+                   AND (p.max_running = 0 OR NOT EXISTS (
+                       SELECT FROM (
+                           (SELECT b.id, b.completed_at FROM circle.pipeline_runs b
+                            WHERE b.pipeline_id >= p.id AND (b.pipeline_id, b.id) < (p.id, head.id)
+                            ORDER BY b.pipeline_id DESC, b.id DESC LIMIT 100)
+                           UNION ALL
+                           (SELECT b.id, b.completed_at FROM circle.pipeline_runs b
+                            WHERE b.pipeline_id >= p.id AND (b.pipeline_id, b.id) <= (p.id, 9223372036854775807)
+                            ORDER BY b.pipeline_id DESC, b.id DESC LIMIT 100)) b
+                       WHERE b.completed_at >= since OR (SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = b.id
+                                                         ORDER BY h.run_id DESC, h.id DESC LIMIT 1) >= since))
+                 ORDER BY r.pipeline_id, r.priority DESC, r.id LIMIT p_limit) q
+             WHERE q.created_at < since AND coalesce(q.run_at < since, true)
+               AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = q.id
+                             ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
+               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since)
+             LIMIT p_limit)
+            UNION ALL
+            (SELECT w.id FROM (
+                 SELECT r.id, r.pipeline_id, r.pipeline_version FROM circle.pipeline_runs r
+                 WHERE r.status = 'pending' AND r.waits_until IS NOT NULL AND r.waits_until < since ORDER BY r.waits_until LIMIT 10000) w
+             WHERE w.pipeline_version IS NOT NULL AND (w.pipeline_id IN (SELECT p.id FROM open p)) IS TRUE
+             LIMIT p_limit)
+            UNION ALL   -- without a version a run is never claimed
+            (SELECT u.id FROM (
+                 SELECT r.id, r.pipeline_version, r.created_at FROM circle.pipeline_runs r
+                 WHERE r.status >= 'pending' AND r.status <= 'pending' ORDER BY r.status, r.id LIMIT 10000) u
+             WHERE u.pipeline_version IS NULL AND u.created_at < since
+             LIMIT p_limit)
+        )
+        SELECT f.id FROM found f ORDER BY f.id LIMIT p_limit);
 END $$;

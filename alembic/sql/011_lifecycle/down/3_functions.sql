@@ -1,7 +1,7 @@
 -- == drop lifecycle functions
 DROP FUNCTION IF EXISTS circle.add_up_counters();
 DROP FUNCTION IF EXISTS circle.advance_run(bigint,jsonb,bigint,boolean,boolean);
-DROP FUNCTION IF EXISTS circle.advance_runs(bigint[],bigint[],jsonb);
+DROP FUNCTION IF EXISTS circle.advance_runs(bigint[],bigint[],jsonb,bigint[]);
 DROP FUNCTION IF EXISTS circle.append_run_log(bigint,jsonb,bigint);
 DROP FUNCTION IF EXISTS circle.apply_results(bigint,jsonb,bigint,boolean);
 DROP FUNCTION IF EXISTS circle.blocked_by(text,text,bigint,integer,integer[],integer,timestamp with time zone);
@@ -39,11 +39,11 @@ DROP FUNCTION IF EXISTS circle.is_repeat(circle.pipeline_node_runs,bigint,text,i
 DROP FUNCTION IF EXISTS circle.is_valid_run(text,integer,timestamp with time zone,timestamp with time zone,timestamp with time zone,bigint,integer,integer,text,timestamp with time zone,timestamp with time zone,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.judge_node(bigint,text,text,text);
 DROP FUNCTION IF EXISTS circle.last_claim(bigint);
-DROP FUNCTION IF EXISTS circle.last_move(bigint,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.lock_run(bigint,bigint);
 DROP FUNCTION IF EXISTS circle.next_token(bigint);
 DROP FUNCTION IF EXISTS circle.node_answer(circle.pipeline_node_runs);
-DROP FUNCTION IF EXISTS circle.node_event_data(circle.pipeline_node_runs);
+DROP FUNCTION IF EXISTS circle.node_event_data(text,text,integer,timestamp with time zone,integer,text,timestamp with time zone);
+DROP FUNCTION IF EXISTS circle.node_failure_data(text,text,integer,timestamp with time zone,integer,text,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.node_may_become(text,text);
 DROP FUNCTION IF EXISTS circle.nodes_at(bigint,integer[]);
 DROP FUNCTION IF EXISTS circle.note_failure(bigint);
@@ -92,12 +92,13 @@ DROP FUNCTION IF EXISTS circle.run_statistics(bigint,timestamp with time zone,in
 DROP FUNCTION IF EXISTS circle.settle_run(bigint,boolean);
 DROP FUNCTION IF EXISTS circle.skip_followers(bigint,integer[]);
 DROP FUNCTION IF EXISTS circle.skip_node(bigint,text,bigint);
-DROP FUNCTION IF EXISTS circle.start_event_data(bigint,integer,bigint);
+DROP FUNCTION IF EXISTS circle.start_event_data(bigint,integer,text,bigint);
 DROP FUNCTION IF EXISTS circle.start_node(bigint,text,jsonb,bigint);
 DROP FUNCTION IF EXISTS circle.start_ready_nodes(circle.pipeline_runs,integer[]);
 DROP FUNCTION IF EXISTS circle.start_run(bigint,bigint);
 DROP FUNCTION IF EXISTS circle.started_nodes(bigint,bigint[],boolean);
 DROP FUNCTION IF EXISTS circle.started_step(bigint,bigint[],boolean);
+DROP FUNCTION IF EXISTS circle.stuck_runs(interval,integer);
 DROP FUNCTION IF EXISTS circle.sweep_runs(integer,integer);
 DROP FUNCTION IF EXISTS circle.untaken(text,jsonb,integer[],text);
 DROP FUNCTION IF EXISTS circle.version_is_used(integer,integer);
