@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """As of ``click.Group``."""
+        # it repeats at WARNING what the sentence says
+        faults, silence = logging.getLogger("gathering_pipeline"), logging.Filter("-")
+        faults.addFilter(silence)
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -52,6 +56,8 @@ class Group(click.Group):
             if sentence is None:
                 raise
             raise click.ClickException(printable_lines(sentence)) from error
+        finally:
+            faults.removeFilter(silence)
 
 
 def describe(error: Exception) -> str | None:

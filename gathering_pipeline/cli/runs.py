@@ -97,6 +97,15 @@ def runs() -> None:
 )
 @click.option("--since", metavar="TIME", callback=_read_time, help="Created since, as in 1h, 2d, 2026-11-01.")
 @click.option("--until", metavar="TIME", callback=_read_time, help="Created before, likewise.")
+@click.option("--stuck", is_flag=True, help="Only live runs that nothing moves and nothing holds on purpose.")
+@click.option(
+    "--for",
+    "idle",
+    metavar="SPAN",
+    default="5m",
+    callback=_read_span,
+    help="With --stuck: how long nothing has moved, by default 5m.",
+)
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), default=50, help="Most runs, by default 50.")
 @click.option("--all", "every", is_flag=True, help="All runs, without a limit.")
 @json_option
@@ -108,26 +117,35 @@ def list_(
     tags: dict[str, str],
     since: datetime | None,
     until: datetime | None,
+    stuck: bool,
+    idle: timedelta,
     limit: int,
     every: bool,
     as_json: bool,
     url: str | None,
 ) -> None:
-    """List runs, newest first.
+    """List runs, newest first; stuck ones, which runs why explains, oldest first.
 
     Columns: id, pipeline and its name, status, when it was created, duration; the node that it is at, or that failed,
     and the error.
     """
     from gathering_pipeline.repositories import RunRepository
 
+    if stuck and (tags or pipeline_id is not None or statuses or since or until or every):
+        raise click.UsageError("--stuck looks at all live runs: beside it there are --for and --limit")
     with open_database(url) as database, database.reading() as session:
-        found = RunRepository(session).iterate(
-            pipeline_id,
-            [RunStatus(status) for status in statuses] or None,
-            tags=tags or None,
-            created_after=since,
-            created_before=until,
-            batch=_BATCH if every else min(limit + 1, _BATCH),
+        repository = RunRepository(session)
+        found = (
+            iter(repository.stuck(idle, limit + 1))
+            if stuck
+            else repository.iterate(
+                pipeline_id,
+                [RunStatus(status) for status in statuses] or None,
+                tags=tags or None,
+                created_after=since,
+                created_before=until,
+                batch=_BATCH if every else min(limit + 1, _BATCH),
+            )
         )
         more = _print_runs(session, found if every else islice(found, limit + 1), None if every else limit, as_json)
     if more:

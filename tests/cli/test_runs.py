@@ -99,6 +99,19 @@ def test_list_reads_all_pages_up_to_its_limit(
     assert len(read("runs", "list", "--limit", "600", url=database_url)) == 600
 
 
+def test_list_of_stuck_runs_is_oldest_first(
+    database_url: str, runs: RunRepository, pipeline: int, raw: psycopg.Connection
+) -> None:
+    first, second = runs.create(pipeline).id, runs.create(pipeline).id
+    assert ids(succeed("runs", "list", "--stuck", url=database_url)) == []
+    assert ids(succeed("runs", "list", "--stuck", "--for", "0s", url=database_url)) == [first, second]
+    limited = run("runs", "list", "--stuck", "--for", "0s", "--limit", "1", url=database_url)
+    assert (ids(limited.stdout), "There are more than 1" in limited.stderr) == ([first], True)
+    refused = sentence(run("runs", "list", "--stuck", "--status", "failed", url=database_url), 2)
+    assert refused == "--stuck looks at all live runs: beside it there are --for and --limit"
+    assert "is no duration" in sentence(run("runs", "list", "--stuck", "--for", "long", url=database_url), 2)
+
+
 @pytest.mark.parametrize("value", ["yesterday", "", "1x", "-1h", "2026-13-01", "99999999999d", "0x10", "1h2m"])
 def test_list_of_unreadable_time_prints_one_sentence(database_url: str, value: str) -> None:
     refused = sentence(run("runs", "list", f"--since={value}", url=database_url), 2)
