@@ -22,7 +22,6 @@ from gathering_pipeline.cli.output import (
     print_table,
 )
 from gathering_pipeline.errors import shorten
-from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.texts import duration_text, one_line
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
 
 run_argument = click.argument("run_id", metavar="RUN", type=int)
 
-STATUSES = [status.value for status in RunStatus]
+STATUSES = ("pending", "running", "completed", "failed", "cancelled", "timeout")
+"""The values of ``RunStatus``: its module loads Pydantic, which the help does not need."""
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPAN = re.compile(r"([0-9]{1,7})([smhdw])")
 _MOST_LOGS = 1_000
@@ -129,6 +129,7 @@ def list_(
     Columns: id, pipeline and its name, status, when it was created, duration; the node that it is at, or that failed,
     and the error.
     """
+    from gathering_pipeline.lifecycle import RunStatus
     from gathering_pipeline.repositories import RunRepository
 
     if stuck and (tags or pipeline_id is not None or statuses or since or until or every):
@@ -292,7 +293,7 @@ def watch(run_id: int, as_json: bool, url: str | None) -> None:
                 click.echo(event.model_dump_json() if as_json else _line(event))
             with database.reading() as session:
                 run = RunRepository(session).get(run_id)
-    if run.status is not RunStatus.COMPLETED:
+    if run.status != "completed":
         click.get_current_context().exit(ACTION_NEEDED)
 
 
