@@ -11,7 +11,7 @@ ONCE := benchmarks cli documentation examples reliability unit
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load fuzz bench bench-peers \
+.PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load widen-load chaos ha fuzz bench bench-peers \
 	format generated docs build clean
 
 help: ## This list
@@ -84,6 +84,16 @@ reliability: setup ## The races and kills of the tests in their long form; takes
 migration-load: setup ## Each revision up and down while four writers work, on 5,000,000 runs; takes a quarter of an hour and 20 GB
 	GATHERING_MIGRATION_RUNS=$${GATHERING_MIGRATION_RUNS:-5000000} \
 		$(BIN)/python -m pytest tests/reliability/test_migration_load.py --show-capture=no
+
+widen-load: setup ## Ids become BIGINT while callers work, on 5,000,000 runs; takes half an hour and 20 GB
+	GATHERING_WIDEN_RUNS=$${GATHERING_WIDEN_RUNS:-5000000} \
+		$(BIN)/python -m pytest tests/reliability/test_widening.py --show-capture=no
+
+chaos: setup ## A table of faults from outside: failovers, frozen servers, cut networks, full disks; takes ten minutes
+	GATHERING_CHAOS=$${GATHERING_CHAOS:-15} $(BIN)/python -m pytest -n 0 tests/reliability/test_chaos.py --show-capture=no
+
+ha: setup ## Patroni, etcd and HAProxy from Debian's packages, unpacked for the time: workers through switchovers and failovers
+	$(BIN)/python -m tests.ha
 
 fuzz: setup ## 20,000 random graphs on every write path, and an hour of odd definitions
 	GATHERING_GRAPHS=20000 GATHERING_SEED=$${GATHERING_SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/reliability/test_fuzz.py -s

@@ -30,6 +30,7 @@ from gathering_pipeline.errors import (
     DatabaseUnavailableError,
     ForkedConnectionError,
     TransactionAbortedError,
+    has_stale_plan,
     shorten,
 )
 from gathering_pipeline.forks import call_in_child, detach, renew_in_child
@@ -411,21 +412,25 @@ class _Direct(psycopg.BaseConnection[Any]):
             value = parameters[name]
             encode = _ENCODE.get(type(value)) or _ENCODE[str if isinstance(value, str) else int]
             values.append(encode(value))
-        if not self.autocommit or self.prepare_threshold is None:
+        if not self.autocommit:
             return self._rows((yield from self._unnamed(statement, values)))
-        name = self._names.get(statement)
-        if name is None:
-            uses = self._uses[statement] = self._uses.get(statement, 0) + 1
-            if uses <= self.prepare_threshold:
-                return self._rows((yield from self._unnamed(statement, values)))
-            name = yield from self._prepare(statement)
-        self.pgconn.send_query_prepared(name, values)
-        result = (yield from generators.execute(self.pgconn))[-1]
-        if result.status != _TUPLES_OK and self._is_gone(result):
+        result = yield from self._perhaps_prepared(statement, values)
+        if result.status != _TUPLES_OK and self._is_stale(result):
             self._uses.clear()
             self._names.clear()
             result = yield from self._unnamed(statement, values)  # in autocommit the refused statement left nothing
         return self._rows(result)
+
+    def _perhaps_prepared(self, statement: Statement, values: list[Any]) -> Generator[Any, Any, pq.abc.PGresult]:
+        name = self._names.get(statement)
+        if name is None:
+            uses = self._uses[statement] = self._uses.get(statement, 0) + 1
+            if self.prepare_threshold is None or uses <= self.prepare_threshold:
+                return (yield from self._unnamed(statement, values))
+            name = yield from self._prepare(statement)
+        self.pgconn.send_query_prepared(name, values)
+        result: pq.abc.PGresult = (yield from generators.execute(self.pgconn))[-1]
+        return result
 
     def begin_session(self) -> Generator[Any, Any, None]:
         """Set the isolation level, or prepare nothing if a pooler is between.
@@ -455,10 +460,19 @@ class _Direct(psycopg.BaseConnection[Any]):
         return name
 
     @staticmethod
-    def _is_gone(result: pq.abc.PGresult) -> bool:
-        """Whether a prepared statement is gone (DEALLOCATE, DISCARD), or unusable because DDL changed its result."""
-        sqlstate, source = result.error_field(_SQLSTATE), result.error_field(_SOURCE_FUNCTION)
-        return sqlstate == b"26000" or (sqlstate == b"0A000" and source == b"RevalidateCachedQuery")
+    def _is_stale(result: pq.abc.PGresult) -> bool:
+        """Whether a prepared statement is gone (DEALLOCATE, DISCARD), or DDL changed the columns of a table."""
+        sqlstate, source = result.error_field(_SQLSTATE) or b"", result.error_field(_SOURCE_FUNCTION) or b""
+        return sqlstate == b"26000" or has_stale_plan(sqlstate.decode(), source.decode())
+
+    def _watched(self, steps: PQGen[RV]) -> PQGen[RV]:
+        """Forward the steps of a wait, and prepare anew what psycopg prepared before DDL: it would fail each time."""
+        try:
+            return (yield from self.watchdog.wait(self.pgconn, steps))
+        except psycopg.Error as error:
+            if has_stale_plan(error.sqlstate, error.diag.source_function):
+                self._prepared.clear()
+            raise
 
     @staticmethod
     def _rows(result: pq.abc.PGresult) -> Rows:
@@ -500,7 +514,7 @@ class DirectConnection(_Direct, psycopg.Connection[Any]):
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Wait as psycopg does, under the watchdog."""
-        return super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
+        return super().wait(self._watched(gen), interval, timeout)
 
     def commit(self) -> None:
         """Commit; raise ``TransactionAbortedError`` if the transaction has failed."""
@@ -520,7 +534,7 @@ class AsyncDirectConnection(_Direct, psycopg.AsyncConnection[Any]):
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:  # noqa: ASYNC109 - psycopg's signature
         """Wait as psycopg does, under the watchdog."""
-        return await super().wait(self.watchdog.wait(self.pgconn, gen), interval, timeout)
+        return await super().wait(self._watched(gen), interval, timeout)
 
     async def commit(self) -> None:
         """Commit; raise ``TransactionAbortedError`` if the transaction has failed."""

@@ -29,6 +29,7 @@ from sqlalchemy.pool import QueuePool
 from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.errors import (
+    CommitIndeterminateError,
     ConfigurationError,
     DatabaseError,
     ForkedConnectionError,
@@ -506,6 +507,9 @@ def _commit(session: Session, autocommit: bool) -> None:
             if failure := commit_failure(error):
                 logger.warning("the commit failed: %s: %s", type(failure).__name__, failure)
                 raise failure from error
+            raise
+        except CommitIndeterminateError:
+            session.invalidate()  # where the server ended it, its rollback would raise another error
             raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error

@@ -548,11 +548,26 @@ _TRANSIENT_CLASSES = ("08", "53", "58")
 _PROTOCOL_VIOLATION = "08P01"
 
 
+_STALE_PLAN = frozenset({"0A000", "42703", "42804"})
+_PLAN_CHECKS = frozenset(
+    {
+        *("RevalidateCachedQuery", "CheckVarSlotCompatibility", "ExecEvalParamExtern", "ExecEvalFieldSelect"),
+        *("plpgsql_param_eval_recfield", "build_attrmap_by_position", "tupledesc_match"),
+    }
+)
+"""The server's functions that compare a plan with a table's present columns; their SQLSTATEs have other errors, too."""
+
+
+def has_stale_plan(sqlstate: str | None, source_function: str | None) -> bool:
+    """Whether a statement failed because it was planned, or had begun, before the columns of a table changed."""
+    return sqlstate in _STALE_PLAN and source_function in _PLAN_CHECKS
+
+
 _BROKEN = re.compile("the connection is (lost|closed)|closed the connection unexpectedly|consuming input failed")
 """What libpq and psycopg say of a connection that broke; it has no SQLSTATE."""
 
 
-def is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:  # noqa: PLR0911 - one a kind of error
     """Whether the same transaction may succeed when it is retried from its beginning.
 
     True for ``TransactionConflictError``, ``DatabaseUnavailableError`` and ``CommitIndeterminateError``, and for the
@@ -570,6 +585,8 @@ def is_transient(error: BaseException) -> bool:
         origin = getattr(cause, "orig", cause)
         sqlstate = getattr(origin, "sqlstate", None)
         if type(origin).__name__ == "OperationalError" and sqlstate is None and _BROKEN.search(str(origin)):
+            return True
+        if has_stale_plan(sqlstate, getattr(getattr(origin, "diag", None), "source_function", None)):
             return True
         if isinstance(sqlstate, str):
             by_class = sqlstate.startswith(_TRANSIENT_CLASSES) and sqlstate != _PROTOCOL_VIOLATION

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from alembic import op
 from alembic.runtime.migration import MigrationContext
@@ -54,6 +54,7 @@ RETRYABLE = ("55P03", "40P01")
 _QUERY_CANCELED = "57014"
 _INSUFFICIENT_PRIVILEGE = "42501"
 _READ_ONLY = "25006"
+_RESOURCE_CLASSES = ("53", "58")
 _TABLES_DIFFER = "PL090"  # raised by a revision that refuses existing tables; its detail is a JSON list of differences
 _CREATE_SCHEMA = f"""DO $$ BEGIN
     -- IF NOT EXISTS alone requires the right to create a schema even if it exists
@@ -84,6 +85,7 @@ WHERE f.contype = 'f' AND f.conparentid = 0 AND t.relnamespace = to_regnamespace
 ORDER BY 1"""  # noqa: S608 - a constant name
 
 Direction = Literal["upgrade", "downgrade"]
+T = TypeVar("T")
 
 logger = logging.getLogger("alembic.gathering_pipeline")
 
@@ -246,18 +248,20 @@ def run_steps(revision: str, direction: Direction) -> None:
         assert context.connection is not None
         _refuse_missing_revision(context.connection)  # the steps would replace newer functions by older ones
         for step in found:
-            _run_step(context.connection, step, migrator.options)
+            run_step(context.connection, step, migrator.options)
 
 
-def _run_step(connection: Connection, step: Step, options: Options) -> None:
+def run_step(
+    connection: Connection, step: Step, options: Options, after_failure: Callable[[], None] = lambda: None
+) -> None:
     """Run a step on a connection in autocommit: statements sent together are one transaction of the server."""
     logger.debug("step: %s", step.title)
     if step.is_index:
-        retry(lambda: _build_index(connection, step, options), options)
-    elif "VALIDATE CONSTRAINT" in step.sql and options.yields:
-        retry(lambda: execute_yielding(connection, step.sql), options)
+        retry(lambda: _build_index(connection, step, options), options, after_failure)
+    elif options.yields and ("VALIDATE CONSTRAINT" in step.sql or step.sql.startswith("ANALYZE ")):
+        retry(lambda: execute_yielding(connection, step.sql), options, after_failure)
     else:
-        retry(lambda: execute(connection, step.sql), options)
+        retry(lambda: execute(connection, step.sql), options, after_failure)
 
 
 def _build_index(connection: Connection, step: Step, options: Options) -> None:
@@ -293,13 +297,13 @@ def _primary(error: DBAPIError) -> str:
     return str(getattr(getattr(error.orig, "diag", None), "message_primary", None) or error.orig)
 
 
-def retry(action: Callable[[], None], options: Options, undo: Callable[[], None] = lambda: None) -> None:
-    """Run an action until it gets its locks. The growing pauses let other sessions take theirs.
+def retry(action: Callable[[], T], options: Options, after_failure: Callable[[], None] = lambda: None) -> T:
+    """Run an action until it gets its locks, and return its result. The growing pauses let other sessions take theirs.
 
     Args:
         action: What to run.
         options: ``patience`` limits the time, ``lock_timeout`` is named in the error.
-        undo: Called after each failure.
+        after_failure: Called before each pause.
 
     Raises:
         DatabaseUnavailableError: The action didn't get its locks within ``patience``.
@@ -320,7 +324,7 @@ def retry(action: Callable[[], None], options: Options, undo: Callable[[], None]
                 )
             else:
                 raise
-            undo()
+            after_failure()
             if time.monotonic() > deadline:
                 message = f"the migration was retried for {options.patience:.0f} s, but {reason}"
                 raise DatabaseUnavailableError(message) from error
@@ -448,6 +452,40 @@ def execute_yielding(connection: Connection, sql: str) -> None:
         stop()
 
 
+@contextmanager
+def translated_errors(how_to_continue: str) -> Iterator[None]:
+    """Raise this package's errors instead of the driver's.
+
+    Args:
+        how_to_continue: What to do when the connection broke, or the server lacked something.
+    """
+    try:
+        yield
+    except (DBAPIError, PendingRollbackError) as error:
+        # SQLAlchemy raises the latter instead of the error of a broken connection
+        if isinstance(error, PendingRollbackError) or error.connection_invalidated:
+            message = f"the connection broke during the migration: {how_to_continue}"
+            raise DatabaseUnavailableError(message) from error
+        if sqlstate(error) == _TABLES_DIFFER:
+            raise AdoptionError(json.loads(error.orig.diag.message_detail)) from error  # type: ignore[union-attr]
+        if sqlstate(error) == _INSUFFICIENT_PRIVILEGE:
+            raise ConfigurationError(
+                f"the role lacks a right ({_primary(error)}): migrate as the owner of schema {SCHEMA} and its"
+                " tables, or, where there is no schema yet, as a role that may create one"
+            ) from error
+        if sqlstate(error) == _READ_ONLY:
+            raise DatabaseUnavailableError(
+                f"the server or the session is read-only ({_primary(error)}): connect to the primary, or set"
+                " default_transaction_read_only to off"
+            ) from error
+        if (sqlstate(error) or "").startswith(_RESOURCE_CLASSES):
+            raise DatabaseUnavailableError(
+                f"the server lacks disk space, memory or another resource, or can't use a file ({_primary(error)}):"
+                f" {how_to_continue}"
+            ) from error
+        raise
+
+
 # A run of Alembic
 
 
@@ -520,7 +558,7 @@ class Migrator:
                 migrate()
 
             try:
-                retry(attempt, self.options, undo=connection.rollback)
+                retry(attempt, self.options, after_failure=connection.rollback)
             except CommandError as error:
                 connection.rollback()
                 if hint := missing_revision_hint(connection):
@@ -588,25 +626,8 @@ class Migrator:
     def translated_errors(self) -> Iterator[None]:
         """Raise this package's errors instead of the driver's, and name the revisions where one is unknown."""
         try:
-            yield
-        except (DBAPIError, PendingRollbackError) as error:
-            # SQLAlchemy raises the latter instead of the error of a broken connection
-            if isinstance(error, PendingRollbackError) or error.connection_invalidated:
-                message = f"the connection broke during the migration: {self._how_to_continue}"
-                raise DatabaseUnavailableError(message) from error
-            if sqlstate(error) == _TABLES_DIFFER:
-                raise AdoptionError(json.loads(error.orig.diag.message_detail)) from error  # type: ignore[union-attr]
-            if sqlstate(error) == _INSUFFICIENT_PRIVILEGE:
-                raise ConfigurationError(
-                    f"the role lacks a right ({_primary(error)}): migrate as the owner of schema {SCHEMA} and its"
-                    " tables, or, where there is no schema yet, as a role that may create one"
-                ) from error
-            if sqlstate(error) == _READ_ONLY:
-                raise DatabaseUnavailableError(
-                    f"the server or the session is read-only ({_primary(error)}): connect to the primary, or set"
-                    " default_transaction_read_only to off"
-                ) from error
-            raise
+            with translated_errors(self._how_to_continue):
+                yield
         except CommandError as error:
             if isinstance(error.__cause__, ResolutionError):
                 names = ", ".join(revision_names(self.directory))

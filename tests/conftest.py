@@ -75,6 +75,24 @@ def template(server: servers.Server) -> Iterator[str]:
         server.drop(name)
 
 
+@pytest.fixture(scope="session")
+def narrow_template(server: servers.Server) -> Iterator[str]:
+    """The name of a database at head whose ids are INTEGER; clone it, never connect to it."""
+    from tests.support import narrow
+
+    name = narrow.create(server)
+    yield name
+    server.drop(name)
+
+
+@pytest.fixture
+def narrow_url(server: servers.Server, narrow_template: str) -> Iterator[str]:
+    """A database of its own, at head, whose ids of runs and node runs are INTEGER."""
+    name = server.create(narrow_template)
+    yield server.database_url(name)
+    server.drop(name)
+
+
 @pytest.fixture
 def database_url(server: servers.Server, template: str) -> Iterator[str]:
     """A database of its own, at head."""

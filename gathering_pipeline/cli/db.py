@@ -307,6 +307,36 @@ def _print_preflight(plan: Preflight) -> None:
         echo(f"blocked by {blocker.label}{age}: {blocker.reason}")
 
 
+@db.command()
+@click.option("--dry-run", is_flag=True, help="Print the steps and what prevents them; change nothing.")
+@x_option
+@migration_url_option
+def widen(dry_run: bool, options: dict[str, str], url: str | None) -> None:
+    """Change the INTEGER ids of runs and node runs to BIGINT.
+
+    Revision 008 leaves the ids of large tables INTEGER. This runs concurrently with live writers: it copies each id
+    into a second column, some rows at a time, and exchanges the columns in a short transaction. It needs space for the
+    tables a second time. Start it again after an interruption; it continues.
+    """
+    from gathering_pipeline.maintenance.widening import plan as plan_widening
+    from gathering_pipeline.maintenance.widening import widen as run_widening
+
+    with _progress(), open_database(url, for_migrations=True) as database:
+        if not dry_run:
+            changed = run_widening(database.engine, options)
+            click.echo(f"{', '.join(changed)}: BIGINT now" if changed else "no column is INTEGER")
+            return
+        with database.engine.connect() as connection:
+            plan = plan_widening(connection)
+    click.echo(f"INTEGER: {', '.join(plan.columns) or 'no column'}")
+    for step in plan.steps:
+        click.echo(f"    {step}")
+    for obstacle in plan.obstacles:
+        echo(f"prevented: {obstacle}")
+    if plan.obstacles:
+        click.get_current_context().exit(ACTION_NEEDED)
+
+
 @db.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("arguments", metavar="[PSQL-ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
 @migration_url_option

@@ -44,27 +44,40 @@ def rebuild(item: Object, expected: Mapping[Object, str]) -> tuple[str, ...]:
         create = definition.replace("CREATE TRIGGER", "CREATE OR REPLACE TRIGGER", 1)
         repair = [f"{create}; {enable_trigger(item, expected[Object('firing', table, name)])}"]
     elif kind == "view":
-        repair = [f"CREATE OR REPLACE VIEW {name} {definition}"]
+        repair = [f"CREATE OR REPLACE VIEW {name} WITH {definition_of_view(name)}"]
     elif kind == "function":
-        create = _definition(name)
+        create = _definition_of_function(name)
         if "SECURITY DEFINER" in definition and Object("execution", "", name) not in expected:
             create += f"\n{revoke(name)};"  # PUBLIC may execute a new function
         repair = [create]
     return tuple(repair)
 
 
-def _definition(function: str) -> str:
+def definition_of_view(view: str) -> str:
+    """The last definition of a view in the revisions: its options and its query.
+
+    What PostgreSQL prints names the columns of a row by their place, which differs among databases.
+    """
+    sources = rf"^CREATE OR REPLACE VIEW {re.escape(view)} WITH (.+?);$"
+    *_, last = re.finditer(sources, _upgrades(), re.MULTILINE | re.DOTALL)
+    return last[1]
+
+
+def _upgrades() -> str:
+    return "\n".join(step.sql for revision in migrations.revisions() for step in migrator.steps(revision))
+
+
+def _definition_of_function(function: str) -> str:
     """The last definition of a function in the revisions, of those with as many parameters."""
     name, _, types = function.rstrip(")").partition("(")
     sources = re.compile(
         rf"^CREATE OR REPLACE FUNCTION {re.escape(name)}\((.*?)\)\s+(?:RETURNS|LANGUAGE).*?\$\$;$",
         re.MULTILINE | re.DOTALL,
     )
-    steps = "\n".join(step.sql for revision in migrations.revisions() for step in migrator.steps(revision))
     number = len(types.split(",")) if types else 0
     found = [
         source[0]
-        for source in sources.finditer(steps)
+        for source in sources.finditer(_upgrades())
         if len([p for p in source[1].split(",") if p.strip() and not p.strip().startswith("OUT ")]) == number
     ]
     return found[-1]

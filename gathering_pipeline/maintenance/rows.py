@@ -205,7 +205,7 @@ _CHECKS = [
     _Check(
         "ids",
         "warning",
-        "plan the change to BIGINT in time: it rewrites the table under an exclusive lock",
+        "gathering-pipeline db widen changes ids of runs and node runs to BIGINT while services read and write",
         """
         SELECT format('circle.%s.%s', s.tab, s.col), format('%s of %s ids are used', s.used, s.most), NULL
         FROM (SELECT c.relname AS tab, a.attname AS col, pg_sequence_last_value(d.objid::regclass) AS used,
@@ -216,6 +216,18 @@ _CHECKS = [
               WHERE d.deptype IN ('a', 'i') AND c.relnamespace = to_regnamespace('circle')
                 AND c.relname = ANY ('{tables}')) s
         WHERE s.used > s.most / 2 ORDER BY 1
+        """,
+    ),
+    _Check(
+        "unfinished_widening",
+        "warning",
+        "start gathering-pipeline db widen again: it continues where it was",
+        """
+        SELECT format('circle.%s.%s', c.relname, a.attname), 'gathering-pipeline db widen runs now, or was interrupted',
+               NULL
+        FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped
+        WHERE c.relnamespace = to_regnamespace('circle') AND c.relkind = 'r' AND starts_with(a.attname, '{temporary}')
+        ORDER BY 1
         """,
     ),
     _Check(
@@ -290,6 +302,7 @@ def examinations(connection: Connection, held_for: float) -> dict[str, Iterator[
 def _run_check(connection: Connection, check: _Check, held_for: float) -> Iterator[Finding]:
     tables = [item.name for item in catalog.expected() if item.kind == "table"]
     sql = check.sql.replace("{held_for}", str(float(held_for))).replace("{tables}", f"{{{','.join(tables)}}}")
+    sql = sql.replace("{temporary}", catalog.TEMPORARY)
     unformatted = {"no_parameters": True}  # percent signs are not placeholders
     for label, message, repair in connection.exec_driver_sql(sql, execution_options=unformatted):
         yield Finding(check.severity, check.code, label, message, check.advice, () if repair is None else (repair,))

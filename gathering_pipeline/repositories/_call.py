@@ -60,6 +60,7 @@ from gathering_pipeline.errors import (
     StatementCancelledError,
     TransactionAbortedError,
     TransactionConflictError,
+    has_stale_plan,
     shorten,
 )
 from gathering_pipeline.models import Page, PipelineRead, RunSummary
@@ -414,7 +415,7 @@ def _bind(session: Session | scoped_session[Session]) -> Engine | Connection:
     return bind
 
 
-def _failure(  # noqa: PLR0911 - each kind of error has its end
+def _failure(  # noqa: C901, PLR0911 - each kind of error has its end
     session: Session | scoped_session[Session],
     connection: Connection | None,
     driver: Any,
@@ -423,6 +424,11 @@ def _failure(  # noqa: PLR0911 - each kind of error has its end
     may_write: bool,
 ) -> BaseException:
     """Give up a connection that can't be used any more, and return the error to raise."""
+    if isinstance(error, CommitIndeterminateError):
+        if connection is not None and driver.closed:
+            _discard(connection, error)
+            _begin_anew(session, driver)
+        return error
     if isinstance(error, (psycopg.Error, DBAPIError)):
         if isinstance(driver, (InheritedConnection, AsyncInheritedConnection)):  # the call began before the fork
             return ForkedConnectionError()
@@ -564,7 +570,7 @@ _OF_ANY_STATEMENT: dict[str, tuple[type[PipelineError], str]] = {
         DatabaseUnavailableError,
         "the server or the session is read-only: connect to the primary, or unset default_transaction_read_only",
     ),
-    "2200H": (IdsExhaustedError, "a table has used up its ids: change the column and its sequence to BIGINT"),
+    "2200H": (IdsExhaustedError, "a table has used up its ids: run gathering-pipeline db widen"),
     "55P03": (TransactionConflictError, "a lock did not become free: run the transaction again"),
     "57014": (StatementCancelledError, "the statement was cancelled"),
     "08P01": (DatabaseError, "client and server or pooler understand each other wrongly"),
@@ -577,13 +583,16 @@ _OF_ANY_STATEMENT: dict[str, tuple[type[PipelineError], str]] = {
 }
 
 
-def translate(error: psycopg.Error) -> PipelineError | None:
+def translate(error: psycopg.Error) -> PipelineError | None:  # noqa: PLR0911 - one a kind of error
     """Make the typed error for a database error, by its SQLSTATE and constraint.
 
     Returns:
         The error; ``None`` where this package defines none.
     """
     sqlstate, diagnostics = error.sqlstate or "", error.diag
+    if has_stale_plan(sqlstate, diagnostics.source_function):
+        reason = shorten(diagnostics.message_primary or "", 200)
+        return TransactionConflictError(f"a table got other columns: run the transaction again ({reason})")
     if sqlstate == _TRANSACTION_ABORTED:
         return TransactionAbortedError()
     if sqlstate == _INVALID_PIPELINE:
@@ -640,7 +649,7 @@ def _typed(error: psycopg.Error | DBAPIError) -> PipelineError | None:
 
 def _lacks_part_of_schema(error: psycopg.Error) -> bool:
     """Whether an undefined object belongs to schema circle. The names in messages are the same in every language."""
-    if error.sqlstate not in _UNDEFINED:
+    if error.sqlstate not in _UNDEFINED or has_stale_plan(error.sqlstate, error.diag.source_function):
         return False
     text = error.diag.message_primary or ""
     if error.sqlstate == _UNDEFINED_COLUMN:

@@ -168,6 +168,22 @@ def test_upgrade_of_read_only_database_raises_unavailable(empty_database_url: st
         migrations.upgrade(empty_database_url)
 
 
+@pytest.mark.parametrize("sqlstate", ["53100", "58030"])
+def test_upgrade_of_server_without_resources_raises_unavailable(
+    empty_database_url: str, connect: Connect, sqlstate: str
+) -> None:
+    raw = connect(empty_database_url)
+    raw.execute(
+        f"""CREATE FUNCTION public.f() RETURNS event_trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'the cause' USING ERRCODE = '{sqlstate}'; END $$;
+        CREATE EVENT TRIGGER f ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION public.f()""".encode()
+    )
+    with pytest.raises(DatabaseUnavailableError, match=r"lacks disk space.* \(the cause\): .*continues"):
+        migrations.upgrade(empty_database_url)
+    raw.execute("DROP EVENT TRIGGER f")
+    migrations.upgrade(empty_database_url)
+
+
 def test_upgrade_by_role_without_rights_names_them(empty_database_url: str, connect: Connect) -> None:
     raw = connect(empty_database_url)
     role = f"gathering_test_guest_{raw.info.backend_pid}"

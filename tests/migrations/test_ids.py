@@ -9,7 +9,15 @@ import psycopg
 import pytest
 from alembic import command
 
-from gathering_pipeline import AdoptionError, Database, PipelineCreate, PipelineRepository, RunRepository, migrations
+from gathering_pipeline import (
+    AdoptionError,
+    Database,
+    PipelineCreate,
+    PipelineRepository,
+    RunReport,
+    RunRepository,
+    migrations,
+)
 from gathering_pipeline.lifecycle import PipelineStatus
 from gathering_pipeline.maintenance.doctor import doctor
 from gathering_pipeline.migrator import SMALL_TABLE
@@ -63,6 +71,17 @@ def test_runs_with_bigint_ids_work(database: Database, raw: psycopg.Connection) 
         assert [node.run_id for node in runs.nodes(run.id)] == [MOST + 1] * 3
         assert [found.id for found in runs.search().items] == [MOST + 1]
     assert doctor(database.engine) == []
+
+
+def test_advance_many_with_integer_ids_returns_the_steps(narrow_url: str) -> None:
+    with Database(narrow_url) as database, database.session(autocommit=True) as session:
+        pipeline = PipelineRepository(session).create(
+            PipelineCreate(name="p", status=PipelineStatus.ACTIVE, nodes=NODES, edges=EDGES)
+        )
+        runs = RunRepository(session)
+        reports = [RunReport(runs.create(pipeline.id).id) for _ in range(2)]
+        steps = runs.advance_many(reports)
+        assert [[node.node_id for node in step.started] for step in steps if step is not None] == [["a"], ["a"]]
 
 
 @pytest.mark.parametrize("table", [RUNS, NODE_RUNS])

@@ -11,20 +11,16 @@ migration was held up. ``GATHERING_MIGRATION_RUNS`` sets how many runs are there
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import psycopg
 import pytest
 
 from gathering_pipeline import migrations
 from tests.support import servers
 from tests.support.adoption import GATHERING, GOOD_EDGES, GOOD_NODES, INDEXES
+from tests.support.load import WRITERS, Load, Steps, holding, invalid_indexes
 from tests.support.schema import revisions
 
 RUNS = int(os.environ.get("GATHERING_MIGRATION_RUNS", "100000"))
@@ -34,7 +30,6 @@ HOLD = 8.0 if LONG else 2.0
 EVERY = 15.0 if LONG else 1.0
 """Seconds between two requests that send CREATE INDEX IF NOT EXISTS: an index of the long form takes some to be built."""
 BAR = 0.25
-WRITERS = 4
 
 PIPELINES = f"""
 INSERT INTO circle.pipelines (name, status, nodes, edges)
@@ -52,158 +47,6 @@ SELECT id, 't', 'trigger', 'completed', started_at, completed_at FROM circle.pip
 WHERE status IN ('completed', 'failed');
 RESET session_replication_role;
 UPDATE circle.pipeline_runs SET status = 'timeout' WHERE id % 1000 = 1 AND status = 'failed'"""
-
-
-class Steps(logging.Handler):
-    """Which step of the migration is running."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.begun: list[tuple[float, str]] = [(0.0, "(none)")]
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == "step: %s":
-            self.begun.append((time.monotonic(), str(record.args[0])))  # type: ignore[index]
-
-    def during(self, begin: float, end: float) -> str:
-        """The steps that ran in a stretch of time."""
-        names = [
-            name
-            for (start, name), (stop, _) in zip(self.begun, [*self.begun[1:], (float("inf"), "")], strict=True)
-            if start <= end and stop >= begin
-        ]
-        return " | ".join(names)
-
-
-@dataclass
-class Load:
-    """Writers on one database."""
-
-    url: str
-    create_index: bool = False
-    nodes: bool = False
-    deadlocks: list[str] = field(default_factory=list)
-    failures: list[BaseException] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-    next_request: float = 0.0
-    transactions: int = 0
-    worst: tuple[float, float, str] = (0.0, 0.0, "")
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        threads = [threading.Thread(target=self.write, args=(number,)) for number in range(1, WRITERS + 1)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self.stop.set()
-            for thread in threads:
-                thread.join(60)
-
-    def write(self, pipeline: int) -> None:
-        raw = servers.connect(self.url)
-        try:
-            while not self.stop.is_set():
-                self.one_run(raw, pipeline)
-                time.sleep(0.005)
-        except BaseException as error:  # noqa: BLE001 - whatever it is
-            self.failures.append(error)
-        finally:
-            raw.close()
-
-    def one_run(self, raw: psycopg.Connection, pipeline: int) -> None:
-        found = self.timed(
-            raw,
-            "INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at, trigger_data, logs) "
-            "VALUES (%(pipeline)s, 'running', NOW(), '{}', '[]') RETURNING id",
-            "UPDATE circle.pipelines SET run_count = run_count + 1, last_run = NOW() WHERE id = %(pipeline)s",
-            pipeline=pipeline,
-        )
-        self.timed(raw, "UPDATE circle.pipeline_runs SET current_node = 't' WHERE id = %(run)s", run=found)
-        if self.nodes:
-            self.timed(
-                raw,
-                "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at) "
-                "VALUES (%(run)s, 't', 'trigger', 'running', NOW())",
-                run=found,
-            )
-            self.timed(
-                raw,
-                "UPDATE circle.pipeline_node_runs SET status = 'completed', completed_at = clock_timestamp() "
-                "WHERE run_id = %(run)s",
-                run=found,
-            )
-        self.timed(
-            raw,
-            "UPDATE circle.pipeline_runs SET status = 'completed', completed_at = clock_timestamp() WHERE id = %(run)s",
-            "UPDATE circle.pipelines SET success_count = success_count + 1 WHERE id = %(pipeline)s",
-            run=found,
-            pipeline=pipeline,
-        )
-        self.timed(raw, "UPDATE circle.pipelines SET updated_at = NOW() WHERE id = %(pipeline)s", pipeline=pipeline)
-        if self.create_index and pipeline == 1 and time.monotonic() > self.next_request:
-            self.next_request = time.monotonic() + EVERY
-            # in one transaction they deadlock with the other writers by themselves
-            for statement in INDEXES.strip().split("\n"):
-                self.timed(raw, statement)
-
-    def timed(self, raw: psycopg.Connection, *statements: str, **values: int | None) -> int | None:
-        """One transaction; again if it was the victim of a deadlock. What its first statement returned."""
-        begin = time.monotonic()
-        cursors: list[psycopg.Cursor] = []
-        while not cursors:
-            try:
-                with raw.transaction():
-                    cursors = [raw.execute(statement, values) for statement in statements]
-            except psycopg.errors.DeadlockDetected as error:
-                self.deadlocks.append(str(error))
-        end = time.monotonic()
-        self.transactions += 1
-        if end - begin > self.worst[0]:
-            self.worst = (end - begin, begin, statements[0])
-        row = cursors[0].fetchone() if cursors[0].description else None
-        return None if row is None else row[0]
-
-    def take_worst(self) -> tuple[float, float, str]:
-        worst, self.worst = self.worst, (0.0, 0.0, "")
-        return worst
-
-
-@contextmanager
-def holding(url: str, kind: str | None) -> Iterator[None]:
-    """Another transaction, which goes on for ``HOLD`` seconds: one that has read everything, or written to everything."""
-    held = threading.Event()
-
-    def hold() -> None:
-        with servers.connect(url) as raw, raw.transaction():
-            if kind == "reader":
-                raw.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")  # its snapshot is as old as it is
-            for table, row in (("pipelines", 50), ("pipeline_runs", 1), ("pipeline_node_runs", 1)):
-                if raw.execute("SELECT to_regclass(%s)", [f"circle.{table}"]).fetchone() != (None,):
-                    raw.execute(f"SELECT FROM circle.{table} LIMIT 1")
-                    if kind == "writer":
-                        raw.execute(f"UPDATE circle.{table} SET id = id WHERE id = {row}")
-            held.set()
-            time.sleep(HOLD)
-
-    if kind is None:
-        yield
-        return
-    thread = threading.Thread(target=hold)
-    thread.start()
-    assert held.wait(30)
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-def invalid_indexes(raw: psycopg.Connection) -> list[str]:
-    return [
-        name
-        for (name,) in raw.execute("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid").fetchall()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +67,8 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def steps() -> Iterator[Steps]:
-    handler, logger = Steps(), logging.getLogger("alembic.gathering_pipeline")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    yield handler
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with Steps.logged() as found:
+        yield found
 
 
 # name, what is in the way of upgrades, of downgrades, whether a writer also sends CREATE INDEX IF NOT EXISTS
@@ -261,14 +99,14 @@ def test_writers_stand_still_briefly_during_each_revision(
 ) -> None:
     lines: list[str] = []
     stalls: list[float] = []
-    load = Load(url, create_index=create_index)
+    load = Load(url, create_index_every=EVERY if create_index else None)
     path = ["base", *revisions()]
     with servers.connect(url) as raw, load.running():
 
         def move(what: str, kind: str | None, action: Callable[[], None]) -> None:
             load.take_worst()
             begin = time.monotonic()
-            with holding(url, kind):
+            with holding(url, kind, HOLD):
                 action()
             took = time.monotonic() - begin
             worst, at, statement = load.take_worst()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +20,7 @@ from gathering_pipeline import (
     SchemaRevisionError,
 )
 from gathering_pipeline.embedded import EmbeddedServer
+from tests.support import standbys
 from tests.support.servers import connect, restart
 from tests.support.workers import made, new_run, outcome, run_once, run_with, until
 
@@ -84,44 +84,6 @@ def test_reports_that_share_a_connection_survive_its_end(database: Database, raw
     assert sorted(executed) == sorted((run_id, node_id) for run_id in run_ids for node_id in "abc")
 
 
-@contextmanager
-def losing_answers(url: str) -> Iterator[list[str]]:
-    """Commits are made and not confirmed: no standby answers, and an administrator ends each session that waits for one.
-
-    Yields the statements whose answer was lost.
-    """
-    lost: list[str] = []
-    over = threading.Event()
-
-    def terminate() -> None:
-        with connect(url) as admin:
-            while not over.is_set():
-                waiting = admin.execute(
-                    "SELECT pid, query FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-                ).fetchall()
-                for pid, query in waiting:
-                    lost.append(query)
-                    admin.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-                over.wait(0.01)
-
-    with connect(url) as admin:
-        admin.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
-        admin.execute("SELECT pg_reload_conf()")
-        thread = threading.Thread(target=terminate)
-        thread.start()
-        try:
-            with suppress(psycopg.OperationalError):  # until the server has read its configuration
-                while True:
-                    with connect(url) as raw:
-                        raw.execute("SELECT pg_logical_emit_message(true, 'test', '')")  # a commit that waits
-            yield lost
-        finally:
-            admin.execute("ALTER SYSTEM RESET synchronous_standby_names")
-            admin.execute("SELECT pg_reload_conf()")
-            over.set()
-            thread.join()
-
-
 @pytest.mark.parametrize("at", ["a", "b"])
 def test_report_whose_answer_is_lost_is_repeated(own_database: Database, own_server: EmbeddedServer, at: str) -> None:
     """Lost with the report of a node, or with the call that begins a retry while another node runs."""
@@ -131,11 +93,11 @@ def test_report_whose_answer_is_lost_is_repeated(own_database: Database, own_ser
     lost: list[str] = []
 
     def lose() -> None:
-        with losing_answers(own_server.url) as queries:
+        with standbys.absent(own_server.url), standbys.ending_waits(own_server.url, standbys.TERMINATED) as ender:
             losing.set()
-            while not any("advance_run" in query for query in queries):
+            while not any("advance_run" in query for query in ender.ended):
                 threading.Event().wait(0.01)
-            lost.extend(queries)
+            lost.extend(ender.ended)
 
     thread = threading.Thread(target=lose)
 
@@ -172,9 +134,9 @@ def test_first_call_whose_answer_is_lost_leaves_no_node_behind(
 
     async def meanwhile(_running: asyncio.Task[None]) -> None:
         await until(lambda: bool(watcher.execute(WAITING).fetchall()))
-        with losing_answers(own_server.url) as lost:
+        with standbys.absent(own_server.url), standbys.ending_waits(own_server.url, standbys.TERMINATED) as ender:
             holder.execute("ROLLBACK")
-            await until(lambda: any("advance_run" in query for query in lost))
+            await until(lambda: any("advance_run" in query for query in ender.ended))
         await until(lambda: outcome(own_database, run_id)[0].status is RunStatus.COMPLETED)
 
     with connect(own_server.url) as holder, connect(own_server.url) as watcher:

@@ -225,7 +225,7 @@ BEGIN
         ELSIF p_tags IS NOT NULL THEN
             INSERT INTO circle.pipeline_run_tags (run_id, key, value) SELECT (created.r).id, t.key, t.value FROM jsonb_each_text(p_tags) t;
         END IF;
-    ELSIF (created.r).id IS NULL THEN
+    ELSIF created.r IS NULL THEN
         PERFORM circle.refuse_create(p_pipeline_id);
     END IF;
     RETURN created.r;
