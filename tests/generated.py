@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 CATALOG, PAGE = ROOT / "alembic" / "catalog.json", ROOT / "docs" / "cli.md"
 LOCKS, SCHEMA = ROOT / "alembic" / "locks.json", ROOT / "alembic" / "schema.sql"
 HEADING = "## Commands\n"
+SUBJECTS = {(): "Pipelines", ("db",): "The schema", ("runs",): "Runs"}
+"""Of the commands, by the group in which they stand."""
 
 
 def clean_catalog(url: str) -> str:
@@ -41,8 +44,8 @@ def clean_locks(server: servers.Server) -> str:
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The words of every command, groups left out."""
-    for name, command in sorted(group.commands.items()):
+    """The words of every command, groups left out; first those that stand in no group."""
+    for name, command in sorted(group.commands.items(), key=lambda item: (isinstance(item[1], click.Group), item[0])):
         if isinstance(command, click.Group):
             yield from commands(command, (*path, name))
         else:
@@ -50,11 +53,13 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 
 def help_texts() -> str:
-    """The help of every command, as a section of the page."""
+    """The help of every command by subject, as a section of the page."""
     parts = []
-    for words in commands():
-        shown = CliRunner().invoke(cli, [*words, "--help"], prog_name="gathering-pipeline", terminal_width=100)
-        parts.append(f"\n### {' '.join(words)}\n\n```\n{shown.output}```\n")
+    for subject, described in groupby(commands(), key=lambda words: SUBJECTS[words[:-1]]):
+        parts.append(f"\n### {subject}\n")
+        for words in described:
+            shown = CliRunner().invoke(cli, [*words, "--help"], prog_name="gathering-pipeline", terminal_width=100)
+            parts.append(f"\n#### {' '.join(words)}\n\n```\n{shown.output}```\n")
     return "".join(parts)
 
 

@@ -6,7 +6,6 @@ database after the other.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import signal
 import time
@@ -19,17 +18,15 @@ from multiprocessing.context import ForkProcess
 from typing import Any
 
 import click
-from alembic.util import CommandError
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import DBAPIError
 
 from gathering_pipeline import connections
-from gathering_pipeline.errors import ConfigurationError, PipelineError, shorten
+from gathering_pipeline.cli.output import ACTION_NEEDED, Outcome, describe, print_json
+from gathering_pipeline.errors import ConfigurationError, shorten
 from gathering_pipeline.settings import DatabaseSettings
+from gathering_pipeline.texts import one_line
 from gathering_pipeline.urls import parse_url
 
-ACTION_NEEDED = 3
-"""Exit code of a report that an operator has to act on."""
 MOST_BAD_LINES = 20
 
 
@@ -39,21 +36,6 @@ class Target:
 
     name: str
     url: URL
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a command found or did in a database.
-
-    Attributes:
-        text: The result in one line.
-        data: The result for ``--json``.
-        needs_action: Whether an operator has to act on it.
-    """
-
-    text: str
-    data: dict[str, Any]
-    needs_action: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +93,6 @@ def read_targets(path: str) -> list[Target]:
     return list(found.values())
 
 
-def describe(error: Exception) -> str | None:
-    """The sentence for an error that a command expects; ``None`` for any other."""
-    if isinstance(error, (PipelineError, CommandError)):
-        return str(error)
-    if isinstance(error, DBAPIError):
-        diagnostic = getattr(error.orig, "diag", None)
-        reason = getattr(diagnostic, "message_primary", None) or str(error.orig).strip()
-        state = getattr(error.orig, "sqlstate", None)
-        return f"PostgreSQL reports: {shorten(reason)}" + (f" (SQLSTATE {state})" if state else "")
-    return None
-
-
 def run(targets: list[Target], action: Action, jobs: int, *, as_json: bool) -> int:
     """Run a command on each database, print a line as each ends, and the failed ones at the end.
 
@@ -142,7 +112,7 @@ def run(targets: list[Target], action: Action, jobs: int, *, as_json: bool) -> i
         click.echo(f"{result.name}: {result.text} ({result.seconds:.2f} s)", err=as_json)
     failed = [result for result in results if result.outcome is None]
     if as_json:
-        click.echo(json.dumps([result.data for result in results], indent=2, ensure_ascii=False))
+        print_json([result.data for result in results])
     if failed:
         lines = "".join(f"\n  {result.name}: {result.error}" for result in failed)
         click.echo(f"Error: {len(failed)} of {len(results)} databases failed:{lines}", err=True)
@@ -229,5 +199,5 @@ def _run_one(target: Target, action: Action, settings: DatabaseSettings) -> _Res
             outcome = action(engine)
     except Exception as error:  # noqa: BLE001 - the other databases are not concerned
         text = describe(error) or f"{type(error).__name__}: {error}"
-        return _Result(target.name, time.monotonic() - begun, error=shorten(" ".join(text.split())))
+        return _Result(target.name, time.monotonic() - begun, error=shorten(one_line(text)))
     return _Result(target.name, time.monotonic() - begun, outcome)

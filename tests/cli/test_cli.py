@@ -224,6 +224,51 @@ def test_command_without_revision_row_prints_the_statement(
     assert catalog(database_url) == clean
 
 
+# --- shell ------------------------------------------------------------------------------------------------------------
+
+
+def test_shell_starts_psql_on_the_database(database_url: str) -> None:
+    shown = program("db", "shell", "-XAtc", "SELECT current_database()", DATABASE_URL=database_url)
+    assert (shown.returncode, shown.stdout) == (0, f"{make_url(database_url).database}\n")
+    assert shown.stderr == f"database: {described(database_url)}\n"
+    failed = program("db", "shell", "--url", database_url, "-Xc", "SELECT nothing")
+    assert (failed.returncode, "does not exist" in failed.stderr) == (1, True)
+
+
+def test_shell_keeps_the_password_out_of_the_arguments(
+    database_url: str, admin: psycopg.Connection, tmp_path: Path
+) -> None:
+    psql = tmp_path / "psql"
+    psql.write_text('#!/bin/sh\necho "$@"; echo "$PGPASSWORD"\n', encoding="utf-8")
+    psql.chmod(0o755)
+    admin.execute("CREATE ROLE gathering_shell LOGIN PASSWORD 'p w&''\\'")
+    try:
+        url = make_url(database_url).set(username="gathering_shell", password="p w&'\\")
+        address = url.render_as_string(hide_password=False)
+        shown = program("db", "shell", "-c", "x", DATABASE_URL=address, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        arguments, password = shown.stdout.splitlines()
+        assert "gathering_shell" in arguments
+        assert arguments.endswith(" -c x")
+        assert "p w" not in arguments + shown.stderr
+        assert password == "p w&'\\"
+    finally:
+        admin.execute("DROP ROLE gathering_shell")
+    secret = f"{database_url}{'&' if '?' in database_url else '?'}sslpassword=s3cret"
+    refused = run("shell", "--url", secret)
+    assert "the URL has sslpassword, which psql takes only from its arguments" in one_sentence(refused)
+    assert "s3cret" not in refused.output
+
+
+def test_shell_without_psql_uses_the_embedded_one_or_names_it(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = program("db", "shell", "-XAtc", "SELECT 7", DATABASE_URL=database_url, PATH=str(tmp_path))
+    assert (shown.returncode, shown.stdout) == (0, "7\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("gathering_pipeline.embedded.find_spec", lambda _name: None)
+    assert "psql is not installed: install PostgreSQL's client" in one_sentence(run("shell", "--url", database_url))
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +316,7 @@ def test_command_errors_print_one_sentence(database_url: str, empty_database_url
     assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
     assert "Error: existing tables can't be adopted:" in refused.stderr
     assert "pipelines.name: type is integer, character varying(255) expected" in refused.stderr
+    assert "\\n" not in refused.stderr
 
 
 def test_command_by_role_without_rights_prints_one_sentence(database_url: str, admin: psycopg.Connection) -> None:
@@ -322,6 +368,25 @@ def test_program_is_installed_as_entry_point() -> None:
     assert shown.stdout.startswith("gathering-pipeline, version ")
 
 
+def test_module_is_the_command(database_url: str) -> None:
+    command = [sys.executable, "-m", "gathering_pipeline"]
+    environment = os.environ | {"DATABASE_URL": database_url}
+    done = subprocess.run([*command, "db", "check"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"the schema is at revision {migrations.head()}\n"
+    assert (
+        "python -m gathering_pipeline db"
+        in subprocess.run([*command, "db", "--help"], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def test_completion_completes_commands_and_options() -> None:
+    for words, wanted in (("runs wa", "watch"), ("runs list --sta", "--status"), ("val", "validate")):
+        variables = {"COMP_WORDS": f"gathering-pipeline {words}", "COMP_CWORD": str(len(words.split()))}
+        shown = program(_GATHERING_PIPELINE_COMPLETE="bash_complete", **variables)
+        assert shown.stdout.split("\n")[0] == f"plain,{wanted}"
+    assert "complete" in program(_GATHERING_PIPELINE_COMPLETE="bash_source").stdout
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +396,7 @@ def test_page_lists_every_command_with_help() -> None:
     assert page.split(generated.HEADING)[1] == generated.help_texts()
     assert {" ".join(words) for words in generated.commands()} >= {
         f"db {name}" for name in ("upgrade", "downgrade", "current", "check", "sql", "doctor", "preflight", "grants")
-    }
+    } | {"validate", "import", "runs watch"}
 
 
 def test_page_lists_every_finding() -> None:

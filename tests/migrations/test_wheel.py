@@ -1,5 +1,6 @@
 """The wheel alone, in an environment of its own, far from the checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gathering_pipeline import migrations
-from tests.support.schema import catalog
+from tests.support.graphs import values
+from tests.support.schema import catalog, run_psql
 
 pytestmark = pytest.mark.once
 
@@ -60,17 +62,21 @@ def test_wheel_alone_migrates(python: Path, empty_database_url: str, database_ur
 def test_wheel_alone_has_the_command(python: Path, empty_database_url: str, database_url: str, tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "DATABASE_URL": empty_database_url}
 
-    def db(*words: str) -> str:
-        command = [str(python.with_name("gathering-pipeline")), "db", *words]
+    def run(*words: str) -> str:
+        command = [str(python.with_name("gathering-pipeline")), *words]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     at_head = f"the schema is at revision {migrations.head()}\n"
-    assert db("upgrade") == at_head
-    assert db("doctor") == "no problems found\n"
-    assert "0 steps to" in db("preflight")
-    assert db("sql") == migrations.script()
+    assert run("db", "upgrade") == at_head
+    assert run("db", "doctor") == "no problems found\n"
+    assert "0 steps to" in run("db", "preflight")
+    assert run("db", "sql") == migrations.script()
+    (tmp_path / "p.json").write_text(json.dumps(values(status="active")), encoding="utf-8")
+    assert run("import", "p.json") == "created 1: p\n"
+    run_psql(empty_database_url, "SELECT circle.create_run(1, '{}')")
+    assert run("runs", "report", "1", "-o", "report.html") == "report.html\n"
     assert catalog(empty_database_url) == catalog(database_url)
 
 
