@@ -1772,9 +1772,10 @@ CREATE OR REPLACE FUNCTION circle.node_event_data(p_status text, p_worker_id tex
  RETURNS jsonb
  LANGUAGE sql
 AS $function$
-    SELECT CASE WHEN p_status IN ('running', 'completed')
-        THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
-                                'duration_ms', CASE WHEN p_status = 'completed' THEN p_duration_ms END)
+    SELECT CASE p_status
+        WHEN 'running' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id)
+        WHEN 'completed' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
+                                                 'duration_ms', p_duration_ms)
         ELSE circle.node_failure_data(p_status, p_worker_id, p_retry_count, p_started_at, p_duration_ms, p_error, p_available_at) END
 $function$;
 
