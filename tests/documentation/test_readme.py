@@ -107,3 +107,10 @@ def test_readme_names_are_public() -> None:
     names = set(re.findall(r"\b([A-Z]\w*Error|Async\w+Repository|\w+Repository)\b", text))
     others = {"ValueError", "LookupError", "KeyError", "StaleDataError"}
     assert names - others <= set(gathering_pipeline.__all__)
+
+
+def test_fastapi_page_shows_lines_of_the_example() -> None:
+    page, example = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/fastapi.md", "examples/service.py"))
+    shown = [line for block in BLOCK.findall(page) for line in block.splitlines() if line]
+    assert len(shown) == 4
+    assert [line for line in shown if line not in example.splitlines()] == []
