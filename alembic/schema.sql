@@ -1772,9 +1772,10 @@ CREATE OR REPLACE FUNCTION circle.node_event_data(p_status text, p_worker_id tex
  RETURNS jsonb
  LANGUAGE sql
 AS $function$
-    SELECT CASE WHEN p_status IN ('running', 'completed')
-        THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
-                                'duration_ms', CASE WHEN p_status = 'completed' THEN p_duration_ms END)
+    SELECT CASE p_status
+        WHEN 'running' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id)
+        WHEN 'completed' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
+                                                 'duration_ms', p_duration_ms)
         ELSE circle.node_failure_data(p_status, p_worker_id, p_retry_count, p_started_at, p_duration_ms, p_error, p_available_at) END
 $function$;
 
@@ -4003,4 +4004,25 @@ BEGIN
              LIMIT p_limit)
         )
         SELECT f.id FROM found f ORDER BY f.id LIMIT p_limit);
+END $function$;
+
+-- Since when the first pending run is there, and the first event that a transaction which was open before it keeps from being read.
+CREATE OR REPLACE FUNCTION circle.waiting_since(OUT run timestamp with time zone, OUT event timestamp with time zone)
+ RETURNS record
+ LANGUAGE plpgsql
+ STABLE
+ SET search_path TO 'pg_catalog', 'pg_temp'
+ SET plan_cache_mode TO 'force_generic_plan'
+ SET enable_sort TO 'off'
+ SET enable_incremental_sort TO 'off'
+ SET enable_seqscan TO 'off'
+ SET enable_bitmapscan TO 'off'
+ SET jit TO 'off'
+AS $function$
+BEGIN
+    -- a range of one status, or the planner would drop it from the order and might use another index
+    run := (SELECT r.created_at FROM circle.pipeline_runs r WHERE r.status >= 'pending' AND r.status <= 'pending'
+            ORDER BY r.status, r.id LIMIT 1);
+    event := (SELECT e.created_at FROM circle.pipeline_events e WHERE e.xid >= pg_snapshot_xmin(pg_current_snapshot())
+              ORDER BY e.xid, e.id LIMIT 1);
 END $function$;

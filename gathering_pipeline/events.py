@@ -39,8 +39,8 @@ class PipelineEvent(BaseModel):
     """A lifecycle event as stored.
 
     ``data`` of an event of a node has ``attempt`` (from 1), ``worker_id`` (``None``: no worker held the run),
-    ``duration_ms`` of the attempt (``None`` as it starts), ``error`` of a failure and of a retry, and ``available_at``,
-    the time of the next attempt; that of a skipped node is empty. A run that starts has ``claim``, the number of the
+    ``duration_ms`` of an attempt that ended, ``error`` of a failure and of a retry, and ``available_at``, the time of
+    the next attempt; that of a skipped node is empty. A run that starts has ``claim``, the number of the
     claim, and ``worker_id`` if it was claimed, and if it resumes another ``resumed_from`` and ``taken_over``, a number
     of nodes. One that ends has ``worker_id``, ``duration_seconds``, and ``error`` unless it completed.
     """

@@ -12,21 +12,15 @@ from gathering_pipeline.lifecycle import RunStatus
 from gathering_pipeline.repositories._call import AsyncRepository, Repository, blocking
 from gathering_pipeline.repositories.runs import COUNTERS, RUNS_BY_STATUS
 
-# From counters, and from the first entry of an index: neither a long history nor many pending runs make it slower. A
-# range of one status, because only the index on status and id has its order.
+# From counters, and from the first entry of two indexes: neither a long history nor many pending runs make it slower.
 READ = Statement(
     f"""
 SELECT pg_catalog.json_build_object(
-    'runs', {RUNS_BY_STATUS},
-    'leases_lost', coalesce(sum(c.leases_lost), 0),
-    'oldest_pending', (
-        SELECT extract(epoch FROM pg_catalog.clock_timestamp() - r.created_at) FROM circle.pipeline_runs r
-        WHERE r.status >= 'pending' AND r.status <= 'pending' ORDER BY r.status, r.id LIMIT 1),
-    'event_lag', greatest(0, coalesce((
-        SELECT extract(epoch FROM pg_catalog.clock_timestamp() - e.created_at) FROM circle.pipeline_events e
-        WHERE e.xid >= pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())
-        ORDER BY e.xid, e.id LIMIT 1), 0)))::text
-FROM {COUNTERS}""",  # noqa: S608 - of constants
+    'runs', s.runs, 'leases_lost', s.leases_lost,
+    'oldest_pending', extract(epoch FROM pg_catalog.clock_timestamp() - w.run),
+    'event_lag', greatest(0, coalesce(extract(epoch FROM pg_catalog.clock_timestamp() - w.event), 0)))::text
+FROM (SELECT {RUNS_BY_STATUS} AS runs, coalesce(sum(c.leases_lost), 0) AS leases_lost FROM {COUNTERS}) s
+CROSS JOIN circle.waiting_since() w""",  # noqa: S608 - of constants
     read_only=True,
 )
 

@@ -96,7 +96,7 @@ def test_events_of_a_run_hold_its_data(session: Session) -> None:
     data = [event.data for event in events]
     assert datetime.fromisoformat(data[2].pop("available_at")) == due  # PostgreSQL writes no trailing zeros
     durations = [item.pop("duration_ms") for item in data if "duration_ms" in item]
-    assert [duration is None for duration in durations] == [True, False, True, False]
+    assert len(durations) == 2
     assert data == [
         {},
         {"attempt": 1, "worker_id": None},
@@ -167,7 +167,7 @@ def test_events_of_raw_writers_have_what_their_rows_hold(session: Session, raw: 
         {},
         {"attempt": 3, "duration_ms": 7} | worker,
         {"attempt": 1, "duration_ms": 9, "error": "x"} | worker,
-        {"attempt": 1, "duration_ms": None} | worker,
+        {"attempt": 1} | worker,
         {"attempt": 1, "duration_ms": 5} | worker,
     ]
 

@@ -380,9 +380,10 @@ END $$;
 CREATE OR REPLACE FUNCTION circle.node_event_data(p_status text, p_worker_id text, p_retry_count integer, p_started_at timestamptz,
                                                   p_duration_ms integer, p_error text, p_available_at timestamptz)
 RETURNS jsonb LANGUAGE sql VOLATILE AS $$
-    SELECT CASE WHEN p_status IN ('running', 'completed')
-        THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
-                                'duration_ms', CASE WHEN p_status = 'completed' THEN p_duration_ms END)
+    SELECT CASE p_status
+        WHEN 'running' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id)
+        WHEN 'completed' THEN jsonb_build_object('attempt', p_retry_count + 1::bigint, 'worker_id', p_worker_id,
+                                                 'duration_ms', p_duration_ms)
         ELSE circle.node_failure_data(p_status, p_worker_id, p_retry_count, p_started_at, p_duration_ms, p_error, p_available_at) END
 $$;
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_insert() RETURNS trigger

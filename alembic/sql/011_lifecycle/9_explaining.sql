@@ -201,3 +201,14 @@ BEGIN
         )
         SELECT f.id FROM found f ORDER BY f.id LIMIT p_limit);
 END $$;
+-- Since when the first pending run is there, and the first event that a transaction which was open before it keeps from being read.
+CREATE OR REPLACE FUNCTION circle.waiting_since(OUT run timestamptz, OUT event timestamptz)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_sort = off
+SET enable_incremental_sort = off SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off AS $$
+BEGIN
+    -- a range of one status, or the planner would drop it from the order and might use another index
+    run := (SELECT r.created_at FROM circle.pipeline_runs r WHERE r.status >= 'pending' AND r.status <= 'pending'
+            ORDER BY r.status, r.id LIMIT 1);
+    event := (SELECT e.created_at FROM circle.pipeline_events e WHERE e.xid >= pg_snapshot_xmin(pg_current_snapshot())
+              ORDER BY e.xid, e.id LIMIT 1);
+END $$;

@@ -102,6 +102,7 @@ DROP FUNCTION IF EXISTS circle.stuck_runs(interval,integer);
 DROP FUNCTION IF EXISTS circle.sweep_runs(integer,integer);
 DROP FUNCTION IF EXISTS circle.untaken(text,jsonb,integer[],text);
 DROP FUNCTION IF EXISTS circle.version_is_used(integer,integer);
+DROP FUNCTION IF EXISTS circle.waiting_since();
 DROP FUNCTION IF EXISTS circle.waiting_step(bigint);
 DROP FUNCTION IF EXISTS circle.was_reported(circle.pipeline_node_runs,integer);
 DROP TYPE IF EXISTS circle.node_result;
