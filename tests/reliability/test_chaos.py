@@ -306,7 +306,7 @@ def full(disk: Path) -> Iterator[None]:
 def disk() -> Iterator[Path]:
     """A file system of its own, if this user may mount one."""
     with TemporaryDirectory(prefix="gathering-") as name:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=300m,mode=755", "tmpfs", name]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", name]
         done = subprocess.run(mount, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no disk can be filled: {done.stderr.strip()}")
