@@ -14,6 +14,7 @@ from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
     contextmanager,
+    suppress,
 )
 from datetime import timedelta
 from functools import partial
@@ -29,7 +30,6 @@ from sqlalchemy.pool import QueuePool
 from gathering_pipeline import connections, health, listening, migrations, urls
 from gathering_pipeline.arguments import check_duration
 from gathering_pipeline.errors import (
-    CommitIndeterminateError,
     ConfigurationError,
     DatabaseError,
     ForkedConnectionError,
@@ -463,8 +463,11 @@ def _open(engine: Engine, *, autocommit: bool = False, reading: bool = False) ->
         try:
             yield session
             _commit(session, autocommit)
-        except DBAPIError as error:
-            if reading and (failure := read_only_failure(error)):  # of a flush, or of SQL of the caller
+        except BaseException as error:
+            _undo(session)
+            if (
+                reading and isinstance(error, DBAPIError) and (failure := read_only_failure(error))
+            ):  # of a flush, or of SQL of the caller
                 raise failure from error
             raise
 
@@ -485,16 +488,26 @@ async def _open_async(
                 if os.getpid() != process:  # the loop does not run here, so that the session can't be closed
                     stack.pop_all()
             if os.getpid() != process:
-                raise ForkedConnectionError
+                raise ForkedConnectionError  # noqa: TRY301 - handled as any error of the block
             await session.run_sync(_commit, autocommit)
-        except DBAPIError as error:
-            if reading and (failure := read_only_failure(error)):  # of a flush, or of SQL of the caller
+        except BaseException as error:
+            if os.getpid() == process:
+                await session.run_sync(_undo)
+            if (
+                reading and isinstance(error, DBAPIError) and (failure := read_only_failure(error))
+            ):  # of a flush, or of SQL of the caller
                 raise failure from error
             raise
 
 
 def _info(reading: bool) -> dict[Any, Any] | None:
     return {READING: True} if reading else None
+
+
+def _undo(session: Session) -> None:
+    """Roll back. Where the connection broke, that fails, has no use, and must not replace the error of the block."""
+    with suppress(DBAPIError):
+        session.rollback()
 
 
 def _commit(session: Session, autocommit: bool) -> None:
@@ -507,9 +520,6 @@ def _commit(session: Session, autocommit: bool) -> None:
             if failure := commit_failure(error):
                 logger.warning("the commit failed: %s: %s", type(failure).__name__, failure)
                 raise failure from error
-            raise
-        except CommitIndeterminateError:
-            session.invalidate()  # where the server ended it, its rollback would raise another error
             raise
     except PendingRollbackError as error:
         raise TransactionAbortedError from error

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from examples.demo import load_pipeline
 from gathering_pipeline import (
     CommitIndeterminateError,
@@ -38,6 +40,8 @@ from gathering_pipeline import (
     is_transient,
     migrations,
 )
+from tests.support.databases import scalar
+from tests.support.servers import connect
 
 ROUNDS = int(os.environ.get("GATHERING_HA", "3"))
 PACKAGES = ("patroni", "etcd-server", "haproxy", "postgresql-15")
@@ -123,6 +127,9 @@ class Cluster:
     @property
     def url(self) -> str:
         return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres"
+
+    def node_url(self, name: str) -> str:
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.ports[name]}/postgres"
 
     @property
     def packages(self) -> Path:
@@ -213,10 +220,20 @@ class Cluster:
         return next((name for name in NODES if self.ask(name, "/primary")), None)
 
     def wait_for_standby(self) -> None:
-        wait_until(
-            lambda: self.leader() is not None and any(self.ask(name, "/synchronous") for name in NODES),
-            "a primary with a synchronous standby",
-        )
+        wait_until(self.has_standby, "a primary with a synchronous standby")
+
+    def has_standby(self) -> bool:
+        """Whether the primary has a synchronous standby, and Patroni lets it take over."""
+        leader = self.leader()
+        if leader is None:
+            return False
+        members = json.loads(self.ask(leader, "/cluster") or '{"members": []}')["members"]
+        if "sync_standby" not in [member["role"] for member in members]:
+            return False
+        sync = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync' AND state = 'streaming'"
+        with suppress(psycopg.OperationalError), connect(self.node_url(leader)) as raw:
+            return bool(scalar(raw, sync))
+        return False
 
     def switch_over(self) -> None:
         """Let Patroni exchange primary and standby."""

@@ -148,3 +148,24 @@ def test_session_from_exhausted_pool_raises_unavailable(database_url: str) -> No
             with database.session() as second:
                 RunRepository(second).counts()
         assert is_transient(caught.value)
+
+
+def test_error_of_a_block_is_kept_where_its_connection_breaks(database: Database, raw: psycopg.Connection) -> None:
+    """The rollback fails, and has nothing to roll back."""
+
+    async def work() -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with database.async_session() as session:
+                pid = (await session.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+                raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+                raise ZeroDivisionError
+        async with database.async_session() as session:
+            await session.execute(text("SELECT 1"))
+
+    with pytest.raises(ZeroDivisionError), database.session() as session:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        raw.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+        raise ZeroDivisionError
+    with database.session() as session:
+        session.execute(text("SELECT 1"))
+    run_async(database, work)

@@ -72,7 +72,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "release": lambda runs, at: runs.release(at.claimed["release"].id, token=at.claimed["release"].token),
     "resume": lambda runs, at: runs.resume(at.failed),
 }
-KINDS = ("start", "start_node", "complete_node", "skip_node", "fail_node", "advance", "result", "end", "record", "fail",
+KINDS: tuple[str, ...] = ("start", "start_node", "complete_node", "skip_node", "fail_node", "advance", "result", "end", "record", "fail",
          "heartbeat", "release")  # fmt: skip
 
 

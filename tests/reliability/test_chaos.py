@@ -90,19 +90,12 @@ def node() -> Iterator[Node]:
         yield one
 
 
-@pytest.fixture(scope="module", autouse=True)
-def heading(request: pytest.FixtureRequest) -> None:
-    if LONG:
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{HEADING}")
-
-
 def judge(stage: Stage, node: Node, rounds: int, until: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     """Print the line, and fail if an answer was untrue or late."""
     with node.connect() as raw:
         row = stage.ledger.close(raw, rounds, until)
     with capsys.disabled():
-        print(f"\n{row}" if LONG else "", end="")
+        print(f"\n{HEADING}\n{row}" if LONG else "", end="")
     assert (row.lost, row.doubled, row.wrong) == ([], [], []), row
     assert row.longest < LONGEST_CALL_S, row
 
@@ -259,7 +252,6 @@ def role_timeouts(stage: Stage) -> None:
             raw.execute(f"ALTER ROLE postgres SET {name} = {limit}")
     stage.node.end_sessions()
     with stage.node.connect() as raw:
-        raw.execute("SET statement_timeout = 0; SET lock_timeout = 0")
         for _ in range(20 if LONG else 5):
             raw.execute("BEGIN; LOCK circle.pipeline_runs IN EXCLUSIVE MODE")
             stage.sleep(0.2)
@@ -314,7 +306,7 @@ def full(disk: Path) -> Iterator[None]:
 def disk() -> Iterator[Path]:
     """A file system of its own, if this user may mount one."""
     with TemporaryDirectory(prefix="gathering-") as name:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=300m,mode=755", "tmpfs", name]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=755", "tmpfs", name]
         done = subprocess.run(mount, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"no disk can be filled: {done.stderr.strip()}")

@@ -23,7 +23,6 @@ import psycopg
 from gathering_pipeline import migrations
 from tests.support import servers
 from tests.support.databases import scalar
-from tests.support.servers import connect
 
 SETTINGS = """
 listen_addresses = '127.0.0.1'
@@ -130,10 +129,11 @@ class Node:
                     process.send_signal(signal.SIGCONT)
 
     def connect(self) -> psycopg.Connection:
-        """A connection whose own commits wait for no standby."""
-        raw = connect(self.url)
-        raw.execute("SET synchronous_commit = local")
-        return raw
+        """A connection whose own commits wait for no standby, and which no limit ends."""
+        limits = ("statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout")
+        options = " ".join(f"-c {name}=0" for name in limits) + " -c synchronous_commit=local"
+        where = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+        return psycopg.connect(where, options=options, autocommit=True, connect_timeout=10)
 
     def set(self, name: str, value: str) -> None:
         """Change a setting while the server runs."""

@@ -21,6 +21,7 @@ from gathering_pipeline import (
 )
 from gathering_pipeline.embedded import EmbeddedServer
 from tests.support import standbys
+from tests.support.databases import Connect
 from tests.support.servers import connect, restart
 from tests.support.workers import made, new_run, outcome, run_once, run_with, until
 
@@ -147,7 +148,10 @@ def test_first_call_whose_answer_is_lost_leaves_no_node_behind(
     assert f"run {run_id} is released: it is running, but no node of it runs" in caplog.text
 
 
-def test_cancelled_statement_is_repeated(database: Database, raw: psycopg.Connection) -> None:
+def test_cancelled_statement_is_repeated(
+    database: Database, database_url: str, raw: psycopg.Connection, connect: Connect
+) -> None:
+    holder = connect(database_url)  # within its transaction pg_stat_activity stays as it was at first
     run_id = new_run(database, "a")
 
     calls: list[int] = []
@@ -155,15 +159,15 @@ def test_cancelled_statement_is_repeated(database: Database, raw: psycopg.Connec
     async def handle(context: NodeContext) -> None:
         calls.append(context.attempt)
         if len(calls) == 1:  # on a slow machine the run may be claimed again
-            raw.execute("BEGIN")
-            raw.execute("SELECT FROM circle.pipeline_runs FOR UPDATE")
+            holder.execute("BEGIN")
+            holder.execute("SELECT FROM circle.pipeline_runs FOR UPDATE")
 
     worker = made(database, handle)
 
     async def meanwhile(_running: asyncio.Task[None]) -> None:
         await until(lambda: bool(raw.execute(WAITING).fetchall()))
         raw.execute(f"SELECT pg_cancel_backend(pid) FROM ({WAITING}) w")
-        raw.execute("ROLLBACK")
+        holder.execute("ROLLBACK")
         await until(lambda: outcome(database, run_id)[0].status is RunStatus.COMPLETED)
 
     run_with(worker, meanwhile)
