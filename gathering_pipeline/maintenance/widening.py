@@ -207,7 +207,7 @@ _KEYS = f"""{_NARROW}
 SELECT quote_ident(conname), twin, conrelid::regclass::text AS tab, confrelid::regclass::text,
        pg_get_constraintdef(oid), convalidated
 FROM keys ORDER BY tab, conname"""
-# By what ANALYZE is told how much to look at.
+# The settings of ANALYZE that decide how many rows it reads.
 _STATISTICS = f"""{_NARROW}
 SELECT format('ALTER TABLE %s ALTER %I SET %s', n.tab::regclass, n.wide, s.setting)
 FROM narrow n JOIN pg_attribute a ON a.attrelid = n.tab AND a.attnum = n.col CROSS JOIN LATERAL (VALUES
