@@ -107,11 +107,16 @@ class Node:
         return []
 
     def kill(self) -> None:
-        """Kill all processes at once, as a machine that loses its power does."""
+        """Kill all processes at once, as a machine that loses its power does.
+
+        They are stopped first: a session that sees the end of the postmaster no longer waits for the standby, and others
+        would read for a moment what it has committed.
+        """
         processes = self.processes()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for signal_number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in reversed(processes):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal_number)
         psutil.wait_procs(processes, timeout=30)
 
     @contextmanager
