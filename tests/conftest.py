@@ -23,7 +23,7 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 
-from tests.support import databases, servers  # noqa: E402 - see above
+from tests.support import databases, measuring, servers  # noqa: E402 - see above
 
 MOST_WORKERS = 8
 """Each has a server with the memory that it takes."""
@@ -45,9 +45,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("numprocesses", 0):
-        # Coverage of this process has begun (see the Makefile); the programs that tests start are not measured.
-        os.environ.pop("COVERAGE_PROCESS_START", None)
+    if config.getoption("numprocesses", 0):
+        return
+    # Coverage of this process has begun (see the Makefile); of the programs that tests start, commands are measured.
+    if configuration := os.environ.pop("COVERAGE_PROCESS_START", None):
+        os.environ[measuring.COVERAGE] = configuration
 
 
 def pytest_report_header() -> str:

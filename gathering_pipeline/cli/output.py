@@ -47,7 +47,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """As of ``click.Group``."""
         # it repeats at WARNING what the sentence says
-        faults, silence = logging.getLogger("gathering_pipeline"), logging.Filter("-")
+        faults, silence = logging.getLogger("gathering_pipeline.calls"), logging.Filter("-")
         faults.addFilter(silence)
         try:
             return super().invoke(ctx)

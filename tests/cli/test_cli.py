@@ -20,6 +20,7 @@ from sqlalchemy.engine import make_url
 from gathering_pipeline import migrations, migrator
 from gathering_pipeline.cli.commands import cli
 from tests import generated
+from tests.support.measuring import measured
 from tests.support.schema import catalog, run_psql
 
 Connect = Callable[[str], psycopg.Connection]
@@ -36,7 +37,7 @@ def run(*words: str, input: str | None = None, **environment: str) -> Result:
 def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The installed command, which shares nothing with this process."""
     return subprocess.run(
-        [PROGRAM, *words], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+        [PROGRAM, *words], env=measured(**environment), capture_output=True, text=True, check=False, timeout=120
     )
 
 

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from gathering_pipeline import ConfigurationError, migrations
 from gathering_pipeline.cli.commands import cli
 from gathering_pipeline.cli.many import read_targets
+from tests.support.measuring import measured
 from tests.support.servers import Server
 
 Connect = Callable[[str], psycopg.Connection]
@@ -42,7 +43,7 @@ def run(*words: str, input: str | None = None) -> Result:
 def program(*words: str, input: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [PROGRAM, "db", *words],
-        env=os.environ | environment,
+        env=measured(**environment),
         input=input,
         capture_output=True,
         text=True,

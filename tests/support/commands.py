@@ -16,6 +16,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from gathering_pipeline.cli.commands import cli
+from tests.support.measuring import measured
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("gathering-pipeline")
@@ -52,9 +53,9 @@ def sentence(done: Result, code: int = 1) -> str:
 
 def start(*words: str, url: str | None = None) -> subprocess.Popen[str]:
     """A program of its own, whose output is piped."""
-    environment = os.environ | ({} if url is None else {"DATABASE_URL": url})
+    variables = {} if url is None else {"DATABASE_URL": url}
     return subprocess.Popen(
-        [PROGRAM, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [PROGRAM, *words], env=measured(**variables), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -62,10 +63,12 @@ def in_terminal(
     *words: str, url: str | None = None, columns: int = 100, after: str = "", do: Callable[[], object] = lambda: None
 ) -> tuple[int, str]:
     """The exit code and the output of a program in a terminal; once it shows a text, something is done."""
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
-    environment |= {} if url is None else {"DATABASE_URL": url}
+    variables = {"TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
+    variables |= {} if url is None else {"DATABASE_URL": url}
     parent, child = pty.openpty()
-    process = subprocess.Popen([PROGRAM, *words], env=environment, stdin=child, stdout=child, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [PROGRAM, *words], env=measured(**variables), stdin=child, stdout=child, stderr=subprocess.DEVNULL
+    )
     os.close(child)
     output, ends_at, waits = b"", time.monotonic() + PATIENCE, True
     while time.monotonic() < ends_at:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ ALL = {"agent": work, "action": work, "condition": work}
 SOME = {"action": work}
 NONE = 7
 """
+
+
+@pytest.fixture(autouse=True)
+def level_of_calls() -> Iterator[None]:
+    """The command sets it for its process, which is this one where ``main`` is called."""
+    calls = logging.getLogger("gathering_pipeline.calls")
+    level = calls.level
+    yield
+    calls.setLevel(level)
 
 
 @pytest.fixture
