@@ -64,7 +64,7 @@ def test_each_change_is_a_line_and_each_fault_a_warning(
     async def with_async(database: Database) -> None:
         async with database.async_session(autocommit=True) as opened:
             await move(of(AsyncRunRepository(opened)), pipeline, secrets)
-        await database.adispose()
+        await database.async_engine.dispose()
 
     if way == "async":
         asyncio.run(with_async(Database(url)))
