@@ -1709,7 +1709,7 @@ AS $function$
 BEGIN
     UPDATE circle.pipeline_runs SET failed_node = (
         SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed' ORDER BY position, id LIMIT 1)
-    WHERE id = p_run_id AND failed_node IS NULL;
+    WHERE id = p_run_id AND failed_node IS NULL AND completed_at IS NULL;
     RETURN true;
 END $function$;
 
@@ -1861,8 +1861,7 @@ BEGIN
         -- with its run, or raised: looking for the old status takes O(rows)
         WHEN m.status = 'cancelled' AND circle.is_read_committed()
              AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
-        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status)
-            AND (m.status <> 'failed' OR circle.note_failure(m.run_id)) END
+        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $function$;
@@ -3960,8 +3959,10 @@ BEGIN
                                  ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
                    AND coalesce((SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = r.id
                                  ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1) < since, true)
-                   AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
-                       n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL))
+                   -- as a value: an EXISTS might be hashed, which reads the nodes of all runs
+                   AND (SELECT n.id FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
+                            n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL)
+                        LIMIT 1) IS NULL
              LIMIT p_limit)
             UNION ALL
             (SELECT q.id FROM open p
@@ -3988,7 +3989,8 @@ BEGIN
              WHERE q.created_at < since AND coalesce(q.run_at < since, true)
                AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = q.id
                              ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
-               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since)
+               AND (SELECT n.id FROM circle.pipeline_node_runs n
+                    WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since LIMIT 1) IS NULL
              LIMIT p_limit)
             UNION ALL
             (SELECT w.id FROM (

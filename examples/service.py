@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Body, Depends, FastAPI, Header, Request, Response
+from fastapi import Body, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,6 +35,8 @@ from gathering_pipeline import (
     StaleVersionError,
     is_transient,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
@@ -67,6 +70,8 @@ async def open_session(database: CurrentDatabase) -> AsyncIterator[AsyncSession]
 # would take a failed commit for a success.
 CurrentSession = Annotated[AsyncSession, Depends(open_session, scope="function")]
 
+Limit = Annotated[int, Query(ge=1, le=500)]
+"""Rows of a page."""
 STATUS_CODES: dict[type[PipelineError], int] = {
     NotFoundError: 404,
     StaleVersionError: 412,  # before ConflictError, of which it is one
@@ -80,7 +85,11 @@ STATUS_CODES: dict[type[PipelineError], int] = {
 async def answer_error(_request: Request, error: PipelineError) -> JSONResponse:
     """Answer with the status of an error, and the issues of a graph."""
     status = next((code for kind, code in STATUS_CODES.items() if isinstance(error, kind)), 422)
-    content: dict[str, Any] = {"error": type(error).__name__, "detail": str(error)}
+    detail = str(error)
+    if isinstance(error, DatabaseError):  # it may name servers and roles
+        logger.error("the database can't answer a request: %s", error)
+        detail = "the database can't answer now"
+    content: dict[str, Any] = {"error": type(error).__name__, "detail": detail}
     if isinstance(error, InvalidPipelineError):
         content["issues"] = [
             {"code": issue.code, "loc": issue.loc, "message": issue.message, "severity": issue.severity}
@@ -117,7 +126,7 @@ async def create_pipeline(data: NewPipeline, session: CurrentSession, response: 
 
 
 @app.get("/pipelines")
-async def list_pipelines(session: CurrentSession, after: int | None = None, limit: int = 50) -> Page[PipelineRead]:
+async def list_pipelines(session: CurrentSession, after: int | None = None, limit: Limit = 50) -> Page[PipelineRead]:
     """Read a page of pipelines, newest first."""
     return await AsyncPipelineRepository(session).search(after=after, limit=limit)
 
@@ -159,7 +168,7 @@ async def create_run(
 
 @app.get("/runs")
 async def list_runs(
-    session: CurrentSession, status: RunStatus | None = None, after: int | None = None, limit: int = 50
+    session: CurrentSession, status: RunStatus | None = None, after: int | None = None, limit: Limit = 50
 ) -> Page[RunSummary]:
     """Read a page of runs, newest first."""
     return await AsyncRunRepository(session).search(status=status, after=after, limit=limit)

@@ -480,7 +480,7 @@ async def _open_async(
     process = os.getpid()
     async with AsyncExitStack() as stack:
         session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False, info=_info(reading))
-        await stack.enter_async_context(session)
+        stack.push_async_callback(_close, session)
         try:
             try:
                 yield session
@@ -500,14 +500,27 @@ async def _open_async(
             raise
 
 
+async def _close(session: AsyncSession) -> None:
+    """Close, also if the task is cancelled a second time meanwhile: else the connection would be lost to the pool."""
+    closing = asyncio.ensure_future(session.close())
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await closing
+        raise
+
+
 def _info(reading: bool) -> dict[Any, Any] | None:
     return {READING: True} if reading else None
 
 
 def _undo(session: Session) -> None:
-    """Roll back. Where the connection broke, that fails, has no use, and must not replace the error of the block."""
+    """Close, as a rollback would expire the objects that the block has loaded.
+
+    Where the connection broke, that fails, has no use, and must not replace the error of the block.
+    """
     with suppress(DBAPIError):
-        session.rollback()
+        session.close()
 
 
 def _commit(session: Session, autocommit: bool) -> None:

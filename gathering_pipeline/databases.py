@@ -58,7 +58,7 @@ FAILURES = (DatabaseError, psycopg.Error, DBAPIError)
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What ``Databases.recover`` or ``expire`` did.
+    """What ``Databases.recover``, ``expire`` or ``sweep`` did.
 
     Attributes:
         runs: The runs that were released or ended, each with the name of its database.
@@ -185,6 +185,12 @@ class Databases:
     ) -> list[tuple[str, ClaimedRun]]:
         """The async twin of ``claim``."""
         return await self._claim(_awaiting, lambda runs: runs.claim(worker_id, lease, limit, max_claims=max_claims))
+
+    def end_pauses(self) -> None:
+        """Let the next ``claim`` ask the databases, too, that had nothing to claim a moment ago."""
+        with self._lock:
+            for place in self._places:
+                place.pause.end()
 
     def recover(self, limit: int = 60, max_claims: int = 10) -> SweepResult:
         """Release runs whose lease expired, in every database that can be used; see ``RunRepository.recover``.

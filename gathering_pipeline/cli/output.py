@@ -87,9 +87,9 @@ def echo(text: str, *, err: bool = False) -> None:
     click.echo(printable_lines(text), err=err)
 
 
-def to_json(value: object, *, only_ascii: bool = False) -> str:
+def to_json(value: object, *, only_ascii: bool = False, indent: int | None = 2) -> str:
     """Write JSON for people and programs; what isn't printable is escaped, which changes no value."""
-    text = json.dumps(value, indent=2, ensure_ascii=only_ascii)
+    text = json.dumps(value, indent=indent, ensure_ascii=only_ascii)
     return "\n".join(
         line
         if line.isprintable()
@@ -98,9 +98,9 @@ def to_json(value: object, *, only_ascii: bool = False) -> str:
     )
 
 
-def print_json(value: object) -> None:
-    """Print one JSON document."""
-    click.echo(to_json(value, only_ascii=not sys.stdout.encoding.lower().startswith("utf")))
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """Print one JSON document; without an indent on one line."""
+    click.echo(to_json(value, only_ascii=not sys.stdout.encoding.lower().startswith("utf"), indent=indent))
 
 
 def is_terminal() -> bool:

@@ -41,11 +41,14 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPAN = re.compile(r"([0-9]{1,7})([smhdw])")
 _MOST_LOGS = 1_000
 """Entries of a log that a report shows."""
+_IDLE = timedelta(minutes=5)
 _BATCH = 500
 """Runs that are read, or deleted, at once."""
 
 
-def _read_span(_context: click.Context, _option: click.Parameter, given: str) -> timedelta:
+def _read_span(_context: click.Context, _option: click.Parameter, given: str | None) -> timedelta | None:
+    if given is None:
+        return None
     span = _parse_span(given)
     if span is None:
         raise click.BadParameter(f"{given!r} is no duration: write a number and s, m, h, d or w, as in 90s or 2d")
@@ -102,7 +105,6 @@ def runs() -> None:
     "--for",
     "idle",
     metavar="SPAN",
-    default="5m",
     callback=_read_span,
     help="With --stuck: how long nothing has moved, by default 5m.",
 )
@@ -118,7 +120,7 @@ def list_(
     since: datetime | None,
     until: datetime | None,
     stuck: bool,
-    idle: timedelta,
+    idle: timedelta | None,
     limit: int,
     every: bool,
     as_json: bool,
@@ -134,10 +136,12 @@ def list_(
 
     if stuck and (tags or pipeline_id is not None or statuses or since or until or every):
         raise click.UsageError("--stuck looks at all live runs: beside it there are --for and --limit")
+    if idle is not None and not stuck:
+        raise click.UsageError("--for is for --stuck")
     with open_database(url) as database, database.reading() as session:
         repository = RunRepository(session)
         found = (
-            iter(repository.stuck(idle, limit + 1))
+            iter(repository.stuck(_IDLE if idle is None else idle, limit + 1))
             if stuck
             else repository.iterate(
                 pipeline_id,
@@ -290,7 +294,10 @@ def watch(run_id: int, as_json: bool, url: str | None) -> None:
             run = watch_live(database, run_id)
         else:
             for event in database.listen(run_id):
-                click.echo(event.model_dump_json() if as_json else _line(event))
+                if as_json:
+                    print_json(event.model_dump(mode="json"), indent=None)
+                else:
+                    click.echo(_line(event))
             with database.reading() as session:
                 run = RunRepository(session).get(run_id)
     if run.status != "completed":

@@ -533,6 +533,10 @@ def _replace(tables: list[str]) -> str:
             todo text[];
             one text;
         BEGIN
+            {_NARROW} SELECT array_agg(view::text ORDER BY depth DESC) INTO todo FROM views;
+            FOREACH one IN ARRAY coalesce(todo, '{{}}') LOOP   -- a reader locks a view, then its tables
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', one);
+            END LOOP;
             {_STATEMENTS};
             FOREACH one IN ARRAY coalesce(todo, '{{}}') LOOP
                 EXECUTE one;

@@ -97,8 +97,8 @@ class NodeLook:
 # --- Mermaid ----------------------------------------------------------------------------------------------------------
 
 _PLAIN = re.compile(r"[^\w ,/]|_")
-_MARKS = (("$$", "$$"), (":fa-", (":", "fa-")))
-"""What begins a formula or an icon, and its parts, which a space without width keeps apart."""
+_MARKS = re.compile(r"\$(?=\$)|:(?=fa-)")
+"""What begins a formula or an icon, if it is followed by more; a space without width keeps both apart."""
 
 
 def to_mermaid(definition: PipelineDefinition) -> str:
@@ -122,9 +122,8 @@ def to_mermaid(definition: PipelineDefinition) -> str:
 
 def _mermaid_text(text: str | None) -> str:
     """A text in which nothing is syntax of Mermaid, Markdown or HTML: what is no letter or digit is a code."""
-    shown = shorten(printable(text or ""), 200)
-    for mark, parts in _MARKS:  # Mermaid looks for them after it has read the codes
-        shown = shown.replace(mark, "\u200b".join(parts))
+    # Mermaid looks for marks after it has read the codes
+    shown = _MARKS.sub("\\g<0>\u200b", shorten(printable(text or ""), 200))
     return _PLAIN.sub(lambda match: f"#{ord(match[0])};", shown) or "#8203;"
 
 

@@ -49,36 +49,40 @@ def find_attempts(
         events: Its events, in their order.
     """
     found: dict[str, list[Attempt]] = {}
-    begun: dict[str, datetime] = {}
+    begun: dict[str, PipelineEvent] = {}
     rows = {node.node_id: node for node in nodes}
     for event in events:
         if event.node_id is None:
             continue
         attempts = found.setdefault(event.node_id, [])
         if event.type is EventType.PIPELINE_NODE_STARTED:
-            begun[event.node_id] = event.created_at
+            begun[event.node_id] = event
         elif (outcome := _OUTCOMES.get(event.type)) is not None:
-            start = begun.pop(event.node_id, None) or _reported_start(rows.get(event.node_id), event)
+            began = begun.pop(event.node_id, None)
+            start = _reported_start(event) if began is None else began.created_at
             error = event.data.get("error")
-            if event.type is EventType.PIPELINE_NODE_RETRYING and error is None:  # its worker gave the run up
+            # without a due time it is no retry: its worker gave the run up
+            if event.type is EventType.PIPELINE_NODE_RETRYING and event.data.get("available_at") is None:
                 outcome = NodeStatus.CANCELLED
             attempts.append(
                 Attempt(event.node_id, start, event.created_at, outcome, error, event.data.get("worker_id"))
             )
-    for node_id, start in begun.items():
+    for node_id, began in begun.items():
         is_running = run.completed_at is None and node_id in rows and rows[node_id].status is NodeStatus.RUNNING
         outcome = NodeStatus.RUNNING if is_running else NodeStatus.CANCELLED
-        end = None if is_running else run.completed_at or start
-        found[node_id].append(Attempt(node_id, start, end, outcome))
+        end = None if is_running else run.completed_at or began.created_at
+        worker = began.data.get("worker_id")
+        found[node_id].append(Attempt(node_id, began.created_at, end, outcome, worker_id=worker))
     for node in nodes:
         if not found.get(node.node_id) and node.started_at is not None and node.taken_from is None:
+            if node.status is NodeStatus.PENDING:  # it waits for its retry: when the attempt ended is not known
+                continue
             found[node.node_id] = [
                 Attempt(node.node_id, node.started_at, node.completed_at, node.status, node.error_message)
             ]
     return {node_id: attempts for node_id, attempts in found.items() if attempts}
 
 
-def _reported_start(node: NodeRunRead | None, event: PipelineEvent) -> datetime:
+def _reported_start(event: PipelineEvent) -> datetime:
     """When an attempt began that was reported afterwards."""
-    duration = timedelta(milliseconds=0 if node is None else node.duration_ms)
-    return event.created_at - duration
+    return event.created_at - timedelta(milliseconds=event.data.get("duration_ms") or 0)

@@ -13,6 +13,8 @@ from datetime import datetime, timedelta
 from time import monotonic
 from typing import TypeVar
 
+from sqlalchemy.pool import QueuePool
+
 from gathering_pipeline import (
     AsyncRunRepository,
     ClaimedRun,
@@ -55,6 +57,8 @@ RELEASE_SECONDS = 5.0
 """Longest time for the release of a run whose worker ends."""
 UNGATHERED = 4
 """Reports on a database that are sent at the same time without a group commit, each on a connection of the pool."""
+ENOUGH_CONNECTIONS = 4
+"""Smallest pool with which reports share commits."""
 GRAPHS = 256
 """Graphs that a worker remembers at most."""
 
@@ -91,6 +95,9 @@ class Reports:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        pool = database.async_engine.pool
+        # a group commit holds two connections, while heartbeats, claims and what it leaves out need others
+        self._can_gather = not isinstance(pool, QueuePool) or not 0 < pool.size() < ENOUGH_CONNECTIONS
         self._under_way = 0
         self._opened = AsyncExitStack()
         self._group: AsyncRunRepository | None = None
@@ -100,7 +107,7 @@ class Reports:
         """Make a call until it is answered. The last of many gives their connections back."""
         self._under_way += 1
         try:
-            if self._under_way <= UNGATHERED and self._group is None:
+            if not self._can_gather or (self._under_way <= UNGATHERED and self._group is None):
                 return await insist(self._database, call)
             return await insisted(lambda: self._gathered(call))
         finally:

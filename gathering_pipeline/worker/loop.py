@@ -133,7 +133,7 @@ class Worker:
         asyncio.run(work())
 
     async def _claim_runs(self, tasks: asyncio.TaskGroup, *, once: bool) -> None:
-        pauses = pauses_between_attempts()
+        pauses, asked_all = pauses_between_attempts(), False
         while not self._stopping.is_set():
             self._changed.clear()
             pause = jittered(self._poll.total_seconds())
@@ -147,7 +147,12 @@ class Worker:
                 pause = next(pauses)
                 logger.warning("the database is unavailable, next attempt in %.1f s: %s", pause, error)
             if once and is_idle and not found and monotonic() >= self._retry_at:
-                return
+                if asked_all or not isinstance(self.database, Databases):
+                    return
+                self.database.end_pauses()
+                asked_all = True
+                continue
+            asked_all = False
             await self._wait(pause)
 
     async def _claim(self, tasks: asyncio.TaskGroup) -> int:

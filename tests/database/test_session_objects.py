@@ -235,3 +235,23 @@ def test_connection_that_breaks_before_the_refresh_is_replaced(
         assert [claimed.id for claimed in RunRepository(session).claim("w", LEASE)] == [run.id]
         assert run.status == "running"
         assert RunRepository(session).get(run.id).status == "running"
+
+
+def test_objects_of_a_block_that_raised_can_be_read(database: Database, database_url: str) -> None:
+    with database.session() as session:
+        PipelineRepository(session).create(new("kept"))
+
+    def refuse(session: Session) -> None:
+        raise LookupError(session.scalars(select(Pipeline)).one())
+
+    with pytest.raises(LookupError) as caught, database.session() as session:
+        refuse(session)
+    assert caught.value.args[0].name
+
+    async def work() -> None:
+        async with Database(database_url) as own, own.async_session() as opened:
+            await opened.run_sync(refuse)
+
+    with pytest.raises(LookupError) as caught:
+        asyncio.run(work())
+    assert caught.value.args[0].name

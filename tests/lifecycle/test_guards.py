@@ -145,12 +145,15 @@ def test_statement_that_ends_nodes_and_run_together_is_legal(raw: psycopg.Connec
     assert caught.value.sqlstate == "PL001"
 
 
-def test_statement_that_fails_node_and_run_together_notes_the_node(raw: psycopg.Connection, running: int) -> None:
+@pytest.mark.parametrize("others", ["failed", "completed"])
+def test_statement_that_fails_nodes_and_run_together_is_legal(
+    raw: psycopg.Connection, running: int, others: str
+) -> None:
     raw.execute(
-        "WITH nodes AS (UPDATE circle.pipeline_node_runs SET status = 'failed' WHERE node_id = 'a')"
-        " UPDATE circle.pipeline_runs SET status = 'failed'"
+        "WITH nodes AS (UPDATE circle.pipeline_node_runs SET status = CASE node_id WHEN 'a' THEN 'failed'"
+        f" ELSE '{others}' END) UPDATE circle.pipeline_runs SET status = 'failed'".encode()
     )
-    assert scalar(raw, "SELECT failed_node FROM circle.pipeline_runs") == "a"
+    assert {status for (status,) in raw.execute("SELECT status FROM circle.pipeline_node_runs")} == {"failed", others}
 
 
 def test_statement_that_starts_run_and_node_together_is_legal(raw: psycopg.Connection, session: Session) -> None:

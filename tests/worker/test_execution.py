@@ -14,6 +14,7 @@ import pytest
 
 from gathering_pipeline import (
     Database,
+    DatabaseSettings,
     EventRepository,
     NodeContext,
     NodeResult,
@@ -258,3 +259,20 @@ def test_reports_of_many_runs_share_commits(database: Database) -> None:
         events = EventRepository(session).read(limit=1000).items
     transactions = {event.cursor.split("-")[2] for event in events if event.type == "pipeline_node.completed"}
     assert len(transactions) < 24  # of 48 reports
+
+
+def test_reports_of_many_runs_fit_a_small_pool(database_url: str) -> None:
+    settings = DatabaseSettings(pool_size=2, max_overflow=0, pool_timeout=timedelta(seconds=2))
+    with Database(database_url, settings=settings) as small:
+        run_ids = [new_run(small, "a>b", max_retries_per_node=0) for _ in range(8)]
+        together = asyncio.Barrier(8)
+
+        async def handle(context: NodeContext) -> None:
+            if context.node.id == "a":
+                await together.wait()
+                if context.run.id == run_ids[0]:  # a report that is sent by itself
+                    raise PermanentError("no")
+
+        run_once(made(small, handle, concurrency=8))
+        ends = [outcome(small, run_id)[0].status for run_id in run_ids]
+    assert ends == [RunStatus.FAILED, *[RunStatus.COMPLETED] * 7]

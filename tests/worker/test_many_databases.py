@@ -56,3 +56,16 @@ def test_worker_without_a_free_slot_sweeps_all_databases(databases: Databases) -
 
     run_once(made(databases, handle, concurrency=1, poll=timedelta(milliseconds=50)))
     assert seen == ["a", "b"]
+
+
+def test_run_once_leaves_no_run_of_a_database_that_pauses(databases: Databases) -> None:
+    first = new_run(databases["b"], "a", max_running=1)
+    with databases["b"].session() as session:
+        runs = RunRepository(session)
+        second = runs.create(runs.get(first).pipeline_id).id
+
+    async def handle(_context: NodeContext) -> None:
+        await asyncio.sleep(0.5)  # claims find nothing meanwhile, and their pauses grow
+
+    run_once(made(databases, handle))
+    assert {outcome(databases["b"], run_id)[0].status for run_id in (first, second)} == {RunStatus.COMPLETED}

@@ -330,7 +330,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     UPDATE circle.pipeline_runs SET failed_node = (
         SELECT node_id FROM circle.pipeline_node_runs WHERE run_id = p_run_id AND status = 'failed' ORDER BY position, id LIMIT 1)
-    WHERE id = p_run_id AND failed_node IS NULL;
+    WHERE id = p_run_id AND failed_node IS NULL AND completed_at IS NULL;
     RETURN true;
 END $$;
 -- Raises why a node can't have a new status when the statement has ended, or returns whether it has an event. A statement that ends a
@@ -454,8 +454,7 @@ BEGIN
         -- with its run, or raised: looking for the old status takes O(rows)
         WHEN m.status = 'cancelled' AND circle.is_read_committed()
              AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
-        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status)
-            AND (m.status <> 'failed' OR circle.note_failure(m.run_id)) END
+        ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $$;

@@ -156,8 +156,10 @@ BEGIN
                                  ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
                    AND coalesce((SELECT e.created_at FROM circle.pipeline_events e WHERE e.run_id = r.id
                                  ORDER BY e.run_id DESC, e.xid DESC, e.id DESC LIMIT 1) < since, true)
-                   AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
-                       n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL))
+                   -- as a value: an EXISTS might be hashed, which reads the nodes of all runs
+                   AND (SELECT n.id FROM circle.pipeline_node_runs n WHERE n.run_id = r.id AND (
+                            n.status = 'pending' AND n.available_at >= since OR n.status = 'running' AND r.lease_expires_at IS NOT NULL)
+                        LIMIT 1) IS NULL
              LIMIT p_limit)
             UNION ALL
             (SELECT q.id FROM open p
@@ -184,7 +186,8 @@ BEGIN
              WHERE q.created_at < since AND coalesce(q.run_at < since, true)
                AND coalesce((SELECT h.at FROM circle.pipeline_run_history h WHERE h.run_id = q.id
                              ORDER BY h.run_id DESC, h.id DESC LIMIT 1) < since, true)
-               AND NOT EXISTS (SELECT FROM circle.pipeline_node_runs n WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since)
+               AND (SELECT n.id FROM circle.pipeline_node_runs n
+                    WHERE n.run_id = q.id AND n.status = 'pending' AND n.available_at >= since LIMIT 1) IS NULL
              LIMIT p_limit)
             UNION ALL
             (SELECT w.id FROM (
