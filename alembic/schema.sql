@@ -1284,10 +1284,12 @@ CREATE OR REPLACE FUNCTION circle.refuse_branch(p_node_id text, p_branch text, p
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RAISE EXCEPTION '%', format('branch of node %L must be one of true, false%s, not %L', p_node_id, (
+    RAISE EXCEPTION '%', format('branch of node %L must be %s, not %L', p_node_id, CASE
+        WHEN p_branches IS NULL THEN 'true or false, as no edge of it has a condition'
+        ELSE 'one of true, false' END || coalesce((
         SELECT string_agg(', ' || left(l.label, 40), '' ORDER BY l.label)
         FROM (SELECT k COLLATE "C" AS label FROM jsonb_object_keys(p_branches) k
-              WHERE k NOT IN ('true', 'false') ORDER BY 1 LIMIT 20) l), left(p_branch, 100)) USING ERRCODE = 'PL013';
+              WHERE k NOT IN ('true', 'false') ORDER BY 1 LIMIT 20) l), ''), left(p_branch, 100)) USING ERRCODE = 'PL013';
 END $function$;
 
 -- What no writer may change. p_what names the columns.

@@ -201,7 +201,8 @@ def untaken_successors(definition: PipelineDefinition, node_id: str, outcome: bo
     labels = {name for _, name in branches if name}
     if label not in labels | {"true", "false"}:
         names = ", ".join(["true", "false", *sorted(labels - {"true", "false"})])
-        raise InvalidDataError(f"branch of node {quote(node_id)} must be one of {names}, not {quote(outcome)}")
+        wanted = f"one of {names}" if labels else "true or false, as no edge of it has a condition"
+        raise InvalidDataError(f"branch of node {quote(node_id)} must be {wanted}, not {quote(outcome)}")
     taken = {label, ""} if labels or label == "true" else {label}
     alive = {successor for successor, name in branches if name in taken}
     return list(dict.fromkeys(successor for successor, _ in branches if successor not in alive))

@@ -10,7 +10,7 @@ import click
 
 from gathering_pipeline.cli.db import db
 from gathering_pipeline.cli.output import Group
-from gathering_pipeline.cli.pipelines import export, graph, import_, list_, show, validate
+from gathering_pipeline.cli.pipelines import activate, export, graph, import_, list_, pause, show, validate
 from gathering_pipeline.cli.runs import runs
 
 
@@ -24,5 +24,5 @@ def cli() -> None:
     """
 
 
-for command in (validate, import_, export, list_, show, graph, runs, db):
+for command in (validate, import_, export, list_, show, graph, activate, pause, runs, db):
     cli.add_command(command)

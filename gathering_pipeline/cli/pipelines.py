@@ -98,7 +98,7 @@ def import_(paths: tuple[str, ...], update: bool, as_json: bool, url: str | None
             else:
                 results.append({"file": path, **result})
                 if not as_json:
-                    echo(f"{result['action']} {result['id']}: {result['name']}")
+                    echo(f"{result['action']} {result['id']}: {result['name']} ({result['status']})")
     if as_json:
         print_json(results)
     if any("error" in result for result in results):
@@ -114,7 +114,7 @@ def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[
     stored = _find(session, file) if update else None
     if stored is None:
         pipeline = pipelines.create(PipelineCreate(**file.fields), allow_incomplete=file.is_draft)
-        return {"action": "created", "id": pipeline.id, "name": pipeline.name, "revision": pipeline.revision}
+        return _result("created", pipeline)
     pipeline_id, revision = stored
     if file.origin.get("id") == pipeline_id:
         revision = file.origin.get("revision", revision)
@@ -129,7 +129,12 @@ def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[
             f"pipeline {pipeline_id} was changed: it is at revision {error.current}, and the file has {revision}:"
             ' export it again, or remove "revision" from the file'
         ) from error
-    return {"action": "updated", "id": pipeline.id, "name": pipeline.name, "revision": pipeline.revision}
+    return _result("updated", pipeline)
+
+
+def _result(action: str, pipeline: PipelineRead) -> dict[str, Any]:
+    fields = pipeline.model_dump(mode="json", include={"id", "name", "status", "revision"})
+    return {"action": action, **fields}
 
 
 def _find(session: Session, file: files.PipelineFile) -> tuple[int, int] | None:
@@ -276,6 +281,30 @@ def show(pipeline_id: int, as_json: bool, url: str | None) -> None:
         echo(f"\n{title}: {len(rows)}")
         if rows:
             print_table(columns, rows)
+
+
+@click.command()
+@click.argument("pipeline_id", metavar="ID", type=int)
+@url_option
+def activate(pipeline_id: int, url: str | None) -> None:
+    """Activate a pipeline, so that runs of it are created and claimed; its graph has to be complete."""
+    from gathering_pipeline.repositories import PipelineRepository
+
+    with open_database(url) as database, database.session() as session:
+        pipeline = PipelineRepository(session).activate(pipeline_id)
+    echo(f"pipeline {pipeline.id} is {pipeline.status}")
+
+
+@click.command()
+@click.argument("pipeline_id", metavar="ID", type=int)
+@url_option
+def pause(pipeline_id: int, url: str | None) -> None:
+    """Pause a pipeline: no run of it is created or claimed until it is activated; running ones go on."""
+    from gathering_pipeline.repositories import PipelineRepository
+
+    with open_database(url) as database, database.session() as session:
+        pipeline = PipelineRepository(session).pause(pipeline_id)
+    echo(f"pipeline {pipeline.id} is {pipeline.status}")
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -378,12 +379,42 @@ def cancel(run_ids: tuple[int, ...], reason: str | None, as_json: bool, url: str
     _change(run_ids, lambda repository, run_id: repository.cancel(run_id, reason), "is cancelled", url, as_json)
 
 
+def _read_json(_context: click.Context, _option: click.Parameter, given: str | None) -> Any:
+    if given is None:
+        return None
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise click.BadParameter(f"it is no JSON: {error}") from error
+
+
+@runs.command()
+@click.argument("pipeline_id", metavar="PIPELINE", type=int)
+@click.option("--data", metavar="JSON", callback=_read_json, help="The trigger data of the run, by default {}.")
+@click.option("--key", metavar="TEXT", help="Idempotency key: a second call with the key returns the first run.")
+@json_option
+@url_option
+def create(pipeline_id: int, data: Any, key: str | None, as_json: bool, url: str | None) -> None:
+    """Create a pending run of an active pipeline; workers execute it."""
+    from gathering_pipeline.repositories import RunRepository
+
+    with open_database(url) as database, database.session() as session:
+        run = RunRepository(session).create(pipeline_id, data, idempotency_key=key)
+    if as_json:
+        print_json(_dump(run))
+    else:
+        echo(f"run {run.id} is {run.status}")
+
+
 @runs.command()
 @click.argument("run_ids", metavar="RUN...", type=int, nargs=-1, required=True)
 @json_option
 @url_option
 def resume(run_ids: tuple[int, ...], as_json: bool, url: str | None) -> None:
-    """Go on with failed, cancelled or timed-out runs, each in a new run, which takes over what was completed."""
+    """Go on with failed, cancelled or timed-out runs, each in a new run, which takes over what was completed.
+
+    The new run has the graph of the old one; rerun takes the current one.
+    """
     _change(run_ids, lambda repository, run_id: repository.resume(run_id), "resumes run {}", url, as_json)
 
 

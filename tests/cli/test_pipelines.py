@@ -37,7 +37,7 @@ def test_import_stores_files_in_transactions_of_their_own(database_url: str, ses
     bad = write(tmp_path / "2.json", values(graph("a>b b>a")))
     draft = write(tmp_path / "3.json", values(DRAFT, name="third") | {"status": "draft"})
     done = run("import", good, bad, str(tmp_path / "none"), draft, url=database_url)
-    assert (done.exit_code, done.stdout) == (1, "created 1: first\ncreated 2: third\n")
+    assert (done.exit_code, done.stdout) == (1, "created 1: first (active)\ncreated 2: third (draft)\n")
     assert f"Error: {bad}: Pipeline contains a cycle: a -> b -> a\n" in done.stderr
     assert f"Error: {tmp_path / 'none'}: the file can't be read: No such file or directory\n" in done.stderr
     found = PipelineRepository(session).search().items
@@ -92,7 +92,9 @@ def test_import_with_update_changes_the_pipeline_of_the_same_name(
     session.commit()
     path = write(tmp_path / "p.json", values(graph("a>b")))
     new = write(tmp_path / "new.json", values(GOOD, name="new"))
-    assert succeed("import", "--update", path, new, url=database_url) == "updated 1: p\ncreated 2: new\n"
+    assert (
+        succeed("import", "--update", path, new, url=database_url) == "updated 1: p (draft)\ncreated 2: new (draft)\n"
+    )
     updated = pipelines.get(pipeline.id)
     assert ([node["id"] for node in updated.nodes], updated.timeout_seconds, updated.version) == (["a", "b"], 7, 2)
 
@@ -125,7 +127,7 @@ def test_import_with_update_of_ambiguous_name_needs_the_id(database_url: str, se
     refused = sentence(run("import", "--update", path, url=database_url))
     assert refused.endswith('2 pipelines have its name (1, 2): write the "id" of one into the file')
     path = write(tmp_path / "p.json", values(GOOD, name="twin") | {"id": 2})
-    assert succeed("import", "--update", path, url=database_url) == "updated 2: twin\n"
+    assert succeed("import", "--update", path, url=database_url) == "updated 2: twin (active)\n"
 
 
 def test_export_of_several_needs_a_folder_and_of_none_an_id(database_url: str) -> None:
@@ -227,3 +229,18 @@ def test_to_json_of_any_text_is_printable_and_the_same() -> None:
     text = to_json(texts)
     assert all(line.isprintable() for line in text.splitlines())
     assert json.loads(text) == texts
+
+
+def test_activated_pipeline_gets_runs_until_it_is_paused(database_url: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", values(GOOD, name="p"))
+    assert succeed("import", path, url=database_url) == "created 1: p (draft)\n"
+    assert (
+        sentence(run("runs", "create", "1", url=database_url)) == "pipeline 1 is draft, not active: activate it first"
+    )
+    assert succeed("activate", "1", url=database_url) == "pipeline 1 is active\n"
+    words = ("runs", "create", "1", "--data", '{"branch": "topic"}', "--key", "k")
+    assert succeed(*words, url=database_url) == succeed(*words, url=database_url) == "run 1 is pending\n"
+    assert read("runs", "create", "1", url=database_url)["trigger_data"] == {}
+    assert succeed("pause", "1", url=database_url) == "pipeline 1 is paused\n"
+    assert run("runs", "create", "1", url=database_url).exit_code == 1
+    assert "it is no JSON" in sentence(run("runs", "create", "1", "--data", "{", url=database_url), 2)

@@ -102,7 +102,7 @@ def test_branch_takes_its_edges_and_skips_what_no_edge_is_alive_to(
             "x",
             "branch of node 'c' must be one of true, false, high, low, not 'x'",
         ),
-        ("c>a c>b", "low", "branch of node 'c' must be one of true, false, not 'low'"),
+        ("c>a c>b", "low", "branch of node 'c' must be true or false, as no edge of it has a condition, not 'low'"),
         ("c>a=true", "", "branch of node 'c' must be one of true, false, not ''"),
         ("c>a=Ä", "ä", "branch of node 'c' must be one of true, false, Ä, not 'ä'"),
         ("c>a", 1, "must be True, False or a string, not 1"),

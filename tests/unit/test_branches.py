@@ -46,7 +46,7 @@ def test_untaken_successors_takes_blank_conditions_for_none() -> None:
         ],
     )
     assert untaken_successors(graph, "c", False) == ["a", "b"]
-    with pytest.raises(InvalidDataError, match="must be one of true, false, not ''"):
+    with pytest.raises(InvalidDataError, match="must be true or false, as no edge of it has a condition, not ''"):
         untaken_successors(graph, "c", "")
 
 
