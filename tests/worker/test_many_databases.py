@@ -13,6 +13,8 @@ from tests.support.runs import store
 from tests.support.servers import Server
 from tests.support.workers import made, new_run, outcome, run_once
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 
 @pytest.fixture
 def databases(database_url: str, server: Server, template: str) -> Iterator[Databases]:
