@@ -431,8 +431,9 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN circle.event_xid();
 END $$;
--- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
--- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
+-- Old and new rows are compared by groups, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
+-- of a node that starts is locked, so that it isn't released concurrently; if this transaction wrote its row, as the functions of this
+-- package do, it is.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -441,19 +442,27 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
     -- one number for all, taken when the sort below has ended, and so every wait for a run
-    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), (
-        SELECT circle.node_event_data(n.status, r.worker_id, n.retry_count, n.started_at, n.duration_ms, n.error_message, n.available_at)
-        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id WHERE n.id = e.id)
-    FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status),
+           circle.node_event_data(e.status, e.run[2], e.retry_count, e.started_at, e.duration_ms, e.error_message, e.available_at)
+    FROM (SELECT m.* FROM (
+        SELECT c.*, CASE c.status
+            WHEN 'running' THEN coalesce(
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id AND r.xmin = pg_current_xact_id()::xid),
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id FOR NO KEY UPDATE))
+            ELSE (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id) END AS run   -- its status and worker
+        FROM (
+            -- a group has the old and the new row, or one of them: then the status changed, and a maximum is the value of the row
+            SELECT id, run_id, node_id, status, max(retry_count) AS retry_count, max(started_at) AS started_at,
+                   max(duration_ms) AS duration_ms, max(error_message) AS error_message, max(available_at) AS available_at
+            FROM (SELECT 1 AS side, id, run_id, node_id, status, retry_count, started_at, duration_ms, error_message, available_at FROM new_rows
+                  UNION ALL SELECT 2, id, run_id, node_id, status, NULL, NULL, NULL, NULL, NULL FROM old_rows) b
+            GROUP BY id, run_id, node_id, status HAVING sum(side) = 1) c
+        OFFSET 0) m
     WHERE CASE
-        WHEN CASE m.status
-                 WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
-                 ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
-             AND circle.is_read_committed()
+        WHEN m.run[1] = 'running' AND circle.is_read_committed()
         THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
         -- with its run, or raised: looking for the old status takes O(rows)
-        WHEN m.status = 'cancelled' AND circle.is_read_committed()
-             AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
+        WHEN m.status = 'cancelled' AND circle.is_read_committed() AND m.run[1] = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
