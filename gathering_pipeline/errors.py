@@ -96,6 +96,8 @@ class IssueCode(StrEnum):
         CONTRADICTING_NEXT: Warning. ``next`` contradicts the edges, which decide.
         SIMILAR_IDS: Warning. Two ids look the same (equal under NFKC), but name different nodes.
         PARALLEL_EDGES: Warning. Two edges connect the same nodes in the same direction.
+        UNLABELLED_FORK: Warning. A condition has several successors, and no edge from it has a ``condition``.
+        UNUSED_LABEL: Warning. An edge at a fork has a ``branch`` or a ``label``, which is not used, and no ``condition``.
     """
 
     NOT_A_LIST = "not_a_list"
@@ -122,6 +124,8 @@ class IssueCode(StrEnum):
     CONTRADICTING_NEXT = "contradicting_next"
     SIMILAR_IDS = "similar_ids"
     PARALLEL_EDGES = "parallel_edges"
+    UNLABELLED_FORK = "unlabelled_fork"
+    UNUSED_LABEL = "unused_label"
 
     @property
     def severity(self) -> Severity:
@@ -137,6 +141,8 @@ _WARNINGS = frozenset(
         IssueCode.CONTRADICTING_NEXT,
         IssueCode.SIMILAR_IDS,
         IssueCode.PARALLEL_EDGES,
+        IssueCode.UNLABELLED_FORK,
+        IssueCode.UNUSED_LABEL,
     }
 )
 
