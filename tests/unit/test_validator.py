@@ -289,7 +289,9 @@ class TestWarnings:
 
     def test_fork_with_one_condition_is_no_warning(self) -> None:
         nodes = [node("a", "condition", config={"condition": "x"}), node("b"), node("c")]
-        edges = [{"id": name, "from": "a", "to": name, "condition": label} for name, label in (("b", "yes"), ("c", None))]
+        edges = [
+            {"id": name, "from": "a", "to": name, "condition": label} for name, label in (("b", "yes"), ("c", None))
+        ]
         assert find_json_issues(nodes, edges) == []
 
     @pytest.mark.parametrize(
