@@ -1186,7 +1186,7 @@ DECLARE
     entity text := CASE WHEN p_node_id IS NULL THEN 'run' ELSE 'node run' END;
     id jsonb := coalesce(to_jsonb(p_run_id || '/' || p_node_id), to_jsonb(p_run_id));
 BEGIN
-    RAISE EXCEPTION '% % is % and can''t become %', entity, id #>> '{}', p_current,
+    RAISE EXCEPTION '% % is % and can''t % %', entity, id #>> '{}', p_current, CASE WHEN p_requested LIKE '%ed' THEN 'be' ELSE 'become' END,
         concat_ws(': ', coalesce(p_requested, 'NULL'), nullif(p_reason, ''))
         USING ERRCODE = 'PL001', DETAIL = jsonb_build_object('entity', entity, 'id', id, 'current', p_current,
                                                              'requested', p_requested, 'reason', coalesce(p_reason, ''));
@@ -1199,7 +1199,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_run_over(p_run_id bigint, p_status text
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RAISE EXCEPTION 'run % is % since %: neither it nor its nodes can become %', p_run_id, p_status, p_completed_at, p_requested
+    RAISE EXCEPTION 'run % is terminal (% at %): it and its nodes can''t change', p_run_id, p_status, p_completed_at
         USING ERRCODE = 'PL012', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', p_status, 'completed_at', p_completed_at,
                                                              'error', left(p_error, 1000), 'requested', p_requested);
 END $function$;
@@ -3704,7 +3704,7 @@ BEGIN
             PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
-            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
+            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be');
         ELSIF old.pipeline_version IS NULL THEN
             PERFORM circle.refuse_graph('no_version', format('run %s is bound to no version of its pipeline''s graph: create it again', old.id));
         END IF;

@@ -129,6 +129,9 @@ class NodeExplanation(_Frozen):
     status: NodeStatus = Field(description="Its status.")
     code: ReasonCode = Field(description="The situation.")
     text: str = Field(description="A sentence, as of a `Reason`.")
+    error: str | None = Field(
+        default=None, description="The error of its last attempt, in one line, if that failed; else null."
+    )
 
 
 class HistoryEntry(_Frozen):
@@ -159,9 +162,10 @@ class Explanation(_Frozen):
     def __str__(self) -> str:
         """A paragraph about the run, and a line for each of the first nodes that have something to tell."""
         lines = [" ".join([f"Run {self.run_id} is {self.status}.", *(reason.text for reason in self.reasons)])]
-        if not all(node.code is ReasonCode.NODE_WAITS_FOR_RUN for node in self.nodes):
-            lines += [node.text for node in self.nodes[:_SHOWN]]
-            if rest := len(self.nodes[_SHOWN:]) + self.more_nodes:
+        nodes = [node for node in self.nodes if node.error or node.code is not ReasonCode.NODE_WAITS_FOR_RUN]
+        if nodes:
+            lines += [node.text for node in nodes[:_SHOWN]]
+            if rest := len(nodes[_SHOWN:]) + self.more_nodes:
                 lines.append(f"And {_count(rest, 'more node')}.")
         return "\n".join(lines)
 
@@ -289,6 +293,7 @@ _QUIET = timedelta(minutes=1)
 _NEAR = 2
 """A run that fails when its lease ends so often again is close to ``max_claims``."""
 
+_RESUMABLE = (RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.TIMEOUT)
 _RUNNING = (NodeStatus.RUNNING, None)
 _READY = (NodeStatus.PENDING, None)
 _RETRY = (NodeStatus.PENDING, "retry")
@@ -304,6 +309,11 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
     run, listed = facts.run, facts.nodes.listed or ()
     say = {RunStatus.PENDING: _pending, RunStatus.RUNNING: _running}.get(run.status, _terminal)
     found = list(say(facts))
+    if run.status in _RESUMABLE and run.resumed_as is None:
+        code, text = found.pop()
+        found.append(
+            (code, f"{text} resume() continues it with its own graph, rerun() starts anew with the current one.")
+        )
     if not run.status.is_terminal and 0 < run.lapsed_claims >= max_claims - _NEAR:
         text = f"Its lease ran out {run.lapsed_claims} times: it fails when that has happened {max_claims} times."
         found.append((ReasonCode.NEAR_MAX_CLAIMS, text))
@@ -315,7 +325,9 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
         status=run.status,
         reasons=tuple(Reason(code=code, text=text) for code, text in found),
         nodes=tuple(
-            NodeExplanation(node_id=node.node_id, status=node.status, code=code, text=text)
+            NodeExplanation(
+                node_id=node.node_id, status=node.status, code=code, text=text, error=_in_one_line(node.error) or None
+            )
             for node, code, text in nodes
         ),
         more_nodes=facts.nodes.listable - len(listed),
@@ -507,7 +519,7 @@ def _blocked(facts: Facts, node: _Node, name: str, attempt: str) -> Found:
     match node.blocked_by:
         case "retry":
             code = ReasonCode.NODE_WAITS_FOR_RETRY
-            text = f"{name} starts again at {facts.at(node.available_at)}, {attempt}{_because(node.error)}"
+            text = f"{name} starts again at {facts.at(node.available_at)}, {attempt}{_after_failure(node)}"
         case "predecessors":
             code = ReasonCode.NODE_WAITS_FOR_PREDECESSORS
             text = f"{name} waits for {_join(node.waiting_for, node.waiting)}."
@@ -519,11 +531,16 @@ def _blocked(facts: Facts, node: _Node, name: str, attempt: str) -> Found:
             text = f"{name} can't start, because no edge to it is alive: skip_node() skips it."
         case "run":
             code = ReasonCode.NODE_WAITS_FOR_RUN
-            text = f"{name} waits until its run is running."
+            text = f"{name} waits until its run is running{_after_failure(node)}"
         case _:
             code = ReasonCode.NODE_READY
-            text = f"{name} can start, {attempt}."
+            text = f"{name} can start, {attempt}{_after_failure(node)}"
     return code, text
+
+
+def _after_failure(node: _Node) -> str:
+    """The end of a sentence about a node that waits: the attempt before, if it failed."""
+    return f"; attempt {node.attempt - 1} failed{_because(node.error)}" if node.attempt > 1 else "."
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -552,9 +569,13 @@ def _join(names: Sequence[str], number: int) -> str:
     return shown if number <= len(names[:_SHOWN]) else f"{shown} and {number - len(names[:_SHOWN]):,} more"
 
 
+def _in_one_line(reason: str | None) -> str:
+    return shorten(" ".join((reason or "").split()), 200)
+
+
 def _because(reason: str | None) -> str:
     """The end of a sentence: the reason that was given, in one line."""
-    line = shorten(" ".join((reason or "").split()), 200)
+    line = _in_one_line(reason)
     if not line:
         return "."
     return f": {line}" if line[-1] in ".!?" else f": {line}."

@@ -151,6 +151,22 @@ def test_show_prints_run_tags_and_nodes(database_url: str, runs: RunRepository, 
     assert [node["node_id"] for node in found["nodes"]] == ["a", "b"]
 
 
+def test_show_prints_trigger_data_and_outputs_on_request(database_url: str, runs: RunRepository, pipeline: int) -> None:
+    run_id = runs.create(pipeline, {"branch": "topic", "x": EVIL, "long": "y" * 2_000}).id
+    runs.advance(run_id)
+    runs.advance(run_id, [done("a", output={"text": EVIL, "long": "z" * 2_000})])
+    shown = succeed("runs", "show", str(run_id), url=database_url)
+    (data,) = (line for line in shown.splitlines() if line.startswith("trigger data: "))
+    assert data.startswith('trigger data: {"')
+    assert '"branch": "topic"' in data
+    assert len(data) < 1_100
+    assert "output of" not in shown
+    shown = succeed("runs", "show", str(run_id), "--outputs", url=database_url)
+    (output,) = (line for line in shown.splitlines() if line.startswith("output of "))
+    assert json.loads(output.removeprefix("output of a: ")) == {"text": EVIL, "long": "z" * 2_000}
+    assert all(line.replace("\t", "").isprintable() for line in shown.splitlines())
+
+
 def test_why_says_what_explain_does(database_url: str, runs: RunRepository, pipeline: int) -> None:
     runs.create(pipeline)
     (claimed,) = runs.claim(f"w{EVIL}", LEASE)
@@ -159,6 +175,24 @@ def test_why_says_what_explain_does(database_url: str, runs: RunRepository, pipe
     assert lines[0].startswith("Run 1 is pending. Workers can claim it")
     assert lines[-1].endswith(" released w\\x1b]0;owned\\x07[red]\\u202e\\x9b31m: a deploy begins")
     assert read("runs", "why", "1", url=database_url)["reasons"][0]["code"] == "claimable"
+
+
+def test_why_names_failed_attempts_and_what_to_do(database_url: str, database: Database, runs: RunRepository) -> None:
+    with database.session() as session:
+        patient = store(session, "a>b", name="patient", retry_backoff_base=0)
+    run_id = runs.create(patient).id
+    (claimed,) = runs.claim("w", LEASE, pipelines=[patient])
+    runs.advance(run_id, token=claimed.token)
+    runs.advance(run_id, [done("a", "failed", error="no answer\nfrom it")], token=claimed.token, retry=True)
+    runs.release(run_id, token=claimed.token)
+    shown = succeed("runs", "why", str(run_id), url=database_url)
+    assert "\nNode a waits until its run is running; attempt 1 failed: no answer from it.\n" in shown
+    assert "Node b" not in shown
+    runs.cancel(run_id)
+    shown = succeed("runs", "why", str(run_id), url=database_url)
+    assert " resume() continues it with its own graph, rerun() starts anew with the current one." in shown
+    runs.resume(run_id)
+    assert "rerun()" not in succeed("runs", "why", str(run_id), url=database_url)
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
@@ -312,7 +346,8 @@ def test_resume_and_rerun_print_the_new_run(database_url: str, runs: RunReposito
     assert succeed("runs", "resume", str(run_id), url=database_url) == "run 2 resumes run 1\n"
     (again,) = read("runs", "rerun", str(run_id), url=database_url)
     assert (again["id"], again["status"]) == (3, "pending")
-    assert "can't become" in sentence(run("runs", "resume", "3", url=database_url))
+    refused = sentence(run("runs", "resume", "3", url=database_url))
+    assert refused == "run 3 is pending and can't be resumed: only a failed, cancelled or timed-out run can be"
 
 
 def test_purge_asks_for_confirmation_and_deletes_in_transactions(

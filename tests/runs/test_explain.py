@@ -396,7 +396,10 @@ SITUATIONS = {
             C.RELEASED: ["Worker w-1 released it at"],
         },
         {
-            "a": (C.NODE_WAITS_FOR_RETRY, ["starts again at", "attempt 2 of 4: the model does not answer."]),
+            "a": (
+                C.NODE_WAITS_FOR_RETRY,
+                ["starts again at", "attempt 2 of 4; attempt 1 failed: the model does not answer."],
+            ),
             "b": HELD_BY_RUN["b"],
         },
     ),
@@ -516,7 +519,7 @@ SITUATIONS = {
     "waits for a retry": Situation(
         waits_for_retry,
         {C.LEASED: ["w-1"], C.WAITS_FOR_RETRY: ["It waits until 2", "(in 9 min) for the retry of node a."]},
-        {"a": (C.NODE_WAITS_FOR_RETRY, ["(in 9 min), attempt 2 of 4: boom."]), **B_WAITS},
+        {"a": (C.NODE_WAITS_FOR_RETRY, ["(in 9 min), attempt 2 of 4; attempt 1 failed: boom."]), **B_WAITS},
     ),
     "draining": Situation(
         draining,

@@ -50,7 +50,7 @@ BEGIN
             PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
-            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
+            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be');
         ELSIF old.pipeline_version IS NULL THEN
             PERFORM circle.refuse_graph('no_version', format('run %s is bound to no version of its pipeline''s graph: create it again', old.id));
         END IF;
