@@ -1512,10 +1512,12 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_runs_after_insert', TG_RELID);
     END IF;
     FOR c IN SELECT pipeline_id, status, count(*) AS number, min(id) AS first,
-                    max(claim_token) > circle.next_token(0) AS ahead
+                    max(claim_token) > circle.next_token(0) AS ahead, min(id) FILTER (WHERE failed_node IS NOT NULL) AS blamed
              FROM new_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status LOOP
         IF c.status NOT IN ('pending', 'running') OR c.ahead THEN
             PERFORM circle.refuse_transition(c.first, NULL, 'new', c.status, CASE WHEN c.ahead THEN 'its claim token is ahead of the clock' END);
+        ELSIF c.blamed IS NOT NULL THEN   -- a new run has no node that failed
+            PERFORM circle.refuse_change('run ' || c.blamed, 'failed_node, the first node that failed,');
         END IF;
         PERFORM circle.count_runs(c.pipeline_id, NULL, c.status, c.number);
         started := started OR c.status = 'running';
@@ -1878,7 +1880,7 @@ BEGIN
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_update() FROM PUBLIC;
 
--- Node runs go with their run, or once it is over.
+-- Node runs go with their run, or once they and it are over.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_delete()
  RETURNS trigger
  LANGUAGE plpgsql
@@ -1891,12 +1893,15 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
     END IF;
-    SELECT r.id, r.status INTO live FROM (SELECT DISTINCT run_id FROM old_rows) o
+    -- a statement may end the run of live nodes that it deletes
+    SELECT r.id, r.status INTO live
+    FROM (SELECT run_id, bool_or(status IN ('pending', 'running')) AS live FROM old_rows GROUP BY run_id) o
     -- by the primary key: a join would read all live runs
     CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
-    WHERE r.status IN ('pending', 'running') LIMIT 1;
+    WHERE o.live OR r.status IN ('pending', 'running') LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id, live.status
+        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id,
+            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same statement' END
             USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
     END IF;
     RETURN NULL;
@@ -2052,8 +2057,10 @@ BEGIN
     ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
                                                    WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) OR circle.fill_run(p_run_id) > 0 THEN
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
         RETURN NULL;
+    ELSIF circle.fill_run(p_run_id) > 0 THEN
+        RETURN circle.end_run_if_done(p_run_id);   -- the rows of a raw writer may be all of its nodes
     END IF;
     -- pending nodes that can't start wait for a cancelled one
     RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
@@ -791,10 +792,7 @@ class AsyncRunRepository(AsyncRepository):
         Raises:
             InvalidCursorError: ``after`` is not such a cursor.
         """
-        cursor = None if after is None else _PURGED.fullmatch(str(after))
-        if after is not None and cursor is None:
-            raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(after)}")
-        end, last_id = (None, None) if cursor is None else cursor.groups()
+        end, last_id = (None, None) if after is None else _parse_purged(after)
         age, most = check_duration(older_than, "older_than", allow_zero=True), check_count(limit, "limit")
         (found,) = await self._values(PURGE, older_than=age, limit=most, after=end, after_id=last_id)
         following = None if found["next_id"] is None else f"{found['next_end']}/{found['next_id']}"
@@ -1122,9 +1120,9 @@ class RunRepository(Repository):
 
 
 def _as_node_result(value: object) -> object:
-    """The fields of the mission's model, which ``NodeResult`` extends."""
-    if isinstance(value, NodeExecutionResult) and not isinstance(value, NodeResult):
-        return value.model_dump(exclude_unset=True)
+    """The fields of a model, to be checked again: it may have been changed, or made without a check."""
+    if isinstance(value, NodeExecutionResult):
+        return {name: getattr(value, name) for name in value.model_fields_set & NodeResult.model_fields.keys()}
     return value
 
 
@@ -1170,6 +1168,16 @@ def _encode_filters(
         "since": None if created_after is None else check_time(created_after, "created_after"),
         "until": None if created_before is None else check_time(created_before, "created_before"),
     }
+
+
+def _parse_purged(cursor: object) -> tuple[str, str]:
+    """Split the cursor of a purge into the end of a run, as PostgreSQL reads it, and its id."""
+    found = _PURGED.fullmatch(str(cursor))
+    with suppress(ValueError):  # no such day or hour
+        if found is not None:
+            datetime.fromisoformat(found[1])
+            return found[1], found[2]
+    raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(cursor)}")
 
 
 def _as_array(numbers: Iterable[int | None]) -> str:

@@ -103,6 +103,13 @@ def test_node_runs_of_a_live_run_are_not_deleted(
     session.commit()
     for where in (f"run_id = {running}", f"run_id = {pending}", "node_id = 'c'", "true"):
         refused("23000", f"DELETE FROM circle.pipeline_node_runs WHERE {where}")
+    for end in ("completed", "failed"):
+        refused(
+            "23000",
+            "WITH gone AS (DELETE FROM circle.pipeline_node_runs WHERE run_id = %(id)s)"
+            f" UPDATE circle.pipeline_runs SET status = '{end}' WHERE id = %(id)s",
+            {"id": running},
+        )
     # with its run, also in one statement, and once it is over
     raw.execute(
         "WITH gone AS (DELETE FROM circle.pipeline_node_runs WHERE run_id = %(id)s)"
@@ -403,6 +410,7 @@ def test_failed_node_is_the_first_that_failed(
 ) -> None:
     for value in ("'zzz'", "'a'"):
         refused("23000", f"UPDATE circle.pipeline_runs SET failed_node = {value}")
+        refused("23000", f"INSERT INTO circle.pipeline_runs (pipeline_id, failed_node) VALUES (1, {value})")
     raw.execute("UPDATE circle.pipeline_node_runs SET status = 'failed' WHERE node_id = 'a'")
     assert scalar(raw, "SELECT failed_node FROM circle.pipeline_runs") == "a"
     for value in ("NULL", "'b'"):

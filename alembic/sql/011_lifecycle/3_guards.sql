@@ -167,10 +167,12 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_runs_after_insert', TG_RELID);
     END IF;
     FOR c IN SELECT pipeline_id, status, count(*) AS number, min(id) AS first,
-                    max(claim_token) > circle.next_token(0) AS ahead
+                    max(claim_token) > circle.next_token(0) AS ahead, min(id) FILTER (WHERE failed_node IS NOT NULL) AS blamed
              FROM new_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status LOOP
         IF c.status NOT IN ('pending', 'running') OR c.ahead THEN
             PERFORM circle.refuse_transition(c.first, NULL, 'new', c.status, CASE WHEN c.ahead THEN 'its claim token is ahead of the clock' END);
+        ELSIF c.blamed IS NOT NULL THEN   -- a new run has no node that failed
+            PERFORM circle.refuse_change('run ' || c.blamed, 'failed_node, the first node that failed,');
         END IF;
         PERFORM circle.count_runs(c.pipeline_id, NULL, c.status, c.number);
         started := started OR c.status = 'running';
@@ -467,7 +469,7 @@ BEGIN
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $$;
--- Node runs go with their run, or once it is over.
+-- Node runs go with their run, or once they and it are over.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_delete() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -476,12 +478,15 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
     END IF;
-    SELECT r.id, r.status INTO live FROM (SELECT DISTINCT run_id FROM old_rows) o
+    -- a statement may end the run of live nodes that it deletes
+    SELECT r.id, r.status INTO live
+    FROM (SELECT run_id, bool_or(status IN ('pending', 'running')) AS live FROM old_rows GROUP BY run_id) o
     -- by the primary key: a join would read all live runs
     CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
-    WHERE r.status IN ('pending', 'running') LIMIT 1;
+    WHERE o.live OR r.status IN ('pending', 'running') LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id, live.status
+        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id,
+            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same statement' END
             USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
     END IF;
     RETURN NULL;
