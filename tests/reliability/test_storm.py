@@ -93,7 +93,7 @@ WEIGHTS: dict[float, str] = {
     3: "record_run heartbeat release start lose_lease update pause",
     2: "create_later create_unless_live skip_node complete cancel recover resume",
     1: "append_log grow_old fail expire sweep purge read_counts rerun",
-    0.3: "delete resume_all cancel_all",
+    0.3: "delete resume_all cancel_all purge_versions",
 }
 """The calls of a storm, by how often each is made."""
 
@@ -509,6 +509,9 @@ class Caller:
     def activate(self) -> None:
         for pipeline in self.chance.sample(self.storm.pipelines, 2):
             self.call(self.pipelines.activate, pipeline)
+
+    def purge_versions(self) -> None:
+        self.call(self.pipelines.purge_versions, timedelta(0), self.chance.choice([1, 10]))
 
     def delete(self) -> None:
         at = self.chance.randrange(len(PIPELINES))
