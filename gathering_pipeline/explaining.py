@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import shorten
 from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
+from .texts import duration_text
 
 # --- what is returned ------------------------------------------------------------------------------------------------
 
@@ -471,7 +472,7 @@ def _terminal(facts: Facts) -> Iterator[Found]:
     run, last = facts.run, facts.last
     end = facts.at(run.completed_at)
     if run.completed_at is not None and run.started_at is not None:
-        end += f", {_span(run.completed_at - run.started_at)} after its start"
+        end += f", {duration_text(run.completed_at - run.started_at)} after its start"
     why = _because(run.error_message)
     if run.status is RunStatus.COMPLETED:
         yield ReasonCode.COMPLETED, f"It completed at {end}."

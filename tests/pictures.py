@@ -68,7 +68,7 @@ def store(database: Database) -> int:
         edges += [{"id": f"approved>{end}", "from": "approved", "to": end, "condition": label}]
         edges += [{"id": f"{end}>tell", "from": end, "to": "tell"}]
     with database.session() as session:
-        fields = {"name": "Code review", "status": PipelineStatus.ACTIVE, "retry_backoff_base": 0.5}
+        fields: dict[str, Any] = {"name": "Code review", "status": PipelineStatus.ACTIVE, "retry_backoff_base": 0.5}
         pipeline = PipelineRepository(session).create(PipelineCreate(**fields, nodes=NODES, edges=edges))
         tags = {"repository": "gathering"}
         return RunRepository(session).create(pipeline.id, {"branch": "topic"}, priority=3, tags=tags).id
