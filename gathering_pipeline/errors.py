@@ -277,8 +277,8 @@ class IdempotencyConflictError(ConflictError):
         self.key = key
         self.run_id = run_id
         super().__init__(
-            f"run {run_id} of pipeline {pipeline_id} has other trigger data and the idempotency key"
-            f" {shorten(key, 120)!r}: use a key of its own for each request"
+            f"run {run_id} of pipeline {pipeline_id} already has the idempotency key {shorten(key, 120)!r}, with other"
+            " trigger data: use a separate key for each request"
         )
 
 
@@ -451,7 +451,7 @@ class ReadOnlySessionError(DatabaseError):
     """A session of ``Database.reading`` was to write; nothing was changed. A retry can't succeed."""
 
     def __init__(self) -> None:
-        super().__init__("the session is for reads only, by reading() or areading(): write in database.session()")
+        super().__init__("the session is read-only, made by reading() or areading(): write in database.session()")
 
 
 class ForkedConnectionError(DatabaseError):

@@ -1,4 +1,4 @@
-"""Why a run or a node stands still: sentences from the facts that ``circle.explain_run`` reads.
+"""Why a run or a node is stuck: sentences from the facts that ``circle.explain_run`` reads.
 
 Nothing here reads a database.
 """
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import shorten
 from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
+from .texts import duration_text
 
 # --- what is returned ------------------------------------------------------------------------------------------------
 
@@ -40,9 +41,9 @@ class ReasonCode(StrEnum):
         LEASE_PAST: Running. The lease of its worker has ended, and no sweep has released it yet.
         NO_LEASE: Running. It was started without a claim.
         NOTHING_STARTED: Running. Its worker has started no node since the claim, though some are ready.
-        NODES_READY: Running. Nodes are ready, and nobody starts them.
+        NODES_READY: Running. Nodes are ready, and nothing starts them.
         NOT_ENDED: Running. Nothing is left to do but to end it.
-        DRAINING: Running. A node failed: what runs goes on, and nothing else starts.
+        DRAINING: Running. A node failed: running nodes continue, and nothing else starts.
         PAST_TIMEOUT: Running. It is past its timeout, and no sweep has ended it yet.
         TIMES_OUT: Running. When it times out.
         WITHOUT_NODES: Running. It has no node runs: a writer that stores none started it.
@@ -116,14 +117,14 @@ class _Frozen(BaseModel):
 
 
 class Reason(_Frozen):
-    """Why a run stands still, or how it ended."""
+    """Why a run is stuck, or how it ended."""
 
     code: ReasonCode = Field(description="The situation.")
     text: str = Field(description="A sentence with the numbers that matter; times are the database's, in UTC.")
 
 
 class NodeExplanation(_Frozen):
-    """Why a node stands still."""
+    """What a node waits for, or how it ended."""
 
     node_id: str = Field(description="The node.")
     status: NodeStatus = Field(description="Its status.")
@@ -142,15 +143,15 @@ class HistoryEntry(_Frozen):
     worker_id: str | None = Field(
         description="The worker that claimed, released or lost it; of a cancellation the role of the session."
     )
-    reason: str | None = Field(description="Why; null: it wasn't said.")
+    reason: str | None = Field(description="Why; null: no reason was given.")
 
 
 class Explanation(_Frozen):
-    """Why a run stands still, as ``RunRepository.explain`` found it; ``str()`` is for people."""
+    """Why a run is stuck, as ``RunRepository.explain`` found it; ``str()`` is for people."""
 
     run_id: int = Field(description="The run.")
     status: RunStatus = Field(description="Its status.")
-    reasons: tuple[Reason, ...] = Field(description="What holds it, what is to be done, and how it got there.")
+    reasons: tuple[Reason, ...] = Field(description="What it waits for, what to do, and how it got there.")
     nodes: tuple[NodeExplanation, ...] = Field(
         description="Its nodes that are live, failed, skipped or taken over, in execution order, at most 100."
     )
@@ -300,7 +301,7 @@ _RETRY = (NodeStatus.PENDING, "retry")
 
 
 def explain(facts: Facts, max_claims: int) -> Explanation:
-    """Say why a run stands still.
+    """Say why a run is stuck, or how it ended.
 
     Args:
         facts: The run as it was read.
@@ -398,14 +399,14 @@ def _claimable(facts: Facts) -> Iterator[Found]:
         before = f"it is the first in the queue of pipeline {pipeline.id}"
     yield ReasonCode.CLAIMABLE, f"Workers can claim it: {before}."
     if queue.claimed_at is None:
-        text = f"No worker has claimed any of the last runs of pipeline {pipeline.id}: look whether one runs."
+        text = f"No worker has claimed any of the last runs of pipeline {pipeline.id}: check that one is running."
         yield ReasonCode.NO_WORKER, text
         return
     times = (queue.claimed_at, run.created_at, run.run_at, pipeline.status_changed_at, last and last.at)
     if max(time for time in times if time) < facts.now - _QUIET:
         text = (
             f"No worker has claimed a run of pipeline {pipeline.id} since {queue.claimed_by} did so at "
-            f"{facts.at(queue.claimed_at)}: look whether workers run and have room."
+            f"{facts.at(queue.claimed_at)}: check that workers are running and have free slots."
         )
         yield ReasonCode.NO_WORKER, text
 
@@ -419,7 +420,7 @@ def _running(facts: Facts) -> Iterator[Found]:
         text = f"It has no node runs, because a writer that stores none started it: {remedy}, or cancel() ends it."
         yield ReasonCode.WITHOUT_NODES, text
     elif not live:
-        yield ReasonCode.NOT_ENDED, "Nothing of it is left to execute: advance() or finish() ends it."
+        yield ReasonCode.NOT_ENDED, "Nothing is left to execute: advance() or finish() ends it."
     elif run.failed_node is not None:
         others = facts.list_nodes(live, _RUNNING, _RETRY, _READY)
         text = f"Node {run.failed_node} failed: nothing else starts, and the run fails after {others}."
@@ -442,8 +443,8 @@ def _lease(facts: Facts) -> Found:
     run, nodes = facts.run, facts.nodes
     if run.lease_expires_at is None:
         text = (
-            f"No worker holds it: it was started at {facts.at(run.started_at)} without a claim, so that no sweep "
-            "recovers it; its executor has to advance it, or cancel() ends it."
+            f"No worker holds it: it was started at {facts.at(run.started_at)} without a claim, so no sweep "
+            "recovers it: its executor has to advance it, or cancel() ends it."
         )
         return ReasonCode.NO_LEASE, text
     if not facts.is_leased:
@@ -464,14 +465,14 @@ def _ready(facts: Facts) -> Found:
     ready = f"{facts.list_nodes(number, _READY)} {_are(number)} ready"
     if facts.is_leased and facts.claim is not None and (moved is None or moved < facts.claim.at):
         return ReasonCode.NOTHING_STARTED, f"Its worker has started no node since the claim: {ready}."
-    return ReasonCode.NODES_READY, f"Nobody starts what can start: {ready}, and advance() starts them."
+    return ReasonCode.NODES_READY, f"Nothing starts what can start: {ready}, and advance() starts them."
 
 
 def _terminal(facts: Facts) -> Iterator[Found]:
     run, last = facts.run, facts.last
     end = facts.at(run.completed_at)
     if run.completed_at is not None and run.started_at is not None:
-        end += f", {_span(run.completed_at - run.started_at)} after its start"
+        end += f", {duration_text(run.completed_at - run.started_at)} after its start"
     why = _because(run.error_message)
     if run.status is RunStatus.COMPLETED:
         yield ReasonCode.COMPLETED, f"It completed at {end}."

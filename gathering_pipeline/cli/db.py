@@ -80,9 +80,9 @@ def db() -> None:
 def _is_many(url: str | None, targets: Targets, jobs: int | None) -> bool:
     """Whether --urls is given; refuses what contradicts that."""
     if targets is None and jobs is not None:
-        raise click.UsageError("-j is for --urls")
+        raise click.UsageError("-j needs --urls")
     if targets is not None and url is not None:
-        raise click.UsageError("--url and --urls are given: leave one of them out")
+        raise click.UsageError("--url and --urls exclude each other: leave one out")
     return targets is not None
 
 

@@ -30,7 +30,7 @@ STATUSES = ("active", "paused", "draft")
 def validate(paths: tuple[str, ...], as_json: bool) -> None:
     """Report every problem of pipelines in JSON files; - is stdin.
 
-    A file has a pipeline as export writes it: an object with name, nodes, edges and, if need be, the other fields.
+    A file has one pipeline, as export writes it: an object with name, nodes, edges and, if needed, the other fields.
     Exits with 1 if import would refuse one. A pipeline with the status draft or paused may lack nodes and
     configuration. Needs no database.
     """
@@ -192,7 +192,7 @@ def export(ids: tuple[int, ...], every: bool, output: Path | None, url: str | No
     Counters, times, versions and runs are not exported.
     """
     if every == bool(ids):
-        raise click.UsageError("write the ids of pipelines, or --all")
+        raise click.UsageError("give the ids of pipelines, or --all")
     if output is None and len(ids) != 1:
         raise click.UsageError("several pipelines need -o FOLDER")
     with open_database(url) as database, database.reading() as session:

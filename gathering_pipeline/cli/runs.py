@@ -55,7 +55,7 @@ def _read_span(_context: click.Context, _option: click.Parameter, given: str | N
         return None
     span = _parse_span(given)
     if span is None:
-        raise click.BadParameter(f"{given!r} is no duration: write a number and s, m, h, d or w, as in 90s or 2d")
+        raise click.BadParameter(f"{given!r} is not a duration: write a number and s, m, h, d or w, as in 90s or 2d")
     return span
 
 
@@ -73,7 +73,7 @@ def _read_time(_context: click.Context, _option: click.Parameter, given: str | N
         moment = datetime.fromisoformat(given)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"{given!r} is no time: write a duration before now, as in 1h or 2d, or 2026-11-01, or 2026-11-01T08:30"
+            f"{given!r} is not a time: write a duration before now, as in 1h or 2d, or 2026-11-01, or 2026-11-01T08:30"
         ) from None
     return moment if moment.utcoffset() is not None else moment.replace(tzinfo=UTC)
 
@@ -83,14 +83,14 @@ def _read_tags(_context: click.Context, _option: click.Parameter, given: Sequenc
     for item in given:
         key, separator, value = item.partition("=")
         if not separator or key in tags:
-            raise click.BadParameter(f"{item!r} {'repeats a key' if separator else 'is no tag'}: write KEY=VALUE")
+            raise click.BadParameter(f"{item!r} {'repeats a key' if separator else 'is not a tag'}: write KEY=VALUE")
         tags[key] = value
     return tags
 
 
 @click.group()
 def runs() -> None:
-    """Look at runs and control them; times are in UTC."""
+    """Inspect and control runs; times are in UTC."""
 
 
 # --- reads ------------------------------------------------------------------------------------------------------------
@@ -102,15 +102,15 @@ def runs() -> None:
 @click.option(
     "--tag", "tags", metavar="KEY=VALUE", multiple=True, callback=_read_tags, help="May be repeated: all of these."
 )
-@click.option("--since", metavar="TIME", callback=_read_time, help="Created since, as in 1h, 2d, 2026-11-01.")
-@click.option("--until", metavar="TIME", callback=_read_time, help="Created before, likewise.")
-@click.option("--stuck", is_flag=True, help="Only live runs that nothing moves and nothing holds on purpose.")
+@click.option("--since", metavar="TIME", callback=_read_time, help="Only runs created since, as in 1h, 2d, 2026-11-01.")
+@click.option("--until", metavar="TIME", callback=_read_time, help="Only runs created before, likewise.")
+@click.option("--stuck", is_flag=True, help="Only live runs that make no progress, and that nothing holds on purpose.")
 @click.option(
     "--for",
     "idle",
     metavar="SPAN",
     callback=_read_span,
-    help="With --stuck: how long nothing has moved, by default 5m.",
+    help="With --stuck: how long without progress, by default 5m.",
 )
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), default=50, help="Most runs, by default 50.")
 @click.option("--all", "every", is_flag=True, help="All runs, without a limit.")
@@ -139,9 +139,9 @@ def list_(
     from gathering_pipeline.repositories import RunRepository
 
     if stuck and (tags or pipeline_id is not None or statuses or since or until or every):
-        raise click.UsageError("--stuck looks at all live runs: beside it there are --for and --limit")
+        raise click.UsageError("--stuck covers all live runs: it takes only --for and --limit")
     if idle is not None and not stuck:
-        raise click.UsageError("--for is for --stuck")
+        raise click.UsageError("--for needs --stuck")
     with open_database(url) as database, database.reading() as session:
         repository = RunRepository(session)
         found = (
@@ -214,7 +214,7 @@ def run_duration(run: RunSummary) -> str:
 
 @runs.command()
 @run_argument
-@click.option("--outputs", is_flag=True, help="Print also the outputs of the nodes.")
+@click.option("--outputs", is_flag=True, help="Also print the outputs of the nodes.")
 @json_option
 @url_option
 def show(run_id: int, outputs: bool, as_json: bool, url: str | None) -> None:
@@ -248,7 +248,7 @@ def node_row(node: NodeRunRead) -> Sequence[object]:
 
     error = None if node.error_message is None else shorten(one_line(node.error_message), 100)
     if node.status == "pending" and node.available_at is not None:
-        error = f"retry at {as_text(node.available_at)}: {error}"
+        error = f"retry at {node.available_at:%m-%d %H:%M:%S}: {error}"
     attempt = node.retry_count + 1 if node.retry_count or node.started_at is not None else None
     taken = node_duration(node, datetime.now(UTC))
     duration = None if taken is None else duration_text(taken)
@@ -264,7 +264,7 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 @json_option
 @url_option
 def why(run_id: int, as_json: bool, url: str | None) -> None:
-    """Say why a run stands still or how it ended, and what to do.
+    """Explain why a run is stuck or how it ended, and what to do.
 
     Names the attempts that failed, with their errors, and lists the last claims and releases.
     """
@@ -331,8 +331,7 @@ def _line(event: PipelineEvent) -> str:
 def report(run_id: int, output: Path, url: str | None) -> None:
     """Write a page about a run: graph, timeline, nodes, errors, log.
 
-    It also says why the run stands still or how it ended. The page is one file of HTML, which needs no network and no
-    script.
+    It also says why the run is stuck or how it ended. The page is one HTML file, which needs no network and no script.
     """
     from gathering_pipeline.rendering import render_report
 
@@ -395,7 +394,7 @@ def _read_json(_context: click.Context, _option: click.Parameter, given: str | N
     try:
         return json.loads(given)
     except ValueError as error:
-        raise click.BadParameter(f"it is no JSON: {error}") from error
+        raise click.BadParameter(f"not valid JSON: {error}") from error
 
 
 @runs.command()
@@ -405,7 +404,7 @@ def _read_json(_context: click.Context, _option: click.Parameter, given: str | N
 @json_option
 @url_option
 def create(pipeline_id: int, data: Any, key: str | None, as_json: bool, url: str | None) -> None:
-    """Create a pending run of an active pipeline; workers execute it."""
+    """Create a run of an active pipeline; workers execute it."""
     from gathering_pipeline.repositories import RunRepository
 
     with open_database(url) as database, database.session() as session:
@@ -478,7 +477,7 @@ def _change(
     metavar="SPAN",
     callback=_read_span,
     required=True,
-    help="Age since the end of the run, as in 12h or 90d.",
+    help="Time since the run ended, as in 12h or 90d.",
 )
 @yes_option
 @json_option

@@ -36,6 +36,13 @@ _FIRST = (NodeStatus.FAILED, NodeStatus.RUNNING, NodeStatus.PENDING, NodeStatus.
 """What is shown of many nodes before all others."""
 
 
+PROGRESS = (
+    *(NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED),
+    *(NodeStatus.RUNNING, NodeStatus.PENDING),
+)
+"""The order in which nodes are counted: a bar of them fills from the left."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """What a report is made of.
@@ -49,7 +56,7 @@ class RunRecord:
         logs: Its log, oldest entry first.
         more_logs: Whether the log has more entries.
         tags: Its tags.
-        explanation: Why it stands still, or how it ended.
+        explanation: Why it is stuck, or how it ended.
         at: When this was read.
     """
 
@@ -131,7 +138,7 @@ def render_report(record: RunRecord) -> str:
         record=record,
         rows=rows,
         left_out=len(nodes) - len(rows),
-        counts=[(status, counts[status]) for status in NodeStatus if counts[status]],
+        counts=[(status, counts[status]) for status in PROGRESS if counts[status]],
         done=sum(count for status, count in counts.items() if status.is_terminal),
         number=len(nodes),
         graph=_draw(record, nodes, looks, untaken),

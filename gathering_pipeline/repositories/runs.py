@@ -939,7 +939,7 @@ class AsyncRunRepository(AsyncRepository):
         return PipelineDefinition.from_json(nodes, edges)
 
     async def explain(self, run_id: int, *, max_claims: int = 10) -> Explanation:
-        """Say why a run stands still, or how it ended: what holds it or its nodes, since when, and what is to be done.
+        """Say why a run is stuck, or how it ended: what it or its nodes wait for, since when, and what to do.
 
         Args:
             run_id: The run.
@@ -955,7 +955,7 @@ class AsyncRunRepository(AsyncRepository):
         return explain(found[0], most)
 
     async def stuck(self, older_than: timedelta, limit: int = 50) -> list[RunSummary]:
-        """Read live runs in which nothing has moved for ``older_than``, and which nothing holds on purpose.
+        """Read live runs that have made no progress for ``older_than``, and that nothing holds on purpose.
 
         They are past their lease or their timeout; or they are running, and no worker executes a node of them; or they
         could have been claimed, or never can, because they have no version of a graph. What waits for a paused or full

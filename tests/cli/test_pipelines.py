@@ -163,7 +163,7 @@ def test_import_with_update_of_ambiguous_name_needs_the_id(database_url: str, se
 def test_export_of_several_needs_a_folder_and_of_none_an_id(database_url: str) -> None:
     assert "several pipelines need -o FOLDER" in sentence(run("export", "1", "2", url=database_url), 2)
     assert "several pipelines need -o FOLDER" in sentence(run("export", "--all", url=database_url), 2)
-    assert "write the ids of pipelines, or --all" in sentence(run("export", url=database_url), 2)
+    assert "give the ids of pipelines, or --all" in sentence(run("export", url=database_url), 2)
     assert sentence(run("export", "7", url=database_url)) == "pipeline 7 does not exist"
 
 
@@ -275,4 +275,4 @@ def test_activated_pipeline_gets_runs_until_it_is_paused(database_url: str, tmp_
     assert read("runs", "create", "1", url=database_url)["trigger_data"] == {}
     assert succeed("pause", "1", url=database_url) == "pipeline 1 is paused\n"
     assert run("runs", "create", "1", url=database_url).exit_code == 1
-    assert "it is no JSON" in sentence(run("runs", "create", "1", "--data", "{", url=database_url), 2)
+    assert "not valid JSON" in sentence(run("runs", "create", "1", "--data", "{", url=database_url), 2)

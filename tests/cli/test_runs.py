@@ -108,14 +108,14 @@ def test_list_of_stuck_runs_is_oldest_first(
     limited = run("runs", "list", "--stuck", "--for", "0s", "--limit", "1", url=database_url)
     assert (ids(limited.stdout), "There are more than 1" in limited.stderr) == ([first], True)
     refused = sentence(run("runs", "list", "--stuck", "--status", "failed", url=database_url), 2)
-    assert refused == "--stuck looks at all live runs: beside it there are --for and --limit"
-    assert "is no duration" in sentence(run("runs", "list", "--stuck", "--for", "long", url=database_url), 2)
+    assert refused == "--stuck covers all live runs: it takes only --for and --limit"
+    assert "is not a duration" in sentence(run("runs", "list", "--stuck", "--for", "long", url=database_url), 2)
 
 
 @pytest.mark.parametrize("value", ["yesterday", "", "1x", "-1h", "2026-13-01", "99999999999d", "0x10", "1h2m"])
 def test_list_of_unreadable_time_prints_one_sentence(database_url: str, value: str) -> None:
     refused = sentence(run("runs", "list", f"--since={value}", url=database_url), 2)
-    assert "is no time: write a duration before now, as in 1h or 2d" in refused
+    assert "is not a time: write a duration before now, as in 1h or 2d" in refused
 
 
 def test_command_of_unknown_run_prints_one_sentence(database_url: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_command_of_unknown_run_prints_one_sentence(database_url: str, tmp_path:
         assert sentence(run("runs", *words, "7", url=database_url)) == "run 7 does not exist"
     assert sentence(run("runs", "show", "9" * 25, url=database_url)) == f"run {'9' * 25} does not exist"
     assert "is not a valid integer" in sentence(run("runs", "show", "seven", url=database_url), 2)
-    assert "is no tag: write KEY=VALUE" in sentence(run("runs", "list", "--tag", "x", url=database_url), 2)
+    assert "is not a tag: write KEY=VALUE" in sentence(run("runs", "list", "--tag", "x", url=database_url), 2)
     repeated = ("--tag", "a=1", "--tag", "a=2")
     assert "'a=2' repeats a key: write KEY=VALUE" in sentence(run("runs", "list", *repeated, url=database_url), 2)
     assert list(tmp_path.iterdir()) == []
@@ -364,7 +364,7 @@ def test_purge_asks_for_confirmation_and_deletes_in_transactions(
     assert "500 runs deleted\n1,000 runs deleted\n" in purged.stderr
     assert len(read("runs", "list", "--all", url=database_url)) == 10
     for span in ("old", "1", "99999999w", "-1d"):
-        assert "is no duration" in sentence(run("runs", "purge", f"--older-than={span}", url=database_url), 2)
+        assert "is not a duration" in sentence(run("runs", "purge", f"--older-than={span}", url=database_url), 2)
     assert "at most 36500 days" in sentence(run("runs", "purge", "--older-than=9999999w", "--yes", url=database_url))
 
 

@@ -604,7 +604,7 @@ SITUATIONS = {
     "cancelled": Situation(cancelled, {C.CANCELLED: ["Role ", " cancelled it at 2", ": not needed any more."]}),
     "cancelled with its node": Situation(cancelled_with_its_node, {C.CANCELLED: ["It was cancelled at 2"]}),
     "timed out": Situation(
-        timed_out, {C.TIMED_OUT: ["It timed out at 2", "60 min after its start: timed out after 60"]}
+        timed_out, {C.TIMED_OUT: ["It timed out at 2", "1 h 00 min after its start: timed out after 60"]}
     ),
     "completed": Situation(completed, {C.COMPLETED: ["It completed at 2", " after its start."]}),
 }
