@@ -8,6 +8,9 @@ PGBOUNCER := $(shell PATH=$$PATH:/usr/sbin command -v pgbouncer)
 WORKERS ?= auto
 # What depends on no server, or starts its own; single files have the marker "once".
 ONCE := benchmarks cli documentation examples reliability unit
+# What a statement answers doesn't depend on the pooler: these modules send the statements of others with other data.
+NOT_POOLED := $(addprefix runs/test_,arguments branches explain recorded_workflows repeats retries stuck) \
+	$(addprefix pipelines/test_,arguments recorded_pipelines revisions unknown_keys)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -59,7 +62,7 @@ types: setup ## mypy and pyright, over the Python of the README and the pages, t
 
 pytest-all: setup ## All tests once, with coverage
 	$(BIN)/coverage erase
-	COVERAGE_PROCESS_START="$(CURDIR)/pyproject.toml" $(PYTEST)
+	COVERAGE_FILE="$(CURDIR)/.coverage" COVERAGE_PROCESS_START="$(CURDIR)/pyproject.toml" $(PYTEST)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -68,7 +71,8 @@ pytest-embedded: setup ## The tests that depend on the server, on the embedded o
 
 pytest-pgbouncer: setup ## What uses the repositories, through PgBouncer in transaction mode (the program has to be there)
 	GATHERING_TEST_POOLER="$(PGBOUNCER)" $(PYTEST) \
-		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py
+		tests/runs tests/pipelines tests/database/test_async.py tests/database/test_direct.py \
+		$(patsubst %,--ignore tests/%.py,$(NOT_POOLED))
 
 lowest: setup ## The tests of calls and units with the lowest versions that are declared, in an environment of its own
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest

@@ -52,6 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[measuring.COVERAGE] = configuration
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what depends on no server, or starts its own, which is the embedded one on each kind."""
+    for item in items:
+        if "server" not in getattr(item, "fixturenames", ()):
+            item.add_marker("once")
+
+
 def pytest_report_header() -> str:
     names = {"url": "GATHERING_TEST_URL", "container": f"container {servers.image()}", "embedded": "embedded server"}
     return f"PostgreSQL: {names[servers.kind()]}, one for each worker"

@@ -33,6 +33,8 @@ from gathering_pipeline import (
     StaleVersionError,
 )
 
+pytestmark = pytest.mark.once  # the async calls send what the sync ones send
+
 PAIRS = [
     (PipelineRepository, AsyncPipelineRepository),
     (RunRepository, AsyncRunRepository),

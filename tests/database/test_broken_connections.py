@@ -28,6 +28,8 @@ from gathering_pipeline import (
 )
 from tests.support.sessions import KEPT, NODES, Blocker, names, new_run, run_async
 
+pytestmark = pytest.mark.once  # what a call makes of a broken connection is decided on this side of it
+
 CALLS: dict[str, Callable[[Session, int], object]] = {
     "a function": lambda session, run_id: RunRepository(session).start(run_id),
     "through SQLAlchemy": lambda session, _: PipelineRepository(session).create(KEPT),

@@ -21,6 +21,8 @@ from gathering_pipeline.errors import (
 from gathering_pipeline.settings import DatabaseSettings
 from tests.support.servers import connect
 
+pytestmark = pytest.mark.once  # when a session commits is decided by this package and SQLAlchemy
+
 INSERT = text("INSERT INTO circle.pipelines (name) VALUES (:name) RETURNING id")
 
 

@@ -38,6 +38,8 @@ from tests.support.forks import in_child
 from tests.support.runs import LEASE, lose_lease, store
 from tests.support.servers import Server, connect
 
+pytestmark = pytest.mark.once  # turns, pauses and connections are kept by this package
+
 NAMES = ("a", "b", "c")
 NOWHERE = "postgresql://u:s3cret@127.0.0.1:1/none"
 SOON = timedelta(seconds=0.02)

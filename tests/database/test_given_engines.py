@@ -33,6 +33,8 @@ from tests.support.pipelines import new
 from tests.support.runs import done, store
 from tests.support.sessions import names, new_run
 
+pytestmark = pytest.mark.once  # whose engine a call uses is decided by this package
+
 SOON = timedelta(seconds=0.02)
 
 

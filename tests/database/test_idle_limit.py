@@ -17,6 +17,8 @@ from sqlalchemy import text
 from gathering_pipeline import AsyncRunRepository, Database, DatabaseSettings, idle
 from tests.support.forks import in_child
 
+pytestmark = pytest.mark.once  # connections are closed by this package
+
 SPARE, LIMIT = 0.1, 0.8
 LIMIT_S = 30
 CONNECTIONS = """

@@ -23,6 +23,8 @@ from gathering_pipeline import (
 )
 from tests.support.runs import LEASE, done, store
 
+pytestmark = pytest.mark.once  # lines are written by this package
+
 NAME = "gathering_pipeline.calls"
 
 

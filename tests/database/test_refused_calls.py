@@ -21,6 +21,8 @@ from gathering_pipeline import (
 )
 from tests.support.sessions import KEPT, names, run_async
 
+pytestmark = pytest.mark.once  # what a session allows after a refused call is decided by this package
+
 
 def test_session_block_after_swallowed_refusal_raises_aborted(database: Database, raw: psycopg.Connection) -> None:
     with pytest.raises(TransactionAbortedError, match=r"begin_nested\(\).*autocommit=True"):

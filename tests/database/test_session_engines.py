@@ -26,6 +26,8 @@ from gathering_pipeline import (
 from gathering_pipeline.orm import Base
 from tests.support.pipelines import new
 
+pytestmark = pytest.mark.once  # which engine a session uses is decided by SQLAlchemy
+
 
 class _NotSentError(Exception):
     """A connection was asked for."""

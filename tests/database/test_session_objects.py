@@ -27,6 +27,8 @@ from gathering_pipeline import (
 from tests.support.graphs import NODES
 from tests.support.pipelines import new
 
+pytestmark = pytest.mark.once  # the objects of a session are kept by SQLAlchemy
+
 LEASE = timedelta(seconds=30)
 ONLY = [{"id": "t", "type": "trigger", "name": "T"}]
 

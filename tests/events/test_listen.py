@@ -18,6 +18,8 @@ from gathering_pipeline.errors import DatabaseUnavailableError, InvalidCursorErr
 from tests.support.events import raw_run
 from tests.support.runs import store
 
+pytestmark = pytest.mark.once  # the loop is this package's; tests/events/test_reads.py has its statement
+
 
 def test_listen_yields_events_of_all_runs_or_one(database: Database, session: Session) -> None:
     runs = RunRepository(session)

@@ -18,6 +18,8 @@ from tests.support.events import read_all
 from tests.support.forks import in_child
 from tests.support.runs import store
 
+pytestmark = pytest.mark.once  # the reader is this package's; tests/events/test_reads.py has its statement
+
 POLL = timedelta(seconds=0.02)
 LIMIT_S = 60
 CONNECTIONS = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"

@@ -18,15 +18,11 @@ from sqlalchemy.pool import NullPool
 from gathering_pipeline import (
     Database,
 )
-from tests.support import databases
+from tests.support import shared as fixtures
 from tests.support.graphs import GOOD
 from tests.support.orm_writes import Run
 
-
-@pytest.fixture
-def database_url(module_database_url: str) -> str:
-    databases.empty(module_database_url)
-    return module_database_url
+shared, database_url, database, raw = fixtures.shared, fixtures.database_url, fixtures.database, fixtures.raw
 
 
 @pytest.fixture

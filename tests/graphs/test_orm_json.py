@@ -20,6 +20,8 @@ from gathering_pipeline import (
 )
 from tests.support.graphs import TRIGGER, values
 
+pytestmark = pytest.mark.once  # the checks are those of the ORM's hooks
+
 DEEP: list[Any] = []
 for _ in range(70):
     DEEP = [DEEP]

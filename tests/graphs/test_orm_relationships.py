@@ -18,6 +18,8 @@ from gathering_pipeline import Database, Pipeline, PipelineNodeRun, PipelineRun,
 from tests.support.databases import scalar
 from tests.support.runs import store
 
+pytestmark = pytest.mark.once  # relationships are loaded by SQLAlchemy
+
 
 @pytest.fixture
 def two(session: Session) -> list[int]:

@@ -14,6 +14,8 @@ from gathering_pipeline.database import Database
 from gathering_pipeline.errors import InvalidDataError
 from tests.support.runs import store
 
+pytestmark = pytest.mark.once  # the checks are those of the ORM's hooks
+
 NAIVE = datetime(2026, 1, 1, 12)  # noqa: DTZ001
 AWARE = NAIVE.replace(tzinfo=UTC)
 

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 import psycopg
 import pytest
-from sqlalchemy import insert, text, update
-from sqlalchemy.engine import make_url
+from sqlalchemy import insert, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import flag_modified
@@ -25,7 +24,7 @@ from gathering_pipeline.errors import IllegalTransitionError, LeaseLostError
 from gathering_pipeline.lifecycle import INITIAL_RUN_STATUSES, NODE_TRANSITIONS, RUN_TRANSITIONS
 from tests.support.databases import contents
 from tests.support.runs import claim_token, done, store
-from tests.support.servers import connect
+from tests.support.shared import Shared
 
 Row = type[Any]
 """``PipelineRun`` or ``PipelineNodeRun``."""
@@ -49,17 +48,14 @@ class Way(Protocol):
     def __call__(self, ways: Ways, table: Row, row: dict[str, Any], status: str) -> object: ...
 
 
-@pytest.fixture(params=["origin", "replica"])
-def ways(database_url: str, request: pytest.FixtureRequest) -> Iterator[Ways]:
-    url = make_url(database_url).update_query_dict({"options": f"-csession_replication_role={request.param}"})
-    as_text = url.render_as_string(hide_password=False)
-    with (
-        Database(as_text) as database,
-        database.session(autocommit=True) as session,
-        connect(as_text) as connection,
-    ):
-        assert session.execute(text("SHOW session_replication_role")).scalar_one() == request.param
-        yield Ways(session, connection, request.param)
+@pytest.fixture
+def ways(database_url: str, in_role: tuple[str, Shared]) -> Iterator[Ways]:
+    role, shared = in_role
+    shared.discard()
+    with shared.database.session(autocommit=True) as session:
+        for sent in (session.connection().exec_driver_sql, shared.raw.execute):
+            assert sent("SHOW session_replication_role").fetchall() == [(role,)]
+        yield Ways(session, shared.raw, role)
 
 
 # --- the ways to change a status ---------------------------------------------------------------------------------------

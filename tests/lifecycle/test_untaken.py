@@ -10,15 +10,14 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import update
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import Database, PipelineNodeRun, RunRepository, RunStatus
+from gathering_pipeline import PipelineNodeRun, RunRepository, RunStatus
 from gathering_pipeline.lifecycle import NodeStatus
 from tests.support.databases import contents
 from tests.support.runs import started, statuses
-from tests.support.servers import connect
+from tests.support.shared import Shared
 
 LIVE = [NodeStatus.PENDING, NodeStatus.RUNNING]
 
@@ -104,16 +103,12 @@ class Writer:
         return "done"
 
 
-@pytest.fixture(params=["origin", "replica"])
-def writer(database_url: str, request: pytest.FixtureRequest) -> Iterator[Writer]:
-    url = make_url(database_url).update_query_dict({"options": f"-csession_replication_role={request.param}"})
-    as_text = url.render_as_string(hide_password=False)
-    with (
-        Database(as_text) as database,
-        database.session(autocommit=True) as session,
-        connect(as_text) as connection,
-    ):
-        yield Writer(session, connection)
+@pytest.fixture
+def writer(database_url: str, in_role: tuple[str, Shared]) -> Iterator[Writer]:
+    _, shared = in_role
+    shared.discard()
+    with shared.database.session(autocommit=True) as session:
+        yield Writer(session, shared.raw)
 
 
 def stored(raw: psycopg.Connection) -> dict[str, tuple[int, list[int], str]]:

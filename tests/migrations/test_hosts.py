@@ -24,6 +24,8 @@ from tests.support.databases import ADVISORY_LOCKS, Connect
 from tests.support.revisions import BIG_TABLE, INDEX, WAITS, wait_until, write_revision
 from tests.support.schema import catalog
 
+pytestmark = pytest.mark.once  # whose connection a migration uses is decided by this package and Alembic
+
 
 def test_upgrade_on_given_connection_restores_it(empty_database_url: str) -> None:
     engine = create_engine(empty_database_url, poolclass=NullPool)

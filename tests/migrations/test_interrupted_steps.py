@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
+import pytest
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -14,6 +15,8 @@ from gathering_pipeline import (
 )
 from tests.support.adoption import rows_of_006
 from tests.support.schema import catalog, revisions
+
+pytestmark = pytest.mark.once  # a step commits or not; test_revisions.py runs each step on both servers
 
 
 class KilledError(BaseException):

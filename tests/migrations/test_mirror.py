@@ -36,6 +36,8 @@ from gathering_pipeline import (
 from gathering_pipeline.models import MAX_INT32, MAX_SECONDS
 from tests.support.databases import scalar
 
+pytestmark = pytest.mark.once  # the catalog that is compared is the same; test_schema_text.py reads it on both servers
+
 READS: dict[type[BaseModel], Any] = {PipelineRead: Pipeline, RunRead: PipelineRun, NodeRunRead: PipelineNodeRun}
 JSON = Any
 """How the schemas annotate JSON: anything, so that a bad legacy row can be read."""

@@ -1,6 +1,7 @@
 """The models declare what the revisions create."""
 
 import psycopg
+import pytest
 from pytest_alembic.plugin.fixtures import alembic_runner  # noqa: F401 - a fixture
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
@@ -10,6 +11,8 @@ from gathering_pipeline.maintenance.catalog import expected
 from gathering_pipeline.maintenance.repairs import rebuild
 from tests.support.databases import Connect
 from tests.support.schema import facts
+
+pytestmark = pytest.mark.once  # Alembic compares; test_schema_text.py reads the catalog on both servers
 
 VIEWS_AND_TYPES = ("pending_node_runs.", "startable_node_runs.", "pipeline_version_nodes.", "node_result.")
 

@@ -12,6 +12,8 @@ from sqlalchemy.pool import NullPool
 
 from gathering_pipeline import migrations
 
+pytestmark = pytest.mark.once  # test_revisions.py runs each revision on both servers
+
 
 @pytest.fixture
 def alembic_config() -> Config:

@@ -9,13 +9,9 @@ from gathering_pipeline import (
     Database,
     PipelineRepository,
 )
-from tests.support import databases
+from tests.support import shared as fixtures
 
-
-@pytest.fixture
-def database_url(module_database_url: str) -> str:
-    databases.empty(module_database_url)
-    return module_database_url
+shared, database_url, database, raw = fixtures.shared, fixtures.database_url, fixtures.database, fixtures.raw
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from gathering_pipeline import (
 )
 from tests.support.pipelines import new
 
+pytestmark = pytest.mark.once  # arguments are checked before anything is sent
+
 
 def test_call_with_id_beyond_bigint_raises_not_found(each: Session) -> None:
     pipelines = PipelineRepository(each)

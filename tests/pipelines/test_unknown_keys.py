@@ -20,6 +20,8 @@ from gathering_pipeline import (
 from tests.support.graphs import AGENT, EDGE, TRIGGER
 from tests.support.pipelines import new
 
+pytestmark = pytest.mark.once  # keys are kept by the models; JSONB is the same on each server
+
 NODES: list[dict[str, Any]] = [
     {**TRIGGER, "color": "#fff", "data": {"label": "Start", "deep": [1, {"x": None}]}, "selected": False, "copy": 1},
     {**AGENT, "measured": {"width": 1.5}, "model_extra": None, "": 0, "from": "kept"},

@@ -18,6 +18,8 @@ from gathering_pipeline.errors import (
 )
 from tests.support.runs import LEASE, claimed, done, raised, started, store
 
+pytestmark = pytest.mark.once  # arguments are checked before anything is sent
+
 BY_RUN: dict[str, Callable[[RunRepository, int], object]] = {
     "get": lambda runs, run_id: runs.get(run_id),
     "nodes": lambda runs, run_id: runs.nodes(run_id),

@@ -17,6 +17,8 @@ from gathering_pipeline import ConfigurationError, Database, NodeStatus, RunStat
 from gathering_pipeline.worker.__main__ import load_handlers, main
 from tests.support.workers import new_run, outcome
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 HANDLERS = """
 import sys, time
 from pathlib import Path

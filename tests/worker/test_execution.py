@@ -26,6 +26,8 @@ from gathering_pipeline import (
 )
 from tests.support.workers import made, new_run, outcome, run_once
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 KINDS = pytest.mark.parametrize("kind", ["async", "sync", "partial"])
 
 

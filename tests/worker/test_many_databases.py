@@ -17,6 +17,8 @@ from tests.support.workers import made, new_run, outcome, run_once, until
 
 WAITING = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 
 @pytest.fixture
 def other_url(server: Server, template: str) -> Iterator[str]:

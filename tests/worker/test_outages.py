@@ -25,6 +25,8 @@ from tests.support.databases import Connect
 from tests.support.servers import connect, restart
 from tests.support.workers import made, new_run, outcome, run_once, run_with, until
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%advance_run%'"
 
 

@@ -26,6 +26,8 @@ from gathering_pipeline import (
 from gathering_pipeline.testing import run_to_end
 from tests.support.workers import new_run
 
+pytestmark = pytest.mark.once  # it calls the repositories, which tests/runs shows on both servers
+
 
 @pytest.fixture
 def runs(database: Database) -> Iterator[RunRepository]:

@@ -15,6 +15,8 @@ from gathering_pipeline import Database, LeaseLostError, NodeContext, NodeStatus
 from tests.support.databases import Connect
 from tests.support.workers import made, new_run, outcome, run_once, run_with, until
 
+pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
+
 
 class Blocking:
     """A handler that runs until it is let go or cancelled, async or sync."""
