@@ -746,7 +746,8 @@ _WRONG_URL = re.compile(
     "authentication failed|does not exist|no pg_hba.conf entry|pg_hba.conf rejects|not permitted|permission denied"
     "|no password supplied|no PostgreSQL user name|no such (user|database)|not currently accepting connections"
     "|unsupported startup parameter|unsupported frontend protocol|server does not support SSL|certificate|no encryption"
-    "|invalid value for parameter|unrecognized configuration parameter|invalid command-line argument|outside the valid range"
+    "|invalid value for parameter|unrecognized configuration parameter|invalid command-line argument"
+    "|outside the valid range"
 )
 
 
