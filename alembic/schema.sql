@@ -49,7 +49,7 @@ CREATE TABLE circle.pipelines (
     max_running integer NOT NULL DEFAULT 0,
     status_changed_at timestamp with time zone,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
-    CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
+    CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND circle.are_readable_times(LEAST(created_at, updated_at, last_run), GREATEST(created_at, updated_at, last_run))),
     CONSTRAINT ck_pipelines_max_running CHECK (max_running >= 0),
     CONSTRAINT pipelines_status_check CHECK (status = ANY (ARRAY['active', 'paused', 'draft']))
 );
@@ -167,7 +167,7 @@ CREATE TABLE circle.pipeline_node_runs (
     taken_from bigint,
     CONSTRAINT pipeline_node_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_node_runs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_node_runs CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)),
+    CONSTRAINT ck_pipeline_node_runs_due CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at, available_at)),
     CONSTRAINT pipeline_node_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'skipped', 'cancelled']))
 ) WITH (fillfactor=50);
 
@@ -239,7 +239,7 @@ CREATE TABLE circle.pipeline_run_history (
     reason text,
     CONSTRAINT pipeline_run_history_pkey PRIMARY KEY (run_id, id),
     CONSTRAINT pipeline_run_history_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_run_history CHECK (kind = ANY (ARRAY['claimed', 'released', 'recovered', 'cancelled', 'resumed']))
+    CONSTRAINT ck_pipeline_run_history CHECK ((kind = ANY (ARRAY['claimed', 'released', 'recovered', 'cancelled', 'resumed'])) AND circle.are_readable_times(at, at))
 );
 
 -- ---- table circle.pipeline_run_logs
@@ -251,7 +251,7 @@ CREATE TABLE circle.pipeline_run_logs (
     created_at timestamp with time zone NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT pipeline_run_logs_pkey PRIMARY KEY (run_id, id),
     CONSTRAINT pipeline_run_logs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
+    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE AND circle.are_readable_times(created_at, created_at))
 );
 
 -- ---- table circle.pipeline_run_tags
@@ -277,16 +277,16 @@ CREATE TABLE circle.pipeline_sweep (
 
 -- ---- alembic/sql/008_valid_rows/2_triggers.sql
 
-CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+-- Python holds times of the years 1 to 9999. A day at each end is left out: the session's time zone may be ahead of UTC, or behind. (Some
+-- time zones have seconds in the offsets of times before 1972, which only sessions in other ones can read.) The arguments are the least
+-- and the greatest of some times. Inlined.
+CREATE OR REPLACE FUNCTION circle.are_readable_times(p_first timestamp with time zone, p_last timestamp with time zone)
  RETURNS boolean
- LANGUAGE plpgsql
+ LANGUAGE sql
  IMMUTABLE PARALLEL SAFE
 AS $function$
-BEGIN
-    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
-        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_started_at) AND isfinite(p_completed_at);
-END $function$;
+    SELECT p_first >= '0001-01-02 00:00:00+00' AND p_last < '9999-12-31 00:00:00+00'
+$function$;
 
 -- ---- alembic/sql/009_events/1_log.sql
 
@@ -1157,7 +1157,8 @@ CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds
 AS $function$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at);
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_created_at, p_started_at, p_completed_at), greatest(p_created_at, p_started_at, p_completed_at));
 END $function$;
 
 -- It is merged with that of revision 008, as each CHECK costs time in every statement.
@@ -1168,9 +1169,37 @@ CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds
 AS $function$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
-        AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0 AND isfinite(p_run_at) AND isfinite(p_waits_until)
-        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
+        AND p_completed_at >= p_started_at AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0
+        AND circle.are_readable_times(
+            least(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at),
+            greatest(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at))
+        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL);
+END $function$;
+
+-- It is merged with that of revision 008, as that of runs is.
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at), greatest(p_started_at, p_completed_at));
+END $function$;
+
+-- It is merged with that of revision 008, as that of runs is.
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone, p_available_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL) AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at, p_available_at),
+                                      greatest(p_started_at, p_completed_at, p_available_at));
 END $function$;
 
 -- ---- alembic/sql/011_lifecycle/2_errors.sql
@@ -1466,9 +1495,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them, and an end before the start
             NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
-                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
+                THEN least(greatest(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;

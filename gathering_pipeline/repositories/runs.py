@@ -23,6 +23,7 @@ from gathering_pipeline.arguments import (
     check_json,
     check_pipeline_id,
     check_priority,
+    check_run_at,
     check_run_id,
     check_statuses,
     check_tags,
@@ -261,7 +262,7 @@ class AsyncRunRepository(AsyncRepository):
             idempotency_key: At most 255 characters. A second call with the same key and data returns the run of the
                 first.
             priority: Runs with a higher one are claimed first; at most 32,767, at least -32,767.
-            run_at: No worker claims the run before this time, which needs an offset from UTC.
+            run_at: No worker claims the run before this time, which needs an offset from UTC and is from 1970 on.
             tags: Texts to find the run by: keys of at most 100 characters, values of at most 255.
             unless_live: If the pipeline has a pending or running run, return the last of these instead. Callers that
                 create runs of the same pipeline wait until the transaction ends.
@@ -279,7 +280,7 @@ class AsyncRunRepository(AsyncRepository):
             trigger_data,
             idempotency_key,
             priority=check_priority(priority),
-            run_at=None if run_at is None else check_time(run_at, "run_at"),
+            run_at=None if run_at is None else check_run_at(run_at),
             unless_live=check_flag(unless_live, "unless_live"),
             tags=None if tags is None else json.dumps(check_tags(tags)),
         )

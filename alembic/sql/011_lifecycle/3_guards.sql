@@ -134,9 +134,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them, and an end before the start
             NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
-                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
+                THEN least(greatest(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;
