@@ -178,8 +178,11 @@ class AsyncGroupCommit(AsyncRunRepository):
             return await self._gathered(report) or await self._advance(report)
         finally:
             self._calls -= 1
-            if not self._is_open and not self._calls:
-                self._closed.set()
+            self._tell_if_closed()
+
+    def _tell_if_closed(self) -> None:
+        if not self._is_open and not self._calls:
+            self._closed.set()
 
     async def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or have it sent with others; ``None``: it has to be sent by itself."""

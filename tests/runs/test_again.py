@@ -72,12 +72,13 @@ def test_run_that_is_deleted_meanwhile_does_not_exist(
     holder.execute("BEGIN")
     holder.execute(delete, [old])
 
-    def again() -> RunRead:
+    def call_again() -> RunRead:
         with database.session() as other:
-            return getattr(RunRepository(other), call)(old)
+            again: RunRead = getattr(RunRepository(other), call)(old)
+            return again
 
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(again)
+        answer = thread.submit(call_again)
         waits = call == "resume" or "pipeline(" in delete  # a rerun doesn't refer to the old run
         while waits and raw.execute(BLOCKED).fetchone() is None:
             time.sleep(0.005)
