@@ -46,8 +46,8 @@ def program(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_upgrade_session_from_preflight_to_doctor_succeeds(empty_database_url: str, connect: Connect) -> None:
     where, head = {"DATABASE_URL": empty_database_url}, migrations.head()
-    assert program("db", "current", **where).stdout == "the schema is at revision none\n"
-    assert program("db", "upgrade", "007_pipeline_execution", **where).returncode == 0
+    assert run("current", **where).stdout == "the schema is at revision none\n"
+    assert run("upgrade", "007_pipeline_execution", **where).exit_code == 0
     raw = connect(empty_database_url)
     raw.execute("INSERT INTO circle.pipelines (name) SELECT 'p' FROM generate_series(1, 1234); ANALYZE")
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -44,14 +44,26 @@ from tests.support.sessions import driver_connection, names
 
 pytestmark = pytest.mark.once
 
-# Leaves a block in a child in one way, while the parent's transaction is open; the parent commits then.
+# Leaves a block in a child in one way, while the parent's transaction is open; the parent commits then. Each parent is a
+# process of its own, and ends as a program does; one program imports the package for all of them.
 LEAVING = """
-import asyncio, gc, os, sys
+import asyncio, gc, os, signal, sys
 from gathering_pipeline import AsyncPipelineRepository, Database, PipelineRepository
-from tests.support.forks import end
+from tests.support.forks import LIMIT_S
 from tests.support.pipelines import new
 
-url, block, way = sys.argv[1:]
+gc.freeze()  # what is imported need not be examined at each end
+while line := sys.stdin.readline():
+    if not os.fork():
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+
+signal.alarm(LIMIT_S)
+url, block, way, folder = line.split()
+for descriptor, name in ((1, "stdout"), (2, "stderr")):
+    os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
 database = Database(url)
 
 def leave():
@@ -99,21 +111,31 @@ print("end", flush=True)
 FEW = DatabaseSettings(pool_size=1, max_overflow=0, pool_timeout=timedelta(seconds=3))
 
 
+@pytest.fixture(scope="module")
+def leaving() -> Iterator[Callable[..., int]]:
+    """Runs ``LEAVING`` and returns its exit code."""
+    command = [sys.executable, "-c", LEAVING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+
+        def run(*words: str | Path) -> int:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            print(*words, file=program.stdin, flush=True)
+            return int(program.stdout.readline())
+
+        yield run
+
+
 @pytest.mark.parametrize("way", ["exit", "_exit", "raise"])
 @pytest.mark.parametrize("block", ["sync", "autocommit", "savepoint", "group", "async"])
 def test_child_that_leaves_an_inherited_block_leaves_the_parents_transaction(
-    database_url: str, raw: psycopg.Connection, block: str, way: str
+    leaving: Callable[..., int], database_url: str, raw: psycopg.Connection, tmp_path: Path, block: str, way: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVING, database_url, block, way],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S * 2,
-        check=False,
-    )
-    assert (done.returncode, done.stdout.split()) == (0, ["1" if way == "raise" else "7", "end"]), done.stderr
+    code = leaving(database_url, block, way, tmp_path)
+    output, errors = ((tmp_path / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    assert (code, output.split()) == (0, ["1" if way == "raise" else "7", "end"]), errors
     assert names(raw) == ["parent"]
-    lines = done.stderr.splitlines()
+    lines = errors.splitlines()
     if sqlalchemy.__version__.startswith("2.0"):  # it reports an async connection that a child leaves to its parent
         lines = [line for line in lines if "clean up non-checked-in connection" not in line]
     if way == "raise":

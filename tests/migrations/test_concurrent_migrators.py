@@ -1,7 +1,7 @@
 """Migrators at the same time, and revisions that this release does not know."""
 
-import subprocess
-import sys
+import logging
+from functools import partial
 
 import pytest
 from alembic import command
@@ -12,34 +12,29 @@ from gathering_pipeline.errors import (
     SchemaRevisionError,
 )
 from tests.support.databases import ADVISORY_LOCKS, Connect
-from tests.support.revisions import ROOT, wait_until
+from tests.support.forks import Child
+from tests.support.revisions import wait_until
 
-COUNT_STEPS = """
-import logging, sys
-from gathering_pipeline import migrations
-steps = []
-logging.getLogger("alembic.gathering_pipeline").addFilter(lambda record: record.msg != "step: %s" or steps.append(1))
-logging.getLogger("alembic.gathering_pipeline").setLevel(logging.DEBUG)
-migrations.upgrade(sys.argv[1])
-print(len(steps))
-"""
+
+def count_steps(url: str) -> int:
+    """Upgrade, and return how many steps that took."""
+    steps = []
+    logger = logging.getLogger("alembic.gathering_pipeline")
+    logger.addFilter(lambda record: record.msg != "step: %s" or steps.append(1) is not None)
+    logger.setLevel(logging.DEBUG)
+    migrations.upgrade(url)
+    return len(steps)
 
 
 def test_upgrade_from_ten_processes_runs_each_step_once(empty_database_url: str, connect: Connect) -> None:
     """The others wait for it, and find nothing to do."""
     raw = connect(empty_database_url)
     raw.execute("SELECT pg_advisory_lock(%s)", [0x6761746865720007])  # until all of them are there
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", COUNT_STEPS, empty_database_url], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(10)
-    ]
+    processes = [Child(partial(count_steps, empty_database_url)) for _ in range(10)]
     clients = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     wait_until(lambda: raw.execute(clients).fetchone() == (10,))
     raw.execute("SELECT pg_advisory_unlock_all()")
-    steps = sorted(int(process.communicate(timeout=60)[0]) for process in processes)
-    assert [process.returncode for process in processes] == [0] * 10
+    steps = sorted(process.result() for process in processes)
     assert steps[:9] == [0] * 9
     assert steps[9] > 50
     assert raw.execute("SELECT version_num FROM circle.alembic_version").fetchall() == [(migrations.head(),)]

@@ -21,9 +21,9 @@ from tests.support.servers import connect
 
 CHANGED_SETTINGS = """
 SELECT name, setting FROM pg_settings
-WHERE source = 'session' AND name NOT IN ('client_encoding', 'default_transaction_isolation')
+WHERE source = 'session' AND name NOT IN ('application_name', 'client_encoding', 'default_transaction_isolation')
     AND name !~ '^transaction' ORDER BY 1"""
-"""Of a session, except those of its transaction, and what psycopg and this package set."""
+"""Of a session, except those of its transaction, and what psycopg, PgBouncer and this package set."""
 
 
 class Shared:
