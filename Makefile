@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load widen-load chaos ha fuzz bench bench-peers \
-	format generated docs build clean
+	format generated pictures docs build smoke clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -116,11 +116,18 @@ format: setup ## Put the sources into their form
 generated: setup ## Write alembic/catalog.json, alembic/locks.json and the help texts in docs/cli.md anew
 	$(BIN)/python -m tests.generated
 
+pictures: setup ## Take the pictures of the pages, of a run that is executed meanwhile; needs a Chromium
+	$(BIN)/python -m tests.pictures
+
 docs: setup ## The pages, in build/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-build: setup ## The wheel and the source archive, in dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+build: setup ## The source archive, and the wheel that is made of it, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
+smoke: build ## Wheel and source archive in fresh environments, used: make smoke PYTHONS="/path/to/python3.11 /path/to/python3.13"
+	$(BIN)/python -m tests.smoke $(PYTHONS)
 
 clean: ## What was made here, the virtual environment included
 	rm -rf $(VENV) $(VENV)-lowest build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache \

@@ -49,7 +49,7 @@ CREATE TABLE circle.pipelines (
     max_running integer NOT NULL DEFAULT 0,
     status_changed_at timestamp with time zone,
     CONSTRAINT pipelines_pkey PRIMARY KEY (id),
-    CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)),
+    CONSTRAINT ck_pipelines CHECK (timeout_seconds >= 0 AND max_retries_per_node >= 0 AND retry_backoff_base >= 0::double precision AND retry_backoff_base <= 31536000::double precision AND retry_backoff_max >= 0::double precision AND retry_backoff_max <= 31536000::double precision AND run_count >= 0 AND success_count >= 0 AND error_count >= 0 AND circle.are_readable_times(LEAST(created_at, updated_at, last_run), GREATEST(created_at, updated_at, last_run))),
     CONSTRAINT ck_pipelines_max_running CHECK (max_running >= 0),
     CONSTRAINT pipelines_status_check CHECK (status = ANY (ARRAY['active', 'paused', 'draft']))
 );
@@ -167,7 +167,7 @@ CREATE TABLE circle.pipeline_node_runs (
     taken_from bigint,
     CONSTRAINT pipeline_node_runs_pkey PRIMARY KEY (id),
     CONSTRAINT pipeline_node_runs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_node_runs CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)),
+    CONSTRAINT ck_pipeline_node_runs_due CHECK (circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at, available_at)),
     CONSTRAINT pipeline_node_runs_status_check CHECK (status = ANY (ARRAY['pending', 'running', 'completed', 'failed', 'skipped', 'cancelled']))
 ) WITH (fillfactor=50);
 
@@ -239,7 +239,7 @@ CREATE TABLE circle.pipeline_run_history (
     reason text,
     CONSTRAINT pipeline_run_history_pkey PRIMARY KEY (run_id, id),
     CONSTRAINT pipeline_run_history_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_run_history CHECK (kind = ANY (ARRAY['claimed', 'released', 'recovered', 'cancelled', 'resumed']))
+    CONSTRAINT ck_pipeline_run_history CHECK ((kind = ANY (ARRAY['claimed', 'released', 'recovered', 'cancelled', 'resumed'])) AND circle.are_readable_times(at, at))
 );
 
 -- ---- table circle.pipeline_run_logs
@@ -251,7 +251,7 @@ CREATE TABLE circle.pipeline_run_logs (
     created_at timestamp with time zone NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT pipeline_run_logs_pkey PRIMARY KEY (run_id, id),
     CONSTRAINT pipeline_run_logs_run_id_fkey FOREIGN KEY (run_id) REFERENCES circle.pipeline_runs(id) ON DELETE CASCADE,
-    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
+    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE AND circle.are_readable_times(created_at, created_at))
 );
 
 -- ---- table circle.pipeline_run_tags
@@ -277,16 +277,16 @@ CREATE TABLE circle.pipeline_sweep (
 
 -- ---- alembic/sql/008_valid_rows/2_triggers.sql
 
-CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+-- Python holds times of the years 1 to 9999. A day at each end is left out: the session's time zone may be ahead of UTC, or behind. (Some
+-- time zones have seconds in the offsets of times before 1972, which only sessions in other ones can read.) The arguments are the least
+-- and the greatest of some times. Inlined.
+CREATE OR REPLACE FUNCTION circle.are_readable_times(p_first timestamp with time zone, p_last timestamp with time zone)
  RETURNS boolean
- LANGUAGE plpgsql
+ LANGUAGE sql
  IMMUTABLE PARALLEL SAFE
 AS $function$
-BEGIN
-    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
-        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_started_at) AND isfinite(p_completed_at);
-END $function$;
+    SELECT p_first >= '0001-01-02 00:00:00+00' AND p_last < '9999-12-31 00:00:00+00'
+$function$;
 
 -- ---- alembic/sql/009_events/1_log.sql
 
@@ -1157,7 +1157,8 @@ CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds
 AS $function$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at);
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_created_at, p_started_at, p_completed_at), greatest(p_created_at, p_started_at, p_completed_at));
 END $function$;
 
 -- It is merged with that of revision 008, as each CHECK costs time in every statement.
@@ -1168,9 +1169,37 @@ CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds
 AS $function$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
-        AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0 AND isfinite(p_run_at) AND isfinite(p_waits_until)
-        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
+        AND p_completed_at >= p_started_at AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0
+        AND circle.are_readable_times(
+            least(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at),
+            greatest(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at))
+        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL);
+END $function$;
+
+-- It is merged with that of revision 008, as that of runs is.
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at), greatest(p_started_at, p_completed_at));
+END $function$;
+
+-- It is merged with that of revision 008, as that of runs is.
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer, p_started_at timestamp with time zone, p_completed_at timestamp with time zone, p_available_at timestamp with time zone)
+ RETURNS boolean
+ LANGUAGE plpgsql
+ IMMUTABLE PARALLEL SAFE
+AS $function$
+BEGIN
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL) AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at, p_available_at),
+                                      greatest(p_started_at, p_completed_at, p_available_at));
 END $function$;
 
 -- ---- alembic/sql/011_lifecycle/2_errors.sql
@@ -1186,7 +1215,7 @@ DECLARE
     entity text := CASE WHEN p_node_id IS NULL THEN 'run' ELSE 'node run' END;
     id jsonb := coalesce(to_jsonb(p_run_id || '/' || p_node_id), to_jsonb(p_run_id));
 BEGIN
-    RAISE EXCEPTION '% % is % and can''t become %', entity, id #>> '{}', p_current,
+    RAISE EXCEPTION '% % is % and can''t % %', entity, id #>> '{}', p_current, CASE WHEN p_requested LIKE '%ed' THEN 'be' ELSE 'become' END,
         concat_ws(': ', coalesce(p_requested, 'NULL'), nullif(p_reason, ''))
         USING ERRCODE = 'PL001', DETAIL = jsonb_build_object('entity', entity, 'id', id, 'current', p_current,
                                                              'requested', p_requested, 'reason', coalesce(p_reason, ''));
@@ -1199,7 +1228,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_run_over(p_run_id bigint, p_status text
  SET search_path TO 'pg_catalog', 'pg_temp'
 AS $function$
 BEGIN
-    RAISE EXCEPTION 'run % is % since %: neither it nor its nodes can become %', p_run_id, p_status, p_completed_at, p_requested
+    RAISE EXCEPTION 'run % is terminal (% at %): it and its nodes can''t change', p_run_id, p_status, p_completed_at
         USING ERRCODE = 'PL012', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', p_status, 'completed_at', p_completed_at,
                                                              'error', left(p_error, 1000), 'requested', p_requested);
 END $function$;
@@ -1466,9 +1495,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them, and an end before the start
             NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
-                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
+                THEN least(greatest(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;
@@ -1512,10 +1541,12 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_runs_after_insert', TG_RELID);
     END IF;
     FOR c IN SELECT pipeline_id, status, count(*) AS number, min(id) AS first,
-                    max(claim_token) > circle.next_token(0) AS ahead
+                    max(claim_token) > circle.next_token(0) AS ahead, min(id) FILTER (WHERE failed_node IS NOT NULL) AS blamed
              FROM new_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status LOOP
         IF c.status NOT IN ('pending', 'running') OR c.ahead THEN
             PERFORM circle.refuse_transition(c.first, NULL, 'new', c.status, CASE WHEN c.ahead THEN 'its claim token is ahead of the clock' END);
+        ELSIF c.blamed IS NOT NULL THEN   -- a new run has no node that failed
+            PERFORM circle.refuse_change('run ' || c.blamed, 'failed_node, the first node that failed,');
         END IF;
         PERFORM circle.count_runs(c.pipeline_id, NULL, c.status, c.number);
         started := started OR c.status = 'running';
@@ -1836,8 +1867,9 @@ BEGIN
     RETURN circle.event_xid();
 END $function$;
 
--- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
--- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
+-- Old and new rows are compared by groups, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
+-- of a node that starts is locked, so that it isn't released concurrently; if this transaction wrote its row, as the functions of this
+-- package do, it is.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update()
  RETURNS trigger
  LANGUAGE plpgsql
@@ -1850,26 +1882,34 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
     -- one number for all, taken when the sort below has ended, and so every wait for a run
-    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), (
-        SELECT circle.node_event_data(n.status, r.worker_id, n.retry_count, n.started_at, n.duration_ms, n.error_message, n.available_at)
-        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id WHERE n.id = e.id)
-    FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status),
+           circle.node_event_data(e.status, e.run[2], e.retry_count, e.started_at, e.duration_ms, e.error_message, e.available_at)
+    FROM (SELECT m.* FROM (
+        SELECT c.*, CASE c.status
+            WHEN 'running' THEN coalesce(
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id AND r.xmin = pg_current_xact_id()::xid),
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id FOR NO KEY UPDATE))
+            ELSE (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id) END AS run   -- its status and worker
+        FROM (
+            -- a group has the old and the new row, or one of them: then the status changed, and a maximum is the value of the row
+            SELECT id, run_id, node_id, status, max(retry_count) AS retry_count, max(started_at) AS started_at,
+                   max(duration_ms) AS duration_ms, max(error_message) AS error_message, max(available_at) AS available_at
+            FROM (SELECT 1 AS side, id, run_id, node_id, status, retry_count, started_at, duration_ms, error_message, available_at FROM new_rows
+                  UNION ALL SELECT 2, id, run_id, node_id, status, NULL, NULL, NULL, NULL, NULL FROM old_rows) b
+            GROUP BY id, run_id, node_id, status HAVING sum(side) = 1) c
+        OFFSET 0) m
     WHERE CASE
-        WHEN CASE m.status
-                 WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
-                 ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
-             AND circle.is_read_committed()
+        WHEN m.run[1] = 'running' AND circle.is_read_committed()
         THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
         -- with its run, or raised: looking for the old status takes O(rows)
-        WHEN m.status = 'cancelled' AND circle.is_read_committed()
-             AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
+        WHEN m.status = 'cancelled' AND circle.is_read_committed() AND m.run[1] = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $function$;
 REVOKE ALL ON FUNCTION circle.pipeline_node_runs_after_update() FROM PUBLIC;
 
--- Node runs go with their run, or once it is over.
+-- Node runs go with their run, or once they and it are over.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_delete()
  RETURNS trigger
  LANGUAGE plpgsql
@@ -1882,12 +1922,15 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
     END IF;
-    SELECT r.id, r.status INTO live FROM (SELECT DISTINCT run_id FROM old_rows) o
+    -- a statement may end the run of live nodes that it deletes
+    SELECT r.id, r.status INTO live
+    FROM (SELECT run_id, bool_or(status IN ('pending', 'running')) AS live FROM old_rows GROUP BY run_id) o
     -- by the primary key: a join would read all live runs
     CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
-    WHERE r.status IN ('pending', 'running') LIMIT 1;
+    WHERE o.live OR r.status IN ('pending', 'running') LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id, live.status
+        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id,
+            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same statement' END
             USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
     END IF;
     RETURN NULL;
@@ -2043,8 +2086,10 @@ BEGIN
     ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
                                                    WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) OR circle.fill_run(p_run_id) > 0 THEN
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
         RETURN NULL;
+    ELSIF circle.fill_run(p_run_id) > 0 THEN
+        RETURN circle.end_run_if_done(p_run_id);   -- the rows of a raw writer may be all of its nodes
     END IF;
     -- pending nodes that can't start wait for a cancelled one
     RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);
@@ -3691,11 +3736,19 @@ BEGIN
             old := r;
             SELECT * INTO r FROM circle.pipeline_runs WHERE resumed_from = old.id;
         END LOOP;
+        PERFORM FROM circle.pipeline_runs WHERE id = old.id FOR KEY SHARE;
+        IF NOT FOUND THEN   -- deleted since, and its pipeline perhaps, too
+            SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+            IF NOT FOUND THEN
+                PERFORM circle.refuse_lease(p_run_id);
+            END IF;
+            CONTINUE;
+        END IF;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
             PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
-            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
+            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be');
         ELSIF old.pipeline_version IS NULL THEN
             PERFORM circle.refuse_graph('no_version', format('run %s is bound to no version of its pipeline''s graph: create it again', old.id));
         END IF;
@@ -3711,6 +3764,9 @@ BEGIN
         END IF;
         r := old;
     END LOOP;
+    IF r.id = old.id THEN   -- a trigger of the host discards every row
+        PERFORM circle.refuse_create(old.pipeline_id);
+    END IF;
     taken := circle.positions_to_take_over(old.id);
     INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, input_data, output_data,
                                            untaken, retry_count, duration_ms, started_at, completed_at, taken_from)
@@ -3740,6 +3796,8 @@ AS $function$
 DECLARE
     old circle.pipeline_runs;
 BEGIN
+    -- as insert_run: delete_pipeline waits for this lock before it takes any other
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(pipeline_id)) FROM circle.pipeline_runs WHERE id = p_run_id;
     SELECT * INTO old FROM circle.pipeline_runs WHERE id = p_run_id;
     IF NOT FOUND THEN
         PERFORM circle.refuse_lease(p_run_id);

@@ -1,15 +1,18 @@
 """Where the time of a call goes: ``python -m benchmarks.breakdown``.
 
 Median microseconds of a call: the floor's bare statement, and the statement of a repository's call sent by psycopg, by
-SQLAlchemy and by the repository itself. Commits don't wait for the disk, so that the time of the program shows.
+SQLAlchemy and by the repository itself; then the repository's calls on databases that lack a kind of guard each, which
+shows what it costs. Commits don't wait for the disk, so that the time of the program shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from time import perf_counter
 from typing import Any, LiteralString, NamedTuple, ParamSpec, TypeVar
@@ -19,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from benchmarks import floor
 from benchmarks.command_line import add_size_option, remove_database_settings
-from benchmarks.databases import Databases, open_server
+from benchmarks.databases import Databases, Server, open_server
 from benchmarks.floor import OUTPUT, Connection
 from benchmarks.graphs import chain
 from benchmarks.runs import completed
@@ -35,6 +38,37 @@ FLOOR_CALLS = {
     floor.COMPLETE_NODE: "complete_node",
     floor.END_RUN: "finish",
 }
+
+CHECKS = """
+    ALTER TABLE circle.pipeline_runs DROP CONSTRAINT ck_pipeline_runs_leased,
+        DROP CONSTRAINT pipeline_runs_status_check;
+    ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT ck_pipeline_node_runs,
+        DROP CONSTRAINT pipeline_node_runs_status_check"""
+ROW_GUARDS = """
+    CREATE OR REPLACE TRIGGER pipeline_runs_before BEFORE INSERT ON circle.pipeline_runs
+        FOR EACH ROW EXECUTE FUNCTION circle.pipeline_runs_before();
+    ALTER TABLE circle.pipeline_runs DISABLE TRIGGER pipeline_runs_same_status;
+    ALTER TABLE circle.pipeline_node_runs DISABLE TRIGGER pipeline_node_runs_before,
+        DISABLE TRIGGER pipeline_node_runs_before_insert, DISABLE TRIGGER pipeline_node_runs_same_status"""
+"""All but the one that gives a new run its version."""
+COUNTERS = """
+    CREATE OR REPLACE FUNCTION circle.count_runs(
+        p_pipeline_id integer, p_old text, p_new text, p_number bigint DEFAULT 1
+    ) RETURNS void LANGUAGE plpgsql AS 'BEGIN END'"""
+JUDGES = """
+    ALTER TABLE circle.pipeline_runs DISABLE TRIGGER pipeline_runs_after_insert,
+        DISABLE TRIGGER pipeline_runs_after_update;
+    ALTER TABLE circle.pipeline_node_runs DISABLE TRIGGER pipeline_node_runs_after_insert,
+        DISABLE TRIGGER pipeline_node_runs_after_update"""
+WITHOUT = {
+    "all guards": "SELECT",
+    "without CHECKs": CHECKS,
+    "without guards of rows": ROW_GUARDS,
+    "without counters": COUNTERS,
+    "without events, judges, counters": JUDGES,
+    "without any": f"{CHECKS}; {ROW_GUARDS}; {JUDGES}",
+}
+"""Kinds of guards, and the statements that take each off."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -186,8 +220,28 @@ def _select_in_session(databases: Databases) -> None:
         session.connection().exec_driver_sql("SELECT 1")
 
 
+def measure_guards(server: Server, size: Size) -> Iterator[tuple[str, dict[str, float]]]:
+    """The median microseconds of each call of the repository, on databases that lack a kind of guard each, in turns."""
+    count, rounds = size.count(NODES), size.repeats(ROUNDS)
+    with ExitStack() as stack:
+        ways: dict[str, list[Callable[[Stopwatch], None]]] = {}
+        for name, statement in WITHOUT.items():
+            databases = stack.enter_context(server.databases())
+            pipeline_id = databases.store(chain(count)).ours
+            connection = databases.session.connection()
+            for each in (*statement.split(";"), "SET synchronous_commit = off"):
+                connection.exec_driver_sql(each)
+            ways[name] = [partial(run, pipeline_id, count, databases.runs) for run in (run_by_steps, run_by_advance)]
+        stopwatches = {name: Stopwatch() for name in ways}
+        for turn in range(-1, rounds):
+            for name, runs in ways.items():
+                for run in runs:
+                    run(stopwatches[name] if turn >= 0 else Stopwatch())
+        yield from ((name, stopwatch.microseconds()) for name, stopwatch in stopwatches.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.breakdown", description="Where the time of a call goes."
     )
@@ -195,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size: Size = parser.parse_args(arguments).size
     remove_database_settings()
     with open_server() as server, server.databases() as databases:
-        for name, figures in measure(databases, size):
+        for name, figures in itertools.chain(measure(databases, size), measure_guards(server, size)):
             print(f"{name:<34}" + "".join(f"{call:>14} {time:>6.0f}" for call, time in figures.items()), flush=True)
 
 

@@ -11,7 +11,7 @@ version = release = installed_version("gathering-pipeline").partition("+")[0]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns: list[str] = []
 html_theme = "furo"
-html_title = project
+html_title = "gathering-pipeline"  # the hyphen is where the sidebar breaks it
 highlight_language = "none"
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"

@@ -248,6 +248,7 @@ def main() -> int:
         print(f"Failed: {error}", file=sys.stderr)
         return 1
     print(f"All checks passed, in {time.monotonic() - begun:.1f} s.")
+    print("Next: docs/first-steps.md stores and runs a pipeline of your own.")
     return 0
 
 

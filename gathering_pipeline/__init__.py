@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__: str
+
 if TYPE_CHECKING:
     from .database import Database
     from .databases import Databases, SweepResult
@@ -231,6 +233,8 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("importlib.metadata").version("gathering-pipeline")
         if name in __all__:
             for module in _MODULES:
                 value = getattr(import_module(f".{module}", __name__), name, None)

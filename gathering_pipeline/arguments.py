@@ -247,6 +247,23 @@ def check_time(value: object, name: str) -> str:
         raise InvalidDataError(f"{name} must be within the years 1 to 9999 in UTC, not {quote(value)}") from None
 
 
+def check_run_at(value: object) -> str:
+    """Check the time before which no worker claims a run.
+
+    Returns:
+        The time in UTC, as PostgreSQL reads it.
+
+    Raises:
+        InvalidDataError: As ``check_time``; or it is before 1970, or on the last day that a ``datetime`` can be: in the
+            time zone of a session it may have seconds in its offset, or be in the year 10000, and the run couldn't be
+            read.
+    """
+    text = check_time(value, "run_at")
+    if not "1970-01-01" <= text < "9999-12-31":
+        raise InvalidDataError(f"run_at must be from 1970-01-01 to 9999-12-30 in UTC, not {quote(value)}")
+    return text
+
+
 def check_priority(value: object) -> int:
     """Check the priority of a run.
 

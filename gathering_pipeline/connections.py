@@ -746,6 +746,8 @@ _WRONG_URL = re.compile(
     "authentication failed|does not exist|no pg_hba.conf entry|pg_hba.conf rejects|not permitted|permission denied"
     "|no password supplied|no PostgreSQL user name|no such (user|database)|not currently accepting connections"
     "|unsupported startup parameter|unsupported frontend protocol|server does not support SSL|certificate|no encryption"
+    "|invalid value for parameter|unrecognized configuration parameter|invalid command-line argument"
+    "|outside the valid range"
 )
 
 
@@ -759,9 +761,10 @@ def _connect_error(error: psycopg.Error, arguments: dict[str, Any], *, connected
         return ConfigurationError(f"the database URL can't be used: {shorten(str(error).strip(), 200)}")
     host, port = arguments.get("host", "the local socket"), arguments.get("port", 5432)
     where = f"any of {host}" if ":" in str(port) or "," in str(host) else f"the PostgreSQL server at {host}:{port}"
-    lines = str(error).strip().splitlines() or [""]
-    _, answered, reason = lines[-1].rpartition("FATAL:")
-    reason = shorten(reason.strip(), 200)
+    *_, last_attempt = str(error).rpartition("connection to server")
+    _, answered, reason = last_attempt.strip().rpartition("FATAL:")
+    lines = reason.strip().splitlines() or [""]
+    reason = shorten(lines[0 if answered else -1], 200)  # a DETAIL and a HINT may follow
     # a temporary condition; only the text identifies it
     if "too many" in reason or "connection slots" in reason:
         return DatabaseUnavailableError(
@@ -770,7 +773,7 @@ def _connect_error(error: psycopg.Error, arguments: dict[str, Any], *, connected
     asked = error.pgconn is not None and (error.pgconn.used_password or error.pgconn.needs_password)
     if not connected_before and (_WRONG_URL.search(reason) or (asked and answered and not _TEMPORARY.search(reason))):
         return ConfigurationError(
-            f"{where} refuses the connection ({reason}): correct the URL's user, password or database"
+            f"{where} refuses the connection ({reason}): correct the URL's user, password, database or options"
         )
     if answered:
         return DatabaseUnavailableError(f"{where} takes no connections now ({reason}): try again")

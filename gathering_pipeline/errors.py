@@ -96,6 +96,8 @@ class IssueCode(StrEnum):
         CONTRADICTING_NEXT: Warning. ``next`` contradicts the edges, which decide.
         SIMILAR_IDS: Warning. Two ids look the same (equal under NFKC), but name different nodes.
         PARALLEL_EDGES: Warning. Two edges connect the same nodes in the same direction.
+        UNLABELLED_FORK: Warning. A condition has several successors, and no edge from it has a ``condition``.
+        UNUSED_LABEL: Warning. An edge at a fork has no ``condition``, but a ``branch`` or ``label``, which is not used.
     """
 
     NOT_A_LIST = "not_a_list"
@@ -122,6 +124,8 @@ class IssueCode(StrEnum):
     CONTRADICTING_NEXT = "contradicting_next"
     SIMILAR_IDS = "similar_ids"
     PARALLEL_EDGES = "parallel_edges"
+    UNLABELLED_FORK = "unlabelled_fork"
+    UNUSED_LABEL = "unused_label"
 
     @property
     def severity(self) -> Severity:
@@ -137,6 +141,8 @@ _WARNINGS = frozenset(
         IssueCode.CONTRADICTING_NEXT,
         IssueCode.SIMILAR_IDS,
         IssueCode.PARALLEL_EDGES,
+        IssueCode.UNLABELLED_FORK,
+        IssueCode.UNUSED_LABEL,
     }
 )
 
@@ -271,8 +277,8 @@ class IdempotencyConflictError(ConflictError):
         self.key = key
         self.run_id = run_id
         super().__init__(
-            f"run {run_id} of pipeline {pipeline_id} has other trigger data and the idempotency key"
-            f" {shorten(key, 120)!r}: use a key of its own for each request"
+            f"run {run_id} of pipeline {pipeline_id} already has the idempotency key {shorten(key, 120)!r}, with other"
+            " trigger data: use a separate key for each request"
         )
 
 
@@ -306,9 +312,9 @@ class IllegalTransitionError(ConflictError):
         self.id = id
         self.current = current
         self.requested = requested
+        change = f"{'be' if str(requested).endswith('ed') else 'become'} {requested}"  # be resumed, but become running
         super().__init__(
-            f"{entity} {shorten(str(id), 140)} is {current} and can't become {requested}"
-            + (f": {reason}" if reason else "")
+            f"{entity} {shorten(str(id), 140)} is {current} and can't {change}" + (f": {reason}" if reason else "")
         )
 
 
@@ -326,7 +332,7 @@ class RunOverError(IllegalTransitionError):
         self.completed_at = completed_at
         self.error = error
         super().__init__("run", run_id, status, requested)
-        self.args = (f"run {run_id} is {status} since {completed_at}: neither it nor its nodes can become {requested}",)
+        self.args = (f"run {run_id} is terminal ({status} at {completed_at}): it and its nodes can't change",)
 
 
 class NodeNotReadyError(ConflictError):
@@ -445,7 +451,7 @@ class ReadOnlySessionError(DatabaseError):
     """A session of ``Database.reading`` was to write; nothing was changed. A retry can't succeed."""
 
     def __init__(self) -> None:
-        super().__init__("the session is for reads only, by reading() or areading(): write in database.session()")
+        super().__init__("the session is read-only, made by reading() or areading(): write in database.session()")
 
 
 class ForkedConnectionError(DatabaseError):

@@ -1,4 +1,4 @@
-"""Why a run or a node stands still: sentences from the facts that ``circle.explain_run`` reads.
+"""Why a run or a node is stuck: sentences from the facts that ``circle.explain_run`` reads.
 
 Nothing here reads a database.
 """
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import shorten
 from .lifecycle import HistoryKind, NodeStatus, PipelineStatus, RunStatus
+from .texts import duration_text
 
 # --- what is returned ------------------------------------------------------------------------------------------------
 
@@ -40,9 +41,9 @@ class ReasonCode(StrEnum):
         LEASE_PAST: Running. The lease of its worker has ended, and no sweep has released it yet.
         NO_LEASE: Running. It was started without a claim.
         NOTHING_STARTED: Running. Its worker has started no node since the claim, though some are ready.
-        NODES_READY: Running. Nodes are ready, and nobody starts them.
+        NODES_READY: Running. Nodes are ready, and nothing starts them.
         NOT_ENDED: Running. Nothing is left to do but to end it.
-        DRAINING: Running. A node failed: what runs goes on, and nothing else starts.
+        DRAINING: Running. A node failed: running nodes continue, and nothing else starts.
         PAST_TIMEOUT: Running. It is past its timeout, and no sweep has ended it yet.
         TIMES_OUT: Running. When it times out.
         WITHOUT_NODES: Running. It has no node runs: a writer that stores none started it.
@@ -116,19 +117,22 @@ class _Frozen(BaseModel):
 
 
 class Reason(_Frozen):
-    """Why a run stands still, or how it ended."""
+    """Why a run is stuck, or how it ended."""
 
     code: ReasonCode = Field(description="The situation.")
     text: str = Field(description="A sentence with the numbers that matter; times are the database's, in UTC.")
 
 
 class NodeExplanation(_Frozen):
-    """Why a node stands still."""
+    """What a node waits for, or how it ended."""
 
     node_id: str = Field(description="The node.")
     status: NodeStatus = Field(description="Its status.")
     code: ReasonCode = Field(description="The situation.")
     text: str = Field(description="A sentence, as of a `Reason`.")
+    error: str | None = Field(
+        default=None, description="The error of its last attempt, in one line, if that failed; else null."
+    )
 
 
 class HistoryEntry(_Frozen):
@@ -139,15 +143,15 @@ class HistoryEntry(_Frozen):
     worker_id: str | None = Field(
         description="The worker that claimed, released or lost it; of a cancellation the role of the session."
     )
-    reason: str | None = Field(description="Why; null: it wasn't said.")
+    reason: str | None = Field(description="Why; null: no reason was given.")
 
 
 class Explanation(_Frozen):
-    """Why a run stands still, as ``RunRepository.explain`` found it; ``str()`` is for people."""
+    """Why a run is stuck, as ``RunRepository.explain`` found it; ``str()`` is for people."""
 
     run_id: int = Field(description="The run.")
     status: RunStatus = Field(description="Its status.")
-    reasons: tuple[Reason, ...] = Field(description="What holds it, what is to be done, and how it got there.")
+    reasons: tuple[Reason, ...] = Field(description="What it waits for, what to do, and how it got there.")
     nodes: tuple[NodeExplanation, ...] = Field(
         description="Its nodes that are live, failed, skipped or taken over, in execution order, at most 100."
     )
@@ -159,9 +163,10 @@ class Explanation(_Frozen):
     def __str__(self) -> str:
         """A paragraph about the run, and a line for each of the first nodes that have something to tell."""
         lines = [" ".join([f"Run {self.run_id} is {self.status}.", *(reason.text for reason in self.reasons)])]
-        if not all(node.code is ReasonCode.NODE_WAITS_FOR_RUN for node in self.nodes):
-            lines += [node.text for node in self.nodes[:_SHOWN]]
-            if rest := len(self.nodes[_SHOWN:]) + self.more_nodes:
+        nodes = [node for node in self.nodes if node.error or node.code is not ReasonCode.NODE_WAITS_FOR_RUN]
+        if nodes:
+            lines += [node.text for node in nodes[:_SHOWN]]
+            if rest := len(nodes[_SHOWN:]) + self.more_nodes:
                 lines.append(f"And {_count(rest, 'more node')}.")
         return "\n".join(lines)
 
@@ -289,13 +294,14 @@ _QUIET = timedelta(minutes=1)
 _NEAR = 2
 """A run that fails when its lease ends so often again is close to ``max_claims``."""
 
+_RESUMABLE = (RunStatus.FAILED, RunStatus.CANCELLED, RunStatus.TIMEOUT)
 _RUNNING = (NodeStatus.RUNNING, None)
 _READY = (NodeStatus.PENDING, None)
 _RETRY = (NodeStatus.PENDING, "retry")
 
 
 def explain(facts: Facts, max_claims: int) -> Explanation:
-    """Say why a run stands still.
+    """Say why a run is stuck, or how it ended.
 
     Args:
         facts: The run as it was read.
@@ -304,6 +310,11 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
     run, listed = facts.run, facts.nodes.listed or ()
     say = {RunStatus.PENDING: _pending, RunStatus.RUNNING: _running}.get(run.status, _terminal)
     found = list(say(facts))
+    if run.status in _RESUMABLE and run.resumed_as is None:
+        code, text = found.pop()
+        found.append(
+            (code, f"{text} resume() continues it with its own graph, rerun() starts anew with the current one.")
+        )
     if not run.status.is_terminal and 0 < run.lapsed_claims >= max_claims - _NEAR:
         text = f"Its lease ran out {run.lapsed_claims} times: it fails when that has happened {max_claims} times."
         found.append((ReasonCode.NEAR_MAX_CLAIMS, text))
@@ -315,7 +326,9 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
         status=run.status,
         reasons=tuple(Reason(code=code, text=text) for code, text in found),
         nodes=tuple(
-            NodeExplanation(node_id=node.node_id, status=node.status, code=code, text=text)
+            NodeExplanation(
+                node_id=node.node_id, status=node.status, code=code, text=text, error=_in_one_line(node.error) or None
+            )
             for node, code, text in nodes
         ),
         more_nodes=facts.nodes.listable - len(listed),
@@ -386,14 +399,14 @@ def _claimable(facts: Facts) -> Iterator[Found]:
         before = f"it is the first in the queue of pipeline {pipeline.id}"
     yield ReasonCode.CLAIMABLE, f"Workers can claim it: {before}."
     if queue.claimed_at is None:
-        text = f"No worker has claimed any of the last runs of pipeline {pipeline.id}: look whether one runs."
+        text = f"No worker has claimed any of the last runs of pipeline {pipeline.id}: check that one is running."
         yield ReasonCode.NO_WORKER, text
         return
     times = (queue.claimed_at, run.created_at, run.run_at, pipeline.status_changed_at, last and last.at)
     if max(time for time in times if time) < facts.now - _QUIET:
         text = (
             f"No worker has claimed a run of pipeline {pipeline.id} since {queue.claimed_by} did so at "
-            f"{facts.at(queue.claimed_at)}: look whether workers run and have room."
+            f"{facts.at(queue.claimed_at)}: check that workers are running and have free slots."
         )
         yield ReasonCode.NO_WORKER, text
 
@@ -407,7 +420,7 @@ def _running(facts: Facts) -> Iterator[Found]:
         text = f"It has no node runs, because a writer that stores none started it: {remedy}, or cancel() ends it."
         yield ReasonCode.WITHOUT_NODES, text
     elif not live:
-        yield ReasonCode.NOT_ENDED, "Nothing of it is left to execute: advance() or finish() ends it."
+        yield ReasonCode.NOT_ENDED, "Nothing is left to execute: advance() or finish() ends it."
     elif run.failed_node is not None:
         others = facts.list_nodes(live, _RUNNING, _RETRY, _READY)
         text = f"Node {run.failed_node} failed: nothing else starts, and the run fails after {others}."
@@ -430,8 +443,8 @@ def _lease(facts: Facts) -> Found:
     run, nodes = facts.run, facts.nodes
     if run.lease_expires_at is None:
         text = (
-            f"No worker holds it: it was started at {facts.at(run.started_at)} without a claim, so that no sweep "
-            "recovers it; its executor has to advance it, or cancel() ends it."
+            f"No worker holds it: it was started at {facts.at(run.started_at)} without a claim, so no sweep "
+            "recovers it: its executor has to advance it, or cancel() ends it."
         )
         return ReasonCode.NO_LEASE, text
     if not facts.is_leased:
@@ -452,14 +465,14 @@ def _ready(facts: Facts) -> Found:
     ready = f"{facts.list_nodes(number, _READY)} {_are(number)} ready"
     if facts.is_leased and facts.claim is not None and (moved is None or moved < facts.claim.at):
         return ReasonCode.NOTHING_STARTED, f"Its worker has started no node since the claim: {ready}."
-    return ReasonCode.NODES_READY, f"Nobody starts what can start: {ready}, and advance() starts them."
+    return ReasonCode.NODES_READY, f"Nothing starts what can start: {ready}, and advance() starts them."
 
 
 def _terminal(facts: Facts) -> Iterator[Found]:
     run, last = facts.run, facts.last
     end = facts.at(run.completed_at)
     if run.completed_at is not None and run.started_at is not None:
-        end += f", {_span(run.completed_at - run.started_at)} after its start"
+        end += f", {duration_text(run.completed_at - run.started_at)} after its start"
     why = _because(run.error_message)
     if run.status is RunStatus.COMPLETED:
         yield ReasonCode.COMPLETED, f"It completed at {end}."
@@ -507,7 +520,7 @@ def _blocked(facts: Facts, node: _Node, name: str, attempt: str) -> Found:
     match node.blocked_by:
         case "retry":
             code = ReasonCode.NODE_WAITS_FOR_RETRY
-            text = f"{name} starts again at {facts.at(node.available_at)}, {attempt}{_because(node.error)}"
+            text = f"{name} starts again at {facts.at(node.available_at)}, {attempt}{_after_failure(node)}"
         case "predecessors":
             code = ReasonCode.NODE_WAITS_FOR_PREDECESSORS
             text = f"{name} waits for {_join(node.waiting_for, node.waiting)}."
@@ -519,11 +532,16 @@ def _blocked(facts: Facts, node: _Node, name: str, attempt: str) -> Found:
             text = f"{name} can't start, because no edge to it is alive: skip_node() skips it."
         case "run":
             code = ReasonCode.NODE_WAITS_FOR_RUN
-            text = f"{name} waits until its run is running."
+            text = f"{name} waits until its run is running{_after_failure(node)}"
         case _:
             code = ReasonCode.NODE_READY
-            text = f"{name} can start, {attempt}."
+            text = f"{name} can start, {attempt}{_after_failure(node)}"
     return code, text
+
+
+def _after_failure(node: _Node) -> str:
+    """The end of a sentence about a node that waits: the attempt before, if it failed."""
+    return f"; attempt {node.attempt - 1} failed{_because(node.error)}" if node.attempt > 1 else "."
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -552,9 +570,13 @@ def _join(names: Sequence[str], number: int) -> str:
     return shown if number <= len(names[:_SHOWN]) else f"{shown} and {number - len(names[:_SHOWN]):,} more"
 
 
+def _in_one_line(reason: str | None) -> str:
+    return shorten(" ".join((reason or "").split()), 200)
+
+
 def _because(reason: str | None) -> str:
     """The end of a sentence: the reason that was given, in one line."""
-    line = shorten(" ".join((reason or "").split()), 200)
+    line = _in_one_line(reason)
     if not line:
         return "."
     return f": {line}" if line[-1] in ".!?" else f": {line}."

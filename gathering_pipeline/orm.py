@@ -151,9 +151,13 @@ Table(  # Alembic's own: a host that autogenerates with this metadata would prop
 )
 
 
-def _value_check(column: str, values: type[StrEnum], name: str) -> CheckConstraint:
+def _one_of(column: str, values: type[StrEnum]) -> str:
     listed = ", ".join(f"'{value}'" for value in values)
-    return CheckConstraint(f"{column} IN ({listed})", name=conv(name))
+    return f"{column} IN ({listed})"
+
+
+def _value_check(column: str, values: type[StrEnum], name: str) -> CheckConstraint:
+    return CheckConstraint(_one_of(column, values), name=conv(name))
 
 
 def _by_trigger() -> Any:
@@ -191,7 +195,8 @@ class Pipeline(Base):
             " AND retry_backoff_base >= 0 AND retry_backoff_base <= 31536000"
             " AND retry_backoff_max >= 0 AND retry_backoff_max <= 31536000"
             " AND run_count >= 0 AND success_count >= 0 AND error_count >= 0"
-            " AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)",
+            " AND circle.are_readable_times(LEAST(created_at, updated_at, last_run),"
+            " GREATEST(created_at, updated_at, last_run))",
             name=conv("ck_pipelines"),
         ),
         CheckConstraint("max_running >= 0", name=conv("ck_pipelines_max_running")),
@@ -344,8 +349,9 @@ class PipelineNodeRun(Base):
     __table_args__ = (
         _value_check("status", NodeStatus, "pipeline_node_runs_status_check"),
         CheckConstraint(
-            "circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)",
-            name=conv("ck_pipeline_node_runs"),
+            "circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at,"
+            " available_at)",
+            name=conv("ck_pipeline_node_runs_due"),
         ),
         Index("idx_pipeline_node_runs_run_id", "run_id"),
         Index("idx_pipeline_node_runs_run_node", "run_id", "node_id", unique=True),
@@ -445,7 +451,8 @@ class PipelineRunLog(Base):
     __table_args__ = (
         PrimaryKeyConstraint("run_id", "id"),
         CheckConstraint(
-            "(circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE",
+            "(circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE"
+            " AND circle.are_readable_times(created_at, created_at)",
             name=conv("ck_pipeline_run_logs"),
         ),
     )
@@ -462,7 +469,10 @@ class PipelineRunHistory(Base):
     __tablename__ = "pipeline_run_history"
     __table_args__ = (
         PrimaryKeyConstraint("run_id", "id"),
-        _value_check("kind", HistoryKind, "ck_pipeline_run_history"),
+        CheckConstraint(
+            f"{_one_of('kind', HistoryKind)} AND circle.are_readable_times(at, at)",
+            name=conv("ck_pipeline_run_history"),
+        ),
     )
 
     run_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("circle.pipeline_runs.id", ondelete="CASCADE"))

@@ -31,17 +31,21 @@ def _seconds(value: object) -> object:
 
 
 NoNegative = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(0))]
-AtLeastASecond = Annotated[timedelta, BeforeValidator(_seconds), Field(ge=timedelta(seconds=1))]
+# PostgreSQL and libpq take milliseconds as a 32-bit integer
+MAX_SECONDS = 2_147_483
+AtLeastASecond = Annotated[
+    timedelta, BeforeValidator(_seconds), Field(ge=timedelta(seconds=1), le=timedelta(seconds=MAX_SECONDS))
+]
 
 _FORMS = {
     "pool_size": "a whole number, 1 or more",
     "max_overflow": "a whole number, 0 or more",
     "pool_timeout": "a number of seconds, 0 or more",
-    "idle_limit": "a number of seconds, 1 or more, or none",
-    "connect_timeout": "a number of seconds, 1 or more",
-    "answer_timeout": "a number of seconds, 1 or more, or none",
-    "tcp_user_timeout": "a number of seconds, 1 or more",
-    "statement_timeout": "a number of seconds, 1 or more, or none",
+    "idle_limit": f"a number of seconds from 1 to {MAX_SECONDS}, or none",
+    "connect_timeout": f"a number of seconds from 1 to {MAX_SECONDS}",
+    "answer_timeout": f"a number of seconds from 1 to {MAX_SECONDS}, or none",
+    "tcp_user_timeout": f"a number of seconds from 1 to {MAX_SECONDS}",
+    "statement_timeout": f"a number of seconds from 1 to {MAX_SECONDS}, or none",
     "prepare_threshold": "a whole number, 0 or more, or none",
 }
 """The accepted values in an operator's words; Pydantic's messages name types."""

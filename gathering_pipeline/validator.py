@@ -11,6 +11,7 @@ import graphlib
 import json
 import logging
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _MAX_CYCLE_LENGTH = 20
 _LARGE = 1_000
 _NOT_AN_OBJECT = (IssueCode.INVALID_NODE, IssueCode.INVALID_EDGE)
 _NODE_KEYS = frozenset(PipelineNode.model_fields)
+_NOT_CONDITIONS = ("branch", "label")
+"""Keys that other tools have for the branch of an edge."""
 _EDGE_KEYS = frozenset(field.alias or name for name, field in PipelineEdge.model_fields.items())
 _LENGTHS = {item: frozenset(range(1, longest + 1)) for item, longest in MAX_ID_LENGTH.items()}
 _OBJECTS = frozenset({dict, type(None)})
@@ -433,6 +436,7 @@ def _check_edges(definition: PipelineDefinition, columns: _Columns, issues: list
                 message = f"Edges {quote(names[other])} and {quote(names[index])} connect the same nodes"
                 issues.append(_issue("edge", names[index], IssueCode.PARALLEL_EDGES, message, index))
     issues += chain(_node_warnings(definition.nodes, ids, place, heads, tails), _similar_ids(ids, place))
+    issues += _branch_warnings(definition, columns, known, heads, tails)
     order = _sort(predecessors)
     if len(order) < len(ids):
         issues += [_cycle_issue(ids, cycle) for cycle in _cycles(predecessors)]
@@ -533,6 +537,36 @@ def _node_warnings(
             if named and named - unknown != followers[at]:
                 text = "has a next that contradicts the edges, which decide"
                 yield _node_warning(ids, at, IssueCode.CONTRADICTING_NEXT, text, "next")
+
+
+def _branch_warnings(
+    definition: PipelineDefinition, columns: _Columns, known: Sequence[int], heads: list[int], tails: list[int]
+) -> Iterator[Issue]:
+    """Find edges that have their branch under another key, and conditions that fork without any branch."""
+    kinds, unknown = _column(definition.nodes, "type"), _column(definition.edges, _UNKNOWN)
+    number = Counter(heads)
+    forks = {at for at, kind in enumerate(kinds) if kind == "condition" and number[at] > 1}
+    if not forks and not any(unknown):
+        return
+    plain: dict[int, set[int]] = {at: set() for at in forks}
+    for index, head, tail in zip(known, heads, tails, strict=True):
+        condition = getattr(definition.edges[index], "condition", None)
+        if isinstance(condition, str) and condition.strip():
+            plain.pop(head, None)
+            continue
+        extra = unknown[index] or {}
+        key = next((key for key in _NOT_CONDITIONS if extra.get(key) not in (None, "")), None)
+        if key is not None and (kinds[head] == "condition" or number[head] > 1):
+            plain.pop(head, None)
+            name = columns.edges[index]
+            message = f"Edge {quote(name)} has a {key}, which is kept but not used: its branch is its condition"
+            yield _issue("edge", name, IssueCode.UNUSED_LABEL, message, index, key)
+        elif head in plain:
+            plain[head].add(tail)
+    for at, followers in sorted(plain.items()):
+        if len(followers) > 1:
+            text = f"forks, but no edge from it has a condition: true takes all {len(followers)}, false none"
+            yield _node_warning(columns.nodes, at, IssueCode.UNLABELLED_FORK, text)
 
 
 def _similar_ids(ids: list[Any], place: dict[Any, int]) -> Iterator[Issue]:

@@ -19,8 +19,8 @@ from gathering_pipeline.cli.runs import runs
 def cli() -> None:
     """The data layer of GatheRing's pipelines.
 
-    Exit codes: 0 success; 1 failure, with one sentence on stderr, of many databases, files or runs one for each that
-    failed; 2 invalid command line; 3 a report found something that an operator has to act on.
+    Exit codes: 0 success; 1 failure, with a sentence on stderr for each database, file or run that failed; 2 invalid
+    command line; 3 a report found something that an operator has to act on.
     """
 
 

@@ -80,9 +80,9 @@ def db() -> None:
 def _is_many(url: str | None, targets: Targets, jobs: int | None) -> bool:
     """Whether --urls is given; refuses what contradicts that."""
     if targets is None and jobs is not None:
-        raise click.UsageError("-j is for --urls")
+        raise click.UsageError("-j needs --urls")
     if targets is not None and url is not None:
-        raise click.UsageError("--url and --urls are given: leave one of them out")
+        raise click.UsageError("--url and --urls exclude each other: leave one out")
     return targets is not None
 
 
@@ -140,9 +140,10 @@ def upgrade(
 @x_option
 @migration_url_option
 def downgrade(revision: str, yes: bool, options: dict[str, str], url: str | None) -> None:
-    """Downgrade the schema to REVISION; "base" is below the first, -1 the previous one.
+    """Downgrade the schema to REVISION, such as -1 or "base".
 
-    Deletes the objects of the later revisions with their data. Tables that existed before revision 006 are kept.
+    -1 is the previous revision, and "base" is below the first. Deletes the objects of the later revisions with their
+    data. Tables that existed before revision 006 are kept.
     """
     from gathering_pipeline import migrations
 
@@ -190,9 +191,9 @@ def check(as_json: bool, url: str | None, targets: Targets, jobs: int | None) ->
 @click.argument("revision", default="head")
 @click.option("--down", is_flag=True, help="Print a downgrade; REVISION must be FROM:TO, as in head:base.")
 def sql(revision: str, down: bool) -> None:
-    """Print the SQL of an upgrade to REVISION, for a DBA: psql -v ON_ERROR_STOP=1 -f FILE.
+    """Print the SQL of an upgrade to REVISION.
 
-    REVISION may be FROM:TO if the schema is at FROM. Needs no database.
+    For a DBA: psql -v ON_ERROR_STOP=1 -f FILE. REVISION may be FROM:TO if the schema is at FROM. Needs no database.
     """
     from gathering_pipeline import migrations
 
@@ -341,10 +342,10 @@ def widen(dry_run: bool, options: dict[str, str], url: str | None) -> None:
 @click.argument("arguments", metavar="[PSQL-ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
 @migration_url_option
 def shell(arguments: tuple[str, ...], url: str | None) -> None:
-    """Start psql on the database; what follows is given to psql, as in: db shell -c "SELECT 1".
+    """Start psql on the database, with the arguments that follow.
 
-    The password is not in the arguments, which every user of the machine can see. psql is that of the system, else that
-    of the embedded server.
+    As in: db shell -c "SELECT 1". The password is not in the arguments, which every user of the machine can see. psql
+    is that of the system, else that of the embedded server.
     """
     from psycopg.conninfo import make_conninfo
 

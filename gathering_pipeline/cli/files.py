@@ -53,7 +53,7 @@ def read_json(path: str) -> Any:
     """Read a JSON file in UTF-8; ``-`` is stdin.
 
     Raises:
-        InvalidDataError: It can't be read, is too large, or is no JSON.
+        InvalidDataError: It can't be read, is too large, or is not JSON.
     """
     try:
         with click.open_file(path, "rb") as file:
@@ -80,7 +80,7 @@ def read_pipeline(path: str) -> PipelineFile:
     """Read a pipeline, with everything that is wrong with it.
 
     Raises:
-        InvalidDataError: The file is no JSON object.
+        InvalidDataError: The file is not a JSON object.
     """
     from pydantic import ValidationError
 
@@ -89,7 +89,7 @@ def read_pipeline(path: str) -> PipelineFile:
 
     found = read_json(path)
     if not isinstance(found, dict):
-        raise InvalidDataError(f"the file has no JSON object, but {_kind(found)}: a pipeline has name, nodes and edges")
+        raise InvalidDataError(f"the file has {_kind(found)}, not a JSON object with name, nodes and edges")
     origin = {key: found.pop(key) for key in ORIGIN if key in found}
     issues = [
         _field_issue(key, "must be a whole number, or left out") for key in origin if type(origin[key]) is not int
@@ -98,7 +98,7 @@ def read_pipeline(path: str) -> PipelineFile:
         PipelineCreate.model_validate({key: value for key, value in found.items() if key not in ("nodes", "edges")})
     except ValidationError as error:
         for detail in error.errors(include_url=False, include_context=False, include_input=False):
-            reason = "is no field of a pipeline" if detail["type"] == "extra_forbidden" else detail["msg"]
+            reason = "is not a field of a pipeline" if detail["type"] == "extra_forbidden" else detail["msg"]
             issues.append(_field_issue(str(detail["loc"][0]), shorten(reason, 200)))
     issues += find_json_issues(found.get("nodes", []), found.get("edges", []))
     return PipelineFile(found, origin, found.get("status") in ("draft", "paused"), issues)

@@ -30,7 +30,7 @@ STATUSES = ("active", "paused", "draft")
 def validate(paths: tuple[str, ...], as_json: bool) -> None:
     """Report every problem of pipelines in JSON files; - is stdin.
 
-    A file has a pipeline as export writes it: an object with name, nodes, edges and, if need be, the other fields.
+    A file has one pipeline, as export writes it: an object with name, nodes, edges and, if needed, the other fields.
     Exits with 1 if import would refuse one. A pipeline with the status draft or paused may lack nodes and
     configuration. Needs no database.
     """
@@ -78,17 +78,19 @@ def _print_report(report: dict[str, Any]) -> None:
 @json_option
 @url_option
 def import_(paths: tuple[str, ...], update: bool, as_json: bool, url: str | None) -> None:
-    """Store pipelines from JSON files, each in a transaction of its own; - is stdin.
+    """Store pipelines from JSON files; - is stdin.
 
-    With --update the fields that the file has are written to the pipeline with its name. A file of export has the
-    pipeline's revision: it is refused if the pipeline was changed since. A file that is refused stops no other.
+    Each file is a transaction of its own, and one that is refused stops no other. Without --update each file makes a
+    new pipeline, even if its name is taken. With --update the fields that the file has are written to the pipeline with
+    its name. A file of export has the pipeline's revision: it is refused if the pipeline was changed since.
     """
-    results = []
+    results: list[dict[str, Any]] = []
     with open_database(url) as database:
         for path in paths:
             try:
+                file = files.read_pipeline(path)
                 with database.session() as session:
-                    result = _store(session, files.read_pipeline(path), update=update)
+                    result = _store(session, file, update=update)
             except Exception as error:
                 sentence = describe(error)
                 if sentence is None:
@@ -96,13 +98,25 @@ def import_(paths: tuple[str, ...], update: bool, as_json: bool, url: str | None
                 results.append({"file": path, "error": sentence})
                 echo(f"Error: {path}: {sentence}", err=True)
             else:
-                results.append({"file": path, **result})
+                warnings = [issue.message for issue in file.issues if issue.severity == "warning"]
+                results.append({"file": path, **result, "warnings": warnings})
+                for message in warnings:
+                    echo(f"Warning: {path}: {message}", err=True)
                 if not as_json:
-                    echo(f"{result['action']} {result['id']}: {result['name']} ({result['status']})")
+                    echo(_stored_line(result))
     if as_json:
         print_json(results)
     if any("error" in result for result in results):
         click.get_current_context().exit(1)
+
+
+def _stored_line(result: dict[str, Any]) -> str:
+    line = f"{result['action']} {result['id']}: {result['name']} ({result['status']})"
+    if not (ids := result["same_name"]):
+        return line
+    if len(ids) == 1:
+        return f"{line}; pipeline {ids[0]} has the same name, import --update changes it"
+    return f"{line}; {len(ids)} others have the same name: {', '.join(map(str, ids[:10]))}"
 
 
 def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[str, Any]:
@@ -111,11 +125,11 @@ def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[
 
     file.check()
     pipelines = PipelineRepository(session)
-    stored = _find(session, file) if update else None
-    if stored is None:
+    found = _of_same_name(session, file)
+    if not (update and found):
         pipeline = pipelines.create(PipelineCreate(**file.fields), allow_incomplete=file.is_draft)
-        return _result("created", pipeline)
-    pipeline_id, revision = stored
+        return _result("created", pipeline, found)
+    pipeline_id, revision = _updated(file, found)
     if file.origin.get("id") == pipeline_id:
         revision = file.origin.get("revision", revision)
     try:
@@ -129,32 +143,36 @@ def _store(session: Session, file: files.PipelineFile, *, update: bool) -> dict[
             f"pipeline {pipeline_id} was changed: it is at revision {error.current}, and the file has {revision}:"
             ' export it again, or remove "revision" from the file'
         ) from error
-    return _result("updated", pipeline)
+    return _result("updated", pipeline, {})
 
 
-def _result(action: str, pipeline: PipelineRead) -> dict[str, Any]:
+def _result(action: str, pipeline: PipelineRead, same_name: dict[int, int]) -> dict[str, Any]:
     fields = pipeline.model_dump(mode="json", include={"id", "name", "status", "revision"})
-    return {"action": action, **fields}
+    return {"action": action, **fields, "same_name": list(same_name)}
 
 
-def _find(session: Session, file: files.PipelineFile) -> tuple[int, int] | None:
-    """The id and the revision of the pipeline that a file changes; ``None``: there is none.
-
-    Raises:
-        InvalidDataError: Several have its name.
-    """
+def _of_same_name(session: Session, file: files.PipelineFile) -> dict[int, int]:
+    """The ids and revisions of the stored pipelines that have the name of a file."""
     from sqlalchemy import select
 
     from gathering_pipeline.orm import Pipeline
 
     query = select(Pipeline.id, Pipeline.revision).where(Pipeline.name == file.fields["name"]).order_by(Pipeline.id)
-    found = {row.id: row.revision for row in session.execute(query)}
+    return {row.id: row.revision for row in session.execute(query)}
+
+
+def _updated(file: files.PipelineFile, found: dict[int, int]) -> tuple[int, int]:
+    """The id and the revision of the pipeline that a file changes.
+
+    Raises:
+        InvalidDataError: Several have its name.
+    """
     if len(found) > 1:
         found = {key: revision for key, revision in found.items() if key == file.origin.get("id")} or found
     if len(found) > 1:
         ids = ", ".join(map(str, list(found)[:10]))
         raise InvalidDataError(f'{len(found)} pipelines have its name ({ids}): write the "id" of one into the file')
-    return next(iter(found.items()), None)
+    return next(iter(found.items()))
 
 
 @click.command()
@@ -169,12 +187,12 @@ def _find(session: Session, file: files.PipelineFile) -> tuple[int, int] | None:
 )
 @url_option
 def export(ids: tuple[int, ...], every: bool, output: Path | None, url: str | None) -> None:
-    """Write pipelines as JSON files, from which import makes equal ones.
+    """Write pipelines as JSON files, as import reads them.
 
     Counters, times, versions and runs are not exported.
     """
     if every == bool(ids):
-        raise click.UsageError("write the ids of pipelines, or --all")
+        raise click.UsageError("give the ids of pipelines, or --all")
     if output is None and len(ids) != 1:
         raise click.UsageError("several pipelines need -o FOLDER")
     with open_database(url) as database, database.reading() as session:
@@ -246,6 +264,10 @@ def list_(name: str | None, status: str | None, limit: int, as_json: bool, url: 
         echo(f"There are more than {limit}: --limit N shows more of them.", err=True)
 
 
+_LIMITS = ("max_running", "timeout_seconds")
+"""Fields that limit nothing if they are 0 or null."""
+
+
 def _count(nodes: Any) -> int:
     return len(nodes) if isinstance(nodes, list) else 0  # a broken graph can be read, too
 
@@ -255,7 +277,7 @@ def _count(nodes: Any) -> int:
 @json_option
 @url_option
 def show(pipeline_id: int, as_json: bool, url: str | None) -> None:
-    """Show a pipeline: its fields and counters, its nodes and edges, and what is wrong with its graph."""
+    """Show a pipeline: fields, counters, nodes, edges and problems."""
     from gathering_pipeline.repositories import PipelineRepository
     from gathering_pipeline.validator import find_json_issues
 
@@ -266,7 +288,8 @@ def show(pipeline_id: int, as_json: bool, url: str | None) -> None:
         return
     for key, value in pipeline:
         if key not in ("nodes", "edges"):
-            echo(f"{key.replace('_', ' ')}: {as_text(value)}")
+            shown = "no limit" if key in _LIMITS and not value else as_text(value)
+            echo(f"{key.replace('_', ' ')}: {shown}")
     for issue in find_json_issues(pipeline.nodes, pipeline.edges):
         echo(f"{issue.severity} {issue.code}: {issue.message}")
     for title, columns, items in (
@@ -287,7 +310,10 @@ def show(pipeline_id: int, as_json: bool, url: str | None) -> None:
 @click.argument("pipeline_id", metavar="ID", type=int)
 @url_option
 def activate(pipeline_id: int, url: str | None) -> None:
-    """Activate a pipeline, so that runs of it are created and claimed; its graph has to be complete."""
+    """Activate a pipeline: runs of it can be created and claimed.
+
+    Its graph has to be complete.
+    """
     from gathering_pipeline.repositories import PipelineRepository
 
     with open_database(url) as database, database.session() as session:
@@ -299,7 +325,10 @@ def activate(pipeline_id: int, url: str | None) -> None:
 @click.argument("pipeline_id", metavar="ID", type=int)
 @url_option
 def pause(pipeline_id: int, url: str | None) -> None:
-    """Pause a pipeline: no run of it is created or claimed until it is activated; running ones go on."""
+    """Pause a pipeline: no run of it is created or claimed.
+
+    Running ones go on. activate ends the pause.
+    """
     from gathering_pipeline.repositories import PipelineRepository
 
     with open_database(url) as database, database.session() as session:
@@ -315,10 +344,10 @@ def pause(pipeline_id: int, url: str | None) -> None:
 )
 @url_option
 def graph(place: str, kind: str, output: Path | None, url: str | None) -> None:
-    """Draw the graph of a pipeline, by its id, or of a JSON file; - is stdin.
+    """Draw the graph of a stored pipeline or of a JSON file.
 
-    An SVG has the editor's positions if all nodes have one, else a column for each generation. A graph that is not
-    valid is drawn, too, as far as its nodes and edges can be read. A file whose name is a number is ./NUMBER.
+    - is stdin. An SVG has the editor's positions if all nodes have one, else a column for each generation. A graph that
+    is not valid is drawn, too, as far as its nodes and edges can be read. A file whose name is a number is ./NUMBER.
     """
     from gathering_pipeline import rendering
 

@@ -21,6 +21,7 @@ from gathering_pipeline.cli.output import (
     is_terminal,
     print_json,
     print_table,
+    to_json,
 )
 from gathering_pipeline.errors import shorten
 from gathering_pipeline.texts import duration_text, one_line
@@ -42,6 +43,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _SPAN = re.compile(r"([0-9]{1,7})([smhdw])")
 _MOST_LOGS = 1_000
 """Entries of a log that a report shows."""
+_MOST_DATA = 1_000
+"""Characters of the trigger data that ``show`` prints; ``--json`` prints all of it."""
 _IDLE = timedelta(minutes=5)
 _BATCH = 500
 """Runs that are read, or deleted, at once."""
@@ -52,7 +55,7 @@ def _read_span(_context: click.Context, _option: click.Parameter, given: str | N
         return None
     span = _parse_span(given)
     if span is None:
-        raise click.BadParameter(f"{given!r} is no duration: write a number and s, m, h, d or w, as in 90s or 2d")
+        raise click.BadParameter(f"{given!r} is not a duration: write a number and s, m, h, d or w, as in 90s or 2d")
     return span
 
 
@@ -70,7 +73,7 @@ def _read_time(_context: click.Context, _option: click.Parameter, given: str | N
         moment = datetime.fromisoformat(given)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"{given!r} is no time: write a duration before now, as in 1h or 2d, or 2026-11-01, or 2026-11-01T08:30"
+            f"{given!r} is not a time: write a duration before now, as in 1h or 2d, or 2026-11-01, or 2026-11-01T08:30"
         ) from None
     return moment if moment.utcoffset() is not None else moment.replace(tzinfo=UTC)
 
@@ -80,14 +83,14 @@ def _read_tags(_context: click.Context, _option: click.Parameter, given: Sequenc
     for item in given:
         key, separator, value = item.partition("=")
         if not separator or key in tags:
-            raise click.BadParameter(f"{item!r} {'repeats a key' if separator else 'is no tag'}: write KEY=VALUE")
+            raise click.BadParameter(f"{item!r} {'repeats a key' if separator else 'is not a tag'}: write KEY=VALUE")
         tags[key] = value
     return tags
 
 
 @click.group()
 def runs() -> None:
-    """Look at runs and control them; times are in UTC."""
+    """Inspect and control runs; times are in UTC."""
 
 
 # --- reads ------------------------------------------------------------------------------------------------------------
@@ -99,15 +102,15 @@ def runs() -> None:
 @click.option(
     "--tag", "tags", metavar="KEY=VALUE", multiple=True, callback=_read_tags, help="May be repeated: all of these."
 )
-@click.option("--since", metavar="TIME", callback=_read_time, help="Created since, as in 1h, 2d, 2026-11-01.")
-@click.option("--until", metavar="TIME", callback=_read_time, help="Created before, likewise.")
-@click.option("--stuck", is_flag=True, help="Only live runs that nothing moves and nothing holds on purpose.")
+@click.option("--since", metavar="TIME", callback=_read_time, help="Only runs created since, as in 1h, 2d, 2026-11-01.")
+@click.option("--until", metavar="TIME", callback=_read_time, help="Only runs created before, likewise.")
+@click.option("--stuck", is_flag=True, help="Only live runs that make no progress, and that nothing holds on purpose.")
 @click.option(
     "--for",
     "idle",
     metavar="SPAN",
     callback=_read_span,
-    help="With --stuck: how long nothing has moved, by default 5m.",
+    help="With --stuck: how long without progress, by default 5m.",
 )
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), default=50, help="Most runs, by default 50.")
 @click.option("--all", "every", is_flag=True, help="All runs, without a limit.")
@@ -127,18 +130,18 @@ def list_(
     as_json: bool,
     url: str | None,
 ) -> None:
-    """List runs, newest first; stuck ones, which runs why explains, oldest first.
+    """List runs, newest first; stuck ones oldest first.
 
-    Columns: id, pipeline and its name, status, when it was created, duration; the node that it is at, or that failed,
-    and the error.
+    runs why explains why one is stuck. Columns: id, pipeline and its name, status, when it was created, duration; the
+    node that it is at, or that failed, and the error.
     """
     from gathering_pipeline.lifecycle import RunStatus
     from gathering_pipeline.repositories import RunRepository
 
     if stuck and (tags or pipeline_id is not None or statuses or since or until or every):
-        raise click.UsageError("--stuck looks at all live runs: beside it there are --for and --limit")
+        raise click.UsageError("--stuck covers all live runs: it takes only --for and --limit")
     if idle is not None and not stuck:
-        raise click.UsageError("--for is for --stuck")
+        raise click.UsageError("--for needs --stuck")
     with open_database(url) as database, database.reading() as session:
         repository = RunRepository(session)
         found = (
@@ -211,10 +214,11 @@ def run_duration(run: RunSummary) -> str:
 
 @runs.command()
 @run_argument
+@click.option("--outputs", is_flag=True, help="Also print the outputs of the nodes.")
 @json_option
 @url_option
-def show(run_id: int, as_json: bool, url: str | None) -> None:
-    """Show a run: its fields, its tags and its nodes in execution order."""
+def show(run_id: int, outputs: bool, as_json: bool, url: str | None) -> None:
+    """Show a run: fields, tags, trigger data, nodes in execution order."""
     from gathering_pipeline.repositories import RunRepository
 
     with open_database(url) as database, database.reading() as session:
@@ -228,7 +232,11 @@ def show(run_id: int, as_json: bool, url: str | None) -> None:
             echo(f"{key.replace('_', ' ')}: {one_line(value) if isinstance(value, str) else as_text(value)}")
     for key, text in tags.items():
         echo(one_line(f"tag {key}: {text}"))
+    echo(f"trigger data: {shorten(to_json(run.trigger_data, indent=None), _MOST_DATA)}")
     print_table(NODE_COLUMNS, map(node_row, nodes))
+    for node in nodes if outputs else ():
+        if node.output_data:
+            echo(f"output of {one_line(node.node_id)}: {to_json(node.output_data, indent=None)}")
 
 
 NODE_COLUMNS = ("node", "type", "status", "#attempt", "started", "#duration", "error")
@@ -236,21 +244,15 @@ NODE_COLUMNS = ("node", "type", "status", "#attempt", "started", "#duration", "e
 
 def node_row(node: NodeRunRead) -> Sequence[object]:
     """The row of a node, for ``NODE_COLUMNS``."""
+    from gathering_pipeline.rendering.timeline import node_duration
+
     error = None if node.error_message is None else shorten(one_line(node.error_message), 100)
     if node.status == "pending" and node.available_at is not None:
-        error = f"retry at {as_text(node.available_at)}: {error}"
+        error = f"retry at {node.available_at:%m-%d %H:%M:%S}: {error}"
     attempt = node.retry_count + 1 if node.retry_count or node.started_at is not None else None
-    return (node.node_id, node.node_type, node.status, attempt, node.started_at, node_duration(node), error)
-
-
-def node_duration(node: NodeRunRead) -> str:
-    """How long a node took, or takes already."""
-    if node.started_at is None:
-        return "-"
-    if node.completed_at is None:
-        running = node.status == "running"
-        return duration_text(datetime.now(UTC) - node.started_at) if running else "-"
-    return duration_text(timedelta(milliseconds=node.duration_ms))
+    taken = node_duration(node, datetime.now(UTC))
+    duration = None if taken is None else duration_text(taken)
+    return (node.node_id, node.node_type, node.status, attempt, node.started_at, duration, error)
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
@@ -262,7 +264,10 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 @json_option
 @url_option
 def why(run_id: int, as_json: bool, url: str | None) -> None:
-    """Say why a run stands still, or how it ended, and what is to be done."""
+    """Explain why a run is stuck or how it ended, and what to do.
+
+    Names the attempts that failed, with their errors, and lists the last claims and releases.
+    """
     from gathering_pipeline.repositories import RunRepository
 
     with open_database(url) as database, database.reading() as session:
@@ -282,9 +287,10 @@ def why(run_id: int, as_json: bool, url: str | None) -> None:
 @json_option
 @url_option
 def watch(run_id: int, as_json: bool, url: str | None) -> None:
-    """Follow a run until it ends: live in a terminal, else a line for each event. Ctrl-C ends it.
+    """Follow a run until it ends.
 
-    Exits with 0 if the run completed, and with 3 if it ended otherwise. --json prints a JSON object a line.
+    Live in a terminal, else a line for each event. Ctrl-C ends it. Exits with 0 if the run completed, and with 3 if it
+    ended otherwise. --json prints a JSON object a line.
     """
     from gathering_pipeline.repositories import RunRepository
 
@@ -323,9 +329,9 @@ def _line(event: PipelineEvent) -> str:
 )
 @url_option
 def report(run_id: int, output: Path, url: str | None) -> None:
-    """Write a page about a run: graph, timeline, nodes, errors, log, and why it stands still.
+    """Write a page about a run: graph, timeline, nodes, errors, log.
 
-    The page is one file of HTML, which needs no network and no script.
+    It also says why the run is stuck or how it ended. The page is one HTML file, which needs no network and no script.
     """
     from gathering_pipeline.rendering import render_report
 
@@ -375,7 +381,10 @@ def _read_record(session: Session, run_id: int) -> RunRecord:
 @json_option
 @url_option
 def cancel(run_ids: tuple[int, ...], reason: str | None, as_json: bool, url: str | None) -> None:
-    """Cancel pending or running runs and their live nodes; a run that can't be cancelled stops no other."""
+    """Cancel pending or running runs and their live nodes.
+
+    A run that can't be cancelled stops no other.
+    """
     _change(run_ids, lambda repository, run_id: repository.cancel(run_id, reason), "is cancelled", url, as_json)
 
 
@@ -385,7 +394,7 @@ def _read_json(_context: click.Context, _option: click.Parameter, given: str | N
     try:
         return json.loads(given)
     except ValueError as error:
-        raise click.BadParameter(f"it is no JSON: {error}") from error
+        raise click.BadParameter(f"not valid JSON: {error}") from error
 
 
 @runs.command()
@@ -395,7 +404,7 @@ def _read_json(_context: click.Context, _option: click.Parameter, given: str | N
 @json_option
 @url_option
 def create(pipeline_id: int, data: Any, key: str | None, as_json: bool, url: str | None) -> None:
-    """Create a pending run of an active pipeline; workers execute it."""
+    """Create a run of an active pipeline; workers execute it."""
     from gathering_pipeline.repositories import RunRepository
 
     with open_database(url) as database, database.session() as session:
@@ -411,9 +420,10 @@ def create(pipeline_id: int, data: Any, key: str | None, as_json: bool, url: str
 @json_option
 @url_option
 def resume(run_ids: tuple[int, ...], as_json: bool, url: str | None) -> None:
-    """Go on with failed, cancelled or timed-out runs, each in a new run, which takes over what was completed.
+    """Continue runs that failed, were cancelled or timed out.
 
-    The new run has the graph of the old one; rerun takes the current one.
+    Each continues in a new run, which takes over what was completed. The new run has the graph of the old one; rerun
+    takes the current one.
     """
     _change(run_ids, lambda repository, run_id: repository.resume(run_id), "resumes run {}", url, as_json)
 
@@ -423,7 +433,10 @@ def resume(run_ids: tuple[int, ...], as_json: bool, url: str | None) -> None:
 @json_option
 @url_option
 def rerun(run_ids: tuple[int, ...], as_json: bool, url: str | None) -> None:
-    """Create runs with the trigger data, priority and tags of others, of the current graphs."""
+    """Repeat runs from the beginning, with the current graphs.
+
+    Each new run has the trigger data, priority and tags of the old one.
+    """
     _change(run_ids, lambda repository, run_id: repository.rerun(run_id), "repeats run {}", url, as_json)
 
 
@@ -464,16 +477,16 @@ def _change(
     metavar="SPAN",
     callback=_read_span,
     required=True,
-    help="Age since the end of the run, as in 12h or 90d.",
+    help="Time since the run ended, as in 12h or 90d.",
 )
 @yes_option
 @json_option
 @url_option
 def purge(older_than: timedelta, yes: bool, as_json: bool, url: str | None) -> None:
-    """Delete runs that ended long ago, with their nodes and logs; their events are kept.
+    """Delete runs that ended long ago, with their nodes and logs.
 
-    Works in transactions of 500 runs; start an interrupted purge again. Runs that another table of yours refers to
-    are kept and listed.
+    Their events are kept. Works in transactions of 500 runs; start an interrupted purge again. Runs that another table
+    of yours refers to are kept and listed.
     """
     from gathering_pipeline.repositories import RunRepository
 

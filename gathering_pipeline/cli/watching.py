@@ -16,6 +16,7 @@ from gathering_pipeline.cli.output import make_table, style_of
 from gathering_pipeline.cli.runs import NODE_COLUMNS, node_row, run_duration
 from gathering_pipeline.errors import is_transient
 from gathering_pipeline.lifecycle import NodeStatus
+from gathering_pipeline.rendering.report import PROGRESS
 from gathering_pipeline.repositories import PipelineRepository, RunRepository
 from gathering_pipeline.texts import one_line, printable
 
@@ -79,11 +80,12 @@ def _draw(run: RunRead, nodes: list[NodeRunRead], name: str, problem: str, room:
     )
     if run.worker_id is not None:
         head.append(f", worker {printable(run.worker_id)}")
+    color = "red" if counts[NodeStatus.FAILED] else "green"
     progress = Table.grid(padding=(0, 1))
     progress.add_row(
-        ProgressBar(total=max(len(nodes), 1), completed=done, width=30),
-        Text(f"{done}/{len(nodes)} nodes"),
-        Text(", ".join(f"{counts[status]} {status}" for status in NodeStatus if counts[status])),
+        ProgressBar(total=max(len(nodes), 1), completed=done, width=30, complete_style=color, finished_style=color),
+        Text(f"{done}/{len(nodes)} nodes:"),
+        Text(", ".join(f"{counts[status]} {status}" for status in PROGRESS if counts[status])),
     )
     shown = nodes
     if len(nodes) > room:

@@ -242,6 +242,19 @@ _CHECKS = [
               WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())) f WHERE n > 0
         """,
     ),
+    _Check(
+        "clock_behind",
+        "warning",
+        "set the clock of the server: after a restore or a failover it may issue tokens of lost claims again",
+        """
+        SELECT 'circle.pipeline_runs id ' || min(id),
+               format('%s runs have fencing tokens up to %s ahead of the clock of the server', count(*),
+                      make_interval(secs => (max(claim_token) - max(clock)) / 1000000)), NULL
+        FROM circle.pipeline_runs
+        CROSS JOIN (SELECT extract(epoch FROM clock_timestamp())::bigint * 1000000 AS clock OFFSET 0) c
+        WHERE claim_token > clock + 60000000 HAVING count(*) > 0
+        """,
+    ),
 ]
 
 # The graph of a pipeline, and whether its current version exists and has this graph.

@@ -18,7 +18,7 @@ from gathering_pipeline.models import LogEntry, NodeRunRead, PipelineDefinition,
 from gathering_pipeline.texts import duration_text, one_line, printable_lines
 
 from .graph import GRAPH_STYLE, ICONS, NodeLook, color_style, to_svg
-from .timeline import Attempt, find_attempts
+from .timeline import Attempt, find_attempts, node_duration
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -36,6 +36,13 @@ _FIRST = (NodeStatus.FAILED, NodeStatus.RUNNING, NodeStatus.PENDING, NodeStatus.
 """What is shown of many nodes before all others."""
 
 
+PROGRESS = (
+    *(NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED),
+    *(NodeStatus.RUNNING, NodeStatus.PENDING),
+)
+"""The order in which nodes are counted: a bar of them fills from the left."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """What a report is made of.
@@ -49,7 +56,7 @@ class RunRecord:
         logs: Its log, oldest entry first.
         more_logs: Whether the log has more entries.
         tags: Its tags.
-        explanation: Why it stands still, or how it ended.
+        explanation: Why it is stuck, or how it ended.
         at: When this was read.
     """
 
@@ -116,7 +123,10 @@ def render_report(record: RunRecord) -> str:
     kept = {node.id for node in sorted(nodes, key=lambda node: node.status not in _FIRST)[:MOST_ROWS]}
     shown = [node for node in nodes if node.id in kept]
     begin, end = _span_of(run, attempts, record.at)
-    rows = [_make_row(node, names, attempts.get(node.node_id, []), begin, end) for node in shown]
+    rows = [
+        _make_row(node, names.get(node.node_id), attempts.get(node.node_id, []), (begin, end), record.at)
+        for node in shown
+    ]
     looks = {row.node.node_id: NodeLook(row.node.status, row.duration) for row in rows}
     counts = Counter(node.status for node in nodes)
     by_position = {node.position: node.node_id for node in nodes}
@@ -128,7 +138,7 @@ def render_report(record: RunRecord) -> str:
         record=record,
         rows=rows,
         left_out=len(nodes) - len(rows),
-        counts=[(status, counts[status]) for status in NodeStatus if counts[status]],
+        counts=[(status, counts[status]) for status in PROGRESS if counts[status]],
         done=sum(count for status, count in counts.items() if status.is_terminal),
         number=len(nodes),
         graph=_draw(record, nodes, looks, untaken),
@@ -154,23 +164,24 @@ def _span_of(run: RunRead, attempts: Mapping[str, Sequence[Attempt]], now: datet
 
 
 def _make_row(
-    node: NodeRunRead, names: Mapping[str, str], attempts: list[Attempt], begin: datetime, end: datetime
+    node: NodeRunRead, name: str | None, attempts: list[Attempt], span: tuple[datetime, datetime], now: datetime
 ) -> _Row:
+    begin, end = span
     whole, bars = end - begin, []
     for number, attempt in enumerate(attempts, 1):
-        span = (attempt.end or end) - attempt.start
+        lasted = (attempt.end or end) - attempt.start
         words = "for" if attempt.end is None else "after"
-        label = f"attempt {number} {attempt.outcome} {words} {duration_text(span)}"
+        label = f"attempt {number} {attempt.outcome} {words} {duration_text(lasted)}"
         if attempt.worker_id is not None:
             label += f", worker {attempt.worker_id}"
-        bars.append(_Bar(100 * ((attempt.start - begin) / whole), 100 * (span / whole), attempt.outcome, label))
-    taken = sum(((attempt.end or end) - attempt.start for attempt in attempts), timedelta())
+        bars.append(_Bar(100 * ((attempt.start - begin) / whole), 100 * (lasted / whole), attempt.outcome, label))
+    taken = node_duration(node, now)
     return _Row(
         node,
-        names.get(node.node_id, node.node_id).strip() or node.node_id,
+        (name or "").strip() or node.node_id,
         attempts,
         bars,
-        duration_text(taken) if attempts else "",
+        "" if taken is None else duration_text(taken),
         None if not node.output_data else _json(node.output_data),
     )
 

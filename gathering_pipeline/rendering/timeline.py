@@ -1,4 +1,4 @@
-"""The attempts of a run's nodes, put together from its events."""
+"""The attempts of a run's nodes, put together from its events, and how long nodes take."""
 
 from __future__ import annotations
 
@@ -81,6 +81,20 @@ def find_attempts(
                 Attempt(node.node_id, node.started_at, node.completed_at, node.status, node.error_message)
             ]
     return {node_id: attempts for node_id, attempts in found.items() if attempts}
+
+
+def node_duration(node: NodeRunRead, now: datetime) -> timedelta | None:
+    """How long the last attempt of a node took, or takes already; ``None`` if none was started, or the next one waits.
+
+    Args:
+        node: The node.
+        now: When it was read.
+    """
+    if node.started_at is None or node.status is NodeStatus.PENDING:
+        return None
+    if node.status is NodeStatus.RUNNING:
+        return now - node.started_at
+    return timedelta(milliseconds=node.duration_ms)
 
 
 def _reported_start(event: PipelineEvent) -> datetime:

@@ -1,9 +1,10 @@
 """Group commit: ``advance`` of many concurrent callers in one statement and one commit.
 
-A call that finds nothing under way is sent at once, as any call. Calls that arrive meanwhile are gathered on a second
-connection: those that wait go together into the next statement when the one before has been answered. So a lone caller
-pays nothing, and under load each commit carries many calls. What ``advance_many`` leaves out, its caller sends by
-itself, on another connection; so a locked run keeps nobody waiting but its own caller.
+A call that finds nothing under way is sent at once, as any call. Calls that arrive meanwhile are gathered: those that
+wait go together into the next statement. Tasks have two statements under way, with half of the calls each, so that the
+server executes one while the process handles the answers to the other; threads have one, and one of a lone caller. So a
+lone caller pays nothing, and under load each commit carries many calls. What ``advance_many`` leaves out, its caller
+sends by itself, on another connection; so a locked run keeps nobody waiting but its own caller.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ Results = Iterable[NodeExecutionResult | Mapping[str, Any]]
 LARGEST_BATCH = 256
 """Most calls of a statement; more would take longer than the commit that they share."""
 
+CONNECTIONS = 2
+"""Connections of the tasks of a group commit."""
+SMALLEST_SHARE = 4
+"""So many calls share a commit rather than a connection."""
+
 _CLOSED = "the group commit is closed: call inside its block"
 
 F = TypeVar("F", asyncio.Future[Step | None], Future[Step | None])
@@ -55,15 +61,16 @@ class _Queue(Generic[F]):
     def add(self, report: EncodedReport, answer: F) -> None:
         self._waiting.append((report, answer))
 
-    def take_batch(self, apart_from: int | None = None) -> list[tuple[EncodedReport, F]]:
+    def take_batch(self, most: int = LARGEST_BATCH, apart_from: int | None = None) -> list[tuple[EncodedReport, F]]:
         """Take the calls of the next statement: one for each run at most, and none whose caller doesn't wait any more.
 
         Args:
+            most: Number of calls.
             apart_from: A run that the statement has already.
         """
         batch: dict[int, tuple[EncodedReport, F]] = {}
         left: deque[tuple[EncodedReport, F]] = deque()
-        while self._waiting and len(batch) < LARGEST_BATCH:
+        while self._waiting and len(batch) < min(most, LARGEST_BATCH):
             report, answer = self._waiting.popleft()
             if answer.done():
                 continue
@@ -118,9 +125,8 @@ class AsyncGroupCommit(AsyncRunRepository):
         self._open_session = open_session
         self._queue: _Queue[asyncio.Future[Step | None]] = _Queue()
         self._opened = AsyncExitStack()
-        self._lone: AsyncRunRepository | None = None
-        self._batches: AsyncRunRepository | None = None
-        self._is_lone = False
+        self._is_open = False
+        self._idle: list[AsyncRunRepository] = []
         self._calls = 0
         self._senders: set[asyncio.Task[None]] = set()
         self._closed = asyncio.Event()
@@ -130,32 +136,34 @@ class AsyncGroupCommit(AsyncRunRepository):
     def _give_up(self) -> None:
         """Leave everything to the parent process, and refuse calls."""
         # kept: to drop the last reference to a session would end it here
-        self._inherited = self._lone, self._batches, self._opened, self._senders, self._queue, self._closed
-        self._lone = self._batches = None
-        self._opened, self._queue, self._senders, self._calls = AsyncExitStack(), _Queue(), set(), 0
+        self._inherited = self._idle, self._opened, self._senders, self._queue, self._closed
+        self._is_open = False
+        self._opened, self._queue, self._idle, self._senders, self._calls = AsyncExitStack(), _Queue(), [], set(), 0
         self._transport = Apart(_refuse)
 
     async def __aenter__(self) -> Self:
-        """Open a connection for gathered calls, and one for a lone call."""
+        """Open the connections."""
         try:
-            self._lone = AsyncRunRepository(await self._opened.enter_async_context(self._open_session()))
-            self._batches = AsyncRunRepository(await self._opened.enter_async_context(self._open_session()))
+            for _ in range(CONNECTIONS):
+                session = await self._opened.enter_async_context(self._open_session())
+                self._idle.append(AsyncRunRepository(session))
         except BaseException:
             await self._opened.aclose()
             raise
+        self._is_open = True
         return self
 
     async def __aexit__(self, *_error: object) -> None:
         """Answer what was called, and close the connections."""
-        self._lone = None  # no call begins any more
+        self._is_open = False  # no call begins any more
         try:
             if self._calls:
                 await self._closed.wait()
         finally:
+            self._queue.fail(_CLOSED)
             for sender in list(self._senders):  # the wait was cancelled
                 sender.cancel()
                 await asyncio.wait([sender])
-            self._queue.fail(_CLOSED)
             await self._opened.aclose()
 
     async def advance(
@@ -163,39 +171,46 @@ class AsyncGroupCommit(AsyncRunRepository):
     ) -> Step:
         """Do as ``AsyncRunRepository.advance``, in one commit with the calls of other tasks."""
         report = encode_report(run_id, results, token, retry=retry, inputs=inputs)
-        if self._lone is None:
+        if not self._is_open:
             raise ForkedConnectionError if self._inherited else PipelineError(_CLOSED)
         self._calls += 1
         try:
-            return await self._gathered(self._lone, report) or await self._advance(report)
+            return await self._gathered(report) or await self._advance(report)
         finally:
             self._calls -= 1
             self._tell_if_closed()
 
     def _tell_if_closed(self) -> None:
-        if self._lone is None and not self._calls:
+        if not self._is_open and not self._calls:
             self._closed.set()
 
-    async def _gathered(self, lone: AsyncRunRepository, report: EncodedReport) -> Step | None:
+    async def _gathered(self, report: EncodedReport) -> Step | None:
         """Send a call, or have it sent with others; ``None``: it has to be sent by itself."""
-        if not self._senders and not self._is_lone:
-            self._is_lone = True
+        if self._calls == 1 and self._idle:
+            lone = self._idle.pop()
             try:
                 return await lone._advance(report)  # noqa: SLF001 - the two are one piece
             finally:
-                self._is_lone = False
+                self._idle.append(lone)
+                self._send_waiting()
         answer: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
         self._queue.add(report, answer)
-        if not self._senders:
-            self._senders.add(asyncio.create_task(self._send_batches()))
+        self._send_waiting()
         return await answer
 
-    async def _send_batches(self) -> None:
-        assert self._batches is not None, "the block was entered"
+    def _send_waiting(self) -> None:
+        if self._idle and self._queue:
+            sender = asyncio.create_task(self._send_batches(self._idle.pop()))
+            self._senders.add(sender)
+            sender.add_done_callback(self._senders.discard)
+
+    async def _send_batches(self, runs: AsyncRunRepository) -> None:
         try:
-            while batch := self._queue.take_batch():
+            # a share of all calls, so that the others are sent, or their callers go on, meanwhile
+            while batch := self._queue.take_batch(max(SMALLEST_SHARE, -(-self._calls // CONNECTIONS))):
+                self._send_waiting()
                 try:
-                    _answer(batch, await self._batches._advance_many([report for report, _ in batch]))  # noqa: SLF001
+                    _answer(batch, await runs._advance_many([report for report, _ in batch]))  # noqa: SLF001
                 except (CommitIndeterminateError, DatabaseUnavailableError) as error:
                     _fail(batch, error)
                 except Exception:  # noqa: BLE001 - nothing was changed: each gets its own answer, or its own error
@@ -203,8 +218,9 @@ class AsyncGroupCommit(AsyncRunRepository):
                 except BaseException as error:
                     _fail(batch, error)
                     raise
+                await asyncio.sleep(0)  # the callers go on, and what they call at once is sent together
         finally:
-            self._senders.clear()
+            self._idle.append(runs)
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from gathering_pipeline.arguments import (
     check_json,
     check_pipeline_id,
     check_priority,
+    check_run_at,
     check_run_id,
     check_statuses,
     check_tags,
@@ -260,7 +262,7 @@ class AsyncRunRepository(AsyncRepository):
             idempotency_key: At most 255 characters. A second call with the same key and data returns the run of the
                 first.
             priority: Runs with a higher one are claimed first; at most 32,767, at least -32,767.
-            run_at: No worker claims the run before this time, which needs an offset from UTC.
+            run_at: No worker claims the run before this time, which needs an offset from UTC and is from 1970 on.
             tags: Texts to find the run by: keys of at most 100 characters, values of at most 255.
             unless_live: If the pipeline has a pending or running run, return the last of these instead. Callers that
                 create runs of the same pipeline wait until the transaction ends.
@@ -278,7 +280,7 @@ class AsyncRunRepository(AsyncRepository):
             trigger_data,
             idempotency_key,
             priority=check_priority(priority),
-            run_at=None if run_at is None else check_time(run_at, "run_at"),
+            run_at=None if run_at is None else check_run_at(run_at),
             unless_live=check_flag(unless_live, "unless_live"),
             tags=None if tags is None else json.dumps(check_tags(tags)),
         )
@@ -791,10 +793,7 @@ class AsyncRunRepository(AsyncRepository):
         Raises:
             InvalidCursorError: ``after`` is not such a cursor.
         """
-        cursor = None if after is None else _PURGED.fullmatch(str(after))
-        if after is not None and cursor is None:
-            raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(after)}")
-        end, last_id = (None, None) if cursor is None else cursor.groups()
+        end, last_id = (None, None) if after is None else _parse_purged(after)
         age, most = check_duration(older_than, "older_than", allow_zero=True), check_count(limit, "limit")
         (found,) = await self._values(PURGE, older_than=age, limit=most, after=end, after_id=last_id)
         following = None if found["next_id"] is None else f"{found['next_end']}/{found['next_id']}"
@@ -941,7 +940,7 @@ class AsyncRunRepository(AsyncRepository):
         return PipelineDefinition.from_json(nodes, edges)
 
     async def explain(self, run_id: int, *, max_claims: int = 10) -> Explanation:
-        """Say why a run stands still, or how it ended: what holds it or its nodes, since when, and what is to be done.
+        """Say why a run is stuck, or how it ended: what it or its nodes wait for, since when, and what to do.
 
         Args:
             run_id: The run.
@@ -957,7 +956,7 @@ class AsyncRunRepository(AsyncRepository):
         return explain(found[0], most)
 
     async def stuck(self, older_than: timedelta, limit: int = 50) -> list[RunSummary]:
-        """Read live runs in which nothing has moved for ``older_than``, and which nothing holds on purpose.
+        """Read live runs that have made no progress for ``older_than``, and that nothing holds on purpose.
 
         They are past their lease or their timeout; or they are running, and no worker executes a node of them; or they
         could have been claimed, or never can, because they have no version of a graph. What waits for a paused or full
@@ -1122,9 +1121,9 @@ class RunRepository(Repository):
 
 
 def _as_node_result(value: object) -> object:
-    """The fields of the mission's model, which ``NodeResult`` extends."""
-    if isinstance(value, NodeExecutionResult) and not isinstance(value, NodeResult):
-        return value.model_dump(exclude_unset=True)
+    """The fields of a model, to be checked again: it may have been changed, or made without a check."""
+    if isinstance(value, NodeExecutionResult):
+        return {name: getattr(value, name) for name in value.model_fields_set & NodeResult.model_fields.keys()}
     return value
 
 
@@ -1170,6 +1169,16 @@ def _encode_filters(
         "since": None if created_after is None else check_time(created_after, "created_after"),
         "until": None if created_before is None else check_time(created_before, "created_before"),
     }
+
+
+def _parse_purged(cursor: object) -> tuple[str, str]:
+    """Split the cursor of a purge into the end of a run, as PostgreSQL reads it, and its id."""
+    found = _PURGED.fullmatch(str(cursor))
+    with suppress(ValueError):  # no such day or hour
+        if found is not None:
+            datetime.fromisoformat(found[1])
+            return found[1], found[2]
+    raise InvalidCursorError(f"after must be the next_cursor of a purge, not {quote(cursor)}")
 
 
 def _as_array(numbers: Iterable[int | None]) -> str:

@@ -21,14 +21,17 @@ def load_handlers(place: str) -> Mapping[str, Any]:
         ConfigurationError: There is no such module or name.
     """
     module, _, name = place.partition(":")
+    if not module or module.startswith(".") or not name:
+        raise ConfigurationError(f"{place!r:.100} names no handlers: write MODULE:HANDLERS, as in mine:HANDLERS")
     try:
-        found: Mapping[str, Any] = getattr(import_module(module), name)
+        imported = import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # a module that the handlers import
         raise ConfigurationError(f"there is no module {module!r:.100}: write MODULE:HANDLERS") from None
-    except (AttributeError, ValueError):
-        raise ConfigurationError(f"module {module!r:.100} has no {name!r:.100}: write MODULE:HANDLERS") from None
+    found: Mapping[str, Any] | None = getattr(imported, name, None)
+    if found is None:
+        raise ConfigurationError(f"module {module!r:.100} has no {name!r:.100}: write MODULE:HANDLERS")
     return found
 
 

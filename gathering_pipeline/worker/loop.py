@@ -27,7 +27,7 @@ HEARTBEATS = 4
 RUNS_PER_SLOT = 16
 """Runs that a worker holds at most, for each handler that it may run at a time; most of them are in delays then."""
 SWEEP_SECONDS = 5.0
-"""Pause between two sweeps of ``Databases`` by a worker without a free slot: a sweep asks each database."""
+"""Pause between two sweeps of ``Databases`` by a worker without room: a sweep asks each database."""
 
 
 class Worker:
@@ -86,7 +86,7 @@ class Worker:
         self._held: dict[Execution, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._is_hurried = False
-        self._retry_at = self._sweep_at = 0.0
+        self._retry_at = 0.0
 
     def stop(self) -> None:
         """Claim no further run, let handlers end within ``grace``, then release; a second call releases at once.
@@ -112,7 +112,9 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 heartbeats = tasks.create_task(self._extend_leases())
+                sweeps = tasks.create_task(self._sweep())
                 await self._claim_runs(tasks, once=once)
+                sweeps.cancel()
                 await self._let_end()
                 heartbeats.cancel()
         except BaseExceptionGroup as errors:
@@ -155,11 +157,14 @@ class Worker:
             asked_all = False
             await self._wait(pause)
 
-    async def _claim(self, tasks: asyncio.TaskGroup) -> int:
-        """Claim as many runs as there is room for. A claim sweeps, too; without room only a sweep is made."""
+    def _room(self) -> int:
+        """The number of runs that may be claimed; not positive: none."""
         room = self._shared.slots.free - sum(execution.demand for execution in self._held)
-        room = min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
-        claimed = await self._claimed(room)
+        return min(room, RUNS_PER_SLOT * self._concurrency - len(self._held))
+
+    async def _claim(self, tasks: asyncio.TaskGroup) -> int:
+        """Claim as many runs as there is room for. A claim sweeps, too; without room one database is only swept."""
+        claimed = await self._claimed(self._room())
         for database, run in claimed:
             execution = Execution(self._shared, database, run)
             self._held[execution] = tasks.create_task(self._follow(execution))
@@ -168,9 +173,6 @@ class Worker:
     async def _claimed(self, room: int) -> Sequence[tuple[Database, ClaimedRun]]:
         if isinstance(self.database, Databases):
             if room <= 0:
-                if monotonic() >= self._sweep_at:
-                    await self.database.asweep()
-                    self._sweep_at = monotonic() + SWEEP_SECONDS
                 return []
             found = await self.database.aclaim(self.name, self._lease, room)
             if found:
@@ -183,6 +185,14 @@ class Worker:
                 return []
             claimed = await runs.claim(self.name, self._lease, room, self._pipelines)
         return [(self.database, run) for run in claimed]
+
+    async def _sweep(self) -> None:
+        """Sweep ``Databases`` while there is no room for a claim: in a task of its own: it asks each of them."""
+        while isinstance(self.database, Databases):
+            await asyncio.sleep(jittered(self._poll.total_seconds()))
+            if self._room() <= 0:
+                await self.database.asweep()
+                await asyncio.sleep(SWEEP_SECONDS)
 
     async def _follow(self, execution: Execution) -> None:
         try:

@@ -168,6 +168,13 @@ def test_breakdown_measures_every_call_on_every_level(databases: Databases) -> N
     assert run_counts(databases.floor_url) == {"completed": 2}
 
 
+def test_breakdown_measures_every_call_without_each_kind_of_guard(bench_server: Server) -> None:
+    levels = dict(breakdown.measure_guards(bench_server, Size.TINY))
+    assert list(levels) == list(breakdown.WITHOUT)
+    calls = {"create", "start", "start_node", "complete_node", "finish", "first", "advance", "last"}
+    assert {frozenset(figures) for figures in levels.values()} == {frozenset(calls)}
+
+
 def test_program_prints_the_benchmarks_in_the_order_asked_for(server: servers.Server) -> None:
     environment = os.environ | {"GATHERING_TEST_URL": server.url, "GATHERING_POOL_SIZE": "not a number"}
     command = [sys.executable, "-m", "benchmarks", "--tiny", "wal", "steps"]
@@ -191,7 +198,7 @@ def test_breakdown_program_prints_every_level(
     monkeypatch.setattr(breakdown, "open_server", lambda: nullcontext(bench_server))
     monkeypatch.setattr(breakdown, "remove_database_settings", lambda: None)
     breakdown.main(["--tiny"])
-    assert [line[:34].strip() for line in capsys.readouterr().out.splitlines()] == LEVELS
+    assert [line[:34].strip() for line in capsys.readouterr().out.splitlines()] == [*LEVELS, *breakdown.WITHOUT]
 
 
 def test_program_refuses_an_unknown_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,6 +391,12 @@ def test_completion_completes_commands_and_options() -> None:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("words", [[], ["runs"], ["db"]], ids=repr)
+def test_help_lists_whole_summaries_in_80_columns(words: list[str]) -> None:
+    shown = CliRunner().invoke(cli, [*words, "--help"], prog_name="gathering-pipeline", terminal_width=80).output
+    assert "..." not in shown.split("\nCommands:\n")[1]
+
+
 def test_page_lists_every_command_with_help() -> None:
     """Where this fails: ``make generated``."""
     page = generated.PAGE.read_text(encoding="utf-8")

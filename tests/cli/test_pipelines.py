@@ -99,6 +99,36 @@ def test_import_with_update_changes_the_pipeline_of_the_same_name(
     assert ([node["id"] for node in updated.nodes], updated.timeout_seconds, updated.version) == (["a", "b"], 7, 2)
 
 
+def test_import_of_a_stored_name_says_so(database_url: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", values(GOOD))
+    assert succeed("import", path, url=database_url) == "created 1: p (draft)\n"
+    assert (
+        succeed("import", path, url=database_url)
+        == "created 2: p (draft); pipeline 1 has the same name, import --update changes it\n"
+    )
+    assert succeed("import", path, url=database_url).endswith("; 2 others have the same name: 1, 2\n")
+    (result,) = read("import", path, url=database_url)
+    assert (result["action"], result["same_name"]) == ("created", [1, 2, 3])
+
+
+def test_import_prints_warnings_and_stores(database_url: str, tmp_path: Path) -> None:
+    nodes = [
+        {"id": "gate", "type": "condition", "name": "Gate", "config": {"condition": "x"}},
+        *({"id": name, "type": "action", "name": name, "config": {"action": "x"}} for name in "ab"),
+    ]
+    edges = [{"id": name, "from": "gate", "to": name, "branch": branch} for name, branch in (("a", True), ("b", False))]
+    path = write(tmp_path / "p.json", values((nodes, edges)))
+    done = run("import", path, url=database_url)
+    assert (done.exit_code, done.stdout) == (0, "created 1: p (draft)\n")
+    warning = "has a branch, which is kept but not used: its branch is its condition"
+    assert [line for line in done.stderr.splitlines() if line.startswith("Warning: ")] == [
+        f"Warning: {path}: Edge '{name}' {warning}" for name in "ab"
+    ]
+    checked = run("validate", path)
+    assert f"{path}: warning unused_label: edges[0].branch: Edge 'a' {warning}\n" in checked.stdout
+    assert checked.exit_code == 0
+
+
 def test_import_with_update_refuses_what_was_changed_since_the_export(
     database_url: str, session: Session, tmp_path: Path
 ) -> None:
@@ -133,7 +163,7 @@ def test_import_with_update_of_ambiguous_name_needs_the_id(database_url: str, se
 def test_export_of_several_needs_a_folder_and_of_none_an_id(database_url: str) -> None:
     assert "several pipelines need -o FOLDER" in sentence(run("export", "1", "2", url=database_url), 2)
     assert "several pipelines need -o FOLDER" in sentence(run("export", "--all", url=database_url), 2)
-    assert "write the ids of pipelines, or --all" in sentence(run("export", url=database_url), 2)
+    assert "give the ids of pipelines, or --all" in sentence(run("export", url=database_url), 2)
     assert sentence(run("export", "7", url=database_url)) == "pipeline 7 does not exist"
 
 
@@ -170,6 +200,8 @@ def test_show_prints_fields_nodes_edges_and_issues(database_url: str, session: S
     session.commit()
     shown = succeed("show", "1", url=database_url)
     assert "\nstatus: draft\n" in shown
+    assert "\ntimeout seconds: 3600\n" in shown
+    assert "\nmax running: no limit\n" in shown
     assert "\nerror missing_config: nodes[1].config.agent_id" in shown
     assert "\nnodes: 2\nt\ttrigger\tT\na\tagent\tA\n\nedges: 1\ne\tt\ta\t-\n" in shown
     assert all(line.replace("\t", "").isprintable() for line in shown.splitlines())
@@ -243,4 +275,4 @@ def test_activated_pipeline_gets_runs_until_it_is_paused(database_url: str, tmp_
     assert read("runs", "create", "1", url=database_url)["trigger_data"] == {}
     assert succeed("pause", "1", url=database_url) == "pipeline 1 is paused\n"
     assert run("runs", "create", "1", url=database_url).exit_code == 1
-    assert "it is no JSON" in sentence(run("runs", "create", "1", "--data", "{", url=database_url), 2)
+    assert "not valid JSON" in sentence(run("runs", "create", "1", "--data", "{", url=database_url), 2)

@@ -96,12 +96,17 @@ def with_failure(runs: RunRepository, session: Session) -> int:
 def test_report_of_failed_run_tells_everything(
     database_url: str, runs: RunRepository, session: Session, tmp_path: Path
 ) -> None:
-    text = make(database_url, with_failure(runs, session), tmp_path)
+    run_id = with_failure(runs, session)
+    text = make(database_url, run_id, tmp_path)
     page = Page(text)
     assert page.text.count("no space") >= 1
     assert "It failed with node fix" in page.text
     assert "fix · attempt 1" in page.text
-    assert "2 attempts, " in page.text
+    assert "attempt 2, " in page.text
+    shown = succeed("runs", "show", str(run_id), url=database_url)
+    durations = {line.split("\t")[5] for line in shown.splitlines() if "\t" in line} - {"-"}
+    assert durations
+    assert [text for text in durations if text not in page.text] == []
     assert 'aria-label="attempt 1 failed after ' in text
     assert '"branch": ' in page.text
     assert "a line" in page.text

@@ -108,14 +108,14 @@ def test_list_of_stuck_runs_is_oldest_first(
     limited = run("runs", "list", "--stuck", "--for", "0s", "--limit", "1", url=database_url)
     assert (ids(limited.stdout), "There are more than 1" in limited.stderr) == ([first], True)
     refused = sentence(run("runs", "list", "--stuck", "--status", "failed", url=database_url), 2)
-    assert refused == "--stuck looks at all live runs: beside it there are --for and --limit"
-    assert "is no duration" in sentence(run("runs", "list", "--stuck", "--for", "long", url=database_url), 2)
+    assert refused == "--stuck covers all live runs: it takes only --for and --limit"
+    assert "is not a duration" in sentence(run("runs", "list", "--stuck", "--for", "long", url=database_url), 2)
 
 
 @pytest.mark.parametrize("value", ["yesterday", "", "1x", "-1h", "2026-13-01", "99999999999d", "0x10", "1h2m"])
 def test_list_of_unreadable_time_prints_one_sentence(database_url: str, value: str) -> None:
     refused = sentence(run("runs", "list", f"--since={value}", url=database_url), 2)
-    assert "is no time: write a duration before now, as in 1h or 2d" in refused
+    assert "is not a time: write a duration before now, as in 1h or 2d" in refused
 
 
 def test_command_of_unknown_run_prints_one_sentence(database_url: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_command_of_unknown_run_prints_one_sentence(database_url: str, tmp_path:
         assert sentence(run("runs", *words, "7", url=database_url)) == "run 7 does not exist"
     assert sentence(run("runs", "show", "9" * 25, url=database_url)) == f"run {'9' * 25} does not exist"
     assert "is not a valid integer" in sentence(run("runs", "show", "seven", url=database_url), 2)
-    assert "is no tag: write KEY=VALUE" in sentence(run("runs", "list", "--tag", "x", url=database_url), 2)
+    assert "is not a tag: write KEY=VALUE" in sentence(run("runs", "list", "--tag", "x", url=database_url), 2)
     repeated = ("--tag", "a=1", "--tag", "a=2")
     assert "'a=2' repeats a key: write KEY=VALUE" in sentence(run("runs", "list", *repeated, url=database_url), 2)
     assert list(tmp_path.iterdir()) == []
@@ -151,6 +151,22 @@ def test_show_prints_run_tags_and_nodes(database_url: str, runs: RunRepository, 
     assert [node["node_id"] for node in found["nodes"]] == ["a", "b"]
 
 
+def test_show_prints_trigger_data_and_outputs_on_request(database_url: str, runs: RunRepository, pipeline: int) -> None:
+    run_id = runs.create(pipeline, {"branch": "topic", "x": EVIL, "long": "y" * 2_000}).id
+    runs.advance(run_id)
+    runs.advance(run_id, [done("a", output={"text": EVIL, "long": "z" * 2_000})])
+    shown = succeed("runs", "show", str(run_id), url=database_url)
+    (data,) = (line for line in shown.splitlines() if line.startswith("trigger data: "))
+    assert data.startswith('trigger data: {"')
+    assert '"branch": "topic"' in data
+    assert len(data) < 1_100
+    assert "output of" not in shown
+    shown = succeed("runs", "show", str(run_id), "--outputs", url=database_url)
+    (output,) = (line for line in shown.splitlines() if line.startswith("output of "))
+    assert json.loads(output.removeprefix("output of a: ")) == {"text": EVIL, "long": "z" * 2_000}
+    assert all(line.replace("\t", "").isprintable() for line in shown.splitlines())
+
+
 def test_why_says_what_explain_does(database_url: str, runs: RunRepository, pipeline: int) -> None:
     runs.create(pipeline)
     (claimed,) = runs.claim(f"w{EVIL}", LEASE)
@@ -159,6 +175,24 @@ def test_why_says_what_explain_does(database_url: str, runs: RunRepository, pipe
     assert lines[0].startswith("Run 1 is pending. Workers can claim it")
     assert lines[-1].endswith(" released w\\x1b]0;owned\\x07[red]\\u202e\\x9b31m: a deploy begins")
     assert read("runs", "why", "1", url=database_url)["reasons"][0]["code"] == "claimable"
+
+
+def test_why_names_failed_attempts_and_what_to_do(database_url: str, database: Database, runs: RunRepository) -> None:
+    with database.session() as session:
+        patient = store(session, "a>b", name="patient", retry_backoff_base=0)
+    run_id = runs.create(patient).id
+    (claimed,) = runs.claim("w", LEASE, pipelines=[patient])
+    runs.advance(run_id, token=claimed.token)
+    runs.advance(run_id, [done("a", "failed", error="no answer\nfrom it")], token=claimed.token, retry=True)
+    runs.release(run_id, token=claimed.token)
+    shown = succeed("runs", "why", str(run_id), url=database_url)
+    assert "\nNode a waits until its run is running; attempt 1 failed: no answer from it.\n" in shown
+    assert "Node b" not in shown
+    runs.cancel(run_id)
+    shown = succeed("runs", "why", str(run_id), url=database_url)
+    assert " resume() continues it with its own graph, rerun() starts anew with the current one." in shown
+    runs.resume(run_id)
+    assert "rerun()" not in succeed("runs", "why", str(run_id), url=database_url)
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
@@ -312,7 +346,8 @@ def test_resume_and_rerun_print_the_new_run(database_url: str, runs: RunReposito
     assert succeed("runs", "resume", str(run_id), url=database_url) == "run 2 resumes run 1\n"
     (again,) = read("runs", "rerun", str(run_id), url=database_url)
     assert (again["id"], again["status"]) == (3, "pending")
-    assert "can't become" in sentence(run("runs", "resume", "3", url=database_url))
+    refused = sentence(run("runs", "resume", "3", url=database_url))
+    assert refused == "run 3 is pending and can't be resumed: only a failed, cancelled or timed-out run can be"
 
 
 def test_purge_asks_for_confirmation_and_deletes_in_transactions(
@@ -329,7 +364,7 @@ def test_purge_asks_for_confirmation_and_deletes_in_transactions(
     assert "500 runs deleted\n1,000 runs deleted\n" in purged.stderr
     assert len(read("runs", "list", "--all", url=database_url)) == 10
     for span in ("old", "1", "99999999w", "-1d"):
-        assert "is no duration" in sentence(run("runs", "purge", f"--older-than={span}", url=database_url), 2)
+        assert "is not a duration" in sentence(run("runs", "purge", f"--older-than={span}", url=database_url), 2)
     assert "at most 36500 days" in sentence(run("runs", "purge", "--older-than=9999999w", "--yes", url=database_url))
 
 

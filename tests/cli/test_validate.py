@@ -39,7 +39,7 @@ def test_validate_reports_every_problem_of_every_file(tmp_path: Path) -> None:
         "error missing_config",
         "error missing_config",
     ]
-    assert f"{cycle}: error invalid_field: colour: is no field of a pipeline\n" in done.stdout
+    assert f"{cycle}: error invalid_field: colour: is not a field of a pipeline\n" in done.stdout
     assert "nodes[0].config.agent_id: agent node 'a' is missing its agent_id" in done.stdout
     reports = json.loads(run("validate", "--json", good, cycle, unnamed).stdout)
     assert [(report["file"], report["valid"], report["error"]) for report in reports] == [
@@ -73,8 +73,8 @@ def test_validate_reads_stdin_and_byte_order_mark() -> None:
         (b"\xff\xfe{\0}\0", "the file is not UTF-8: byte 1 is no character"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a": ' + b"9" * 5_000 + b"}", "the file is not JSON that can be read"),
-        (b"[]", "the file has no JSON object, but a value of type list"),
-        (b"null", "the file has no JSON object, but null"),
+        (b"[]", "the file has a value of type list, not a JSON object"),
+        (b"null", "the file has null, not a JSON object"),
     ],
     ids=["empty", "quotes", "latin-1", "utf-16", "deep", "digits", "list", "null"],
 )

@@ -94,7 +94,7 @@ def test_connect_with_wrong_password_raises_configuration(server: Server) -> Non
         pytest.skip("this server asks for no password")
     url = make_url(server.url).set(username="gathering_test_nobody", password="hunter2")
     for attempt in _both(url.render_as_string(hide_password=False)):
-        with pytest.raises(ConfigurationError, match="correct the URL's user, password or database") as caught:
+        with pytest.raises(ConfigurationError, match="correct the URL's user, password, database or options") as caught:
             attempt()
         assert "hunter2" not in str(caught.value)
 
@@ -126,7 +126,10 @@ def _refusing_server(message: str) -> Iterator[int]:
                     self.request.sendall(b"N")
                     continue
                 self.request.recv(size - 8)
-                fields = b"".join(f"{key}{value}\0".encode() for key, value in {"S": "FATAL", "M": message}.items())
+                fields = b"".join(
+                    f"{key}{value}\0".encode()
+                    for key, value in {"S": "FATAL", "M": message, "D": "A detail.", "H": "A hint."}.items()
+                )
                 self.request.sendall(b"E" + struct.pack("!i", len(fields) + 5) + fields + b"\0")
                 return
 
@@ -156,6 +159,9 @@ REFUSALS = {
     'permission denied for database "d"': ConfigurationError,
     'role "u" is not permitted to log in': ConfigurationError,
     "no such database: d": ConfigurationError,
+    'invalid value for parameter "statement_timeout": "99999999999"': ConfigurationError,
+    'unrecognized configuration parameter "nonsense"': ConfigurationError,
+    "invalid command-line argument for server process: postgres": ConfigurationError,
 }
 
 

@@ -365,7 +365,7 @@ def test_listen_goes_on_beside_a_database_that_fails(urls: dict[str, str]) -> No
             assert next(events)[1].run_id == run
             with connect(urls["a"]) as raw:
                 raw.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
                     " WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
             (other,) = start(databases["a"])

@@ -162,6 +162,10 @@ def test_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert "Release a claimed run" in (tmp_path / "reference.html").read_text(encoding="utf-8")
 
 
+def page_text(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
 def test_operations_page_purge_deletes_history(database_url: str, raw: psycopg.Connection) -> None:
     raw.execute(
         """INSERT INTO circle.pipelines (name, status, nodes) VALUES ('p', 'active', '[{"id":"a","type":"trigger","name":"A"}]');
@@ -175,6 +179,62 @@ def test_operations_page_purge_deletes_history(database_url: str, raw: psycopg.C
         subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
     assert raw.execute("SELECT id FROM circle.pipeline_runs").fetchall() == [(2,)]
     assert raw.execute("SELECT count(*) FROM circle.pipeline_events").fetchone() == (1,)  # the newest
+
+
+@pytest.mark.once
+def test_operations_page_traces_have_the_statement_of_each_call(database_url: str) -> None:
+    (block,) = (block for block in BLOCK.findall(page_text("operations")) if "Instrumentor" in block)
+    code = f"""
+import asyncio
+import re
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from gathering_pipeline import AsyncRunRepository, Database, RunRepository
+
+exporter = InMemorySpanExporter()
+trace.set_tracer_provider(TracerProvider())
+trace.get_tracer_provider().add_span_processor(SimpleSpanProcessor(exporter))
+{block}
+def spans(name):
+    found = [span.attributes["db.statement"] for span in exporter.get_finished_spans() if span.name != "connect"]
+    exporter.clear()
+    print(name, [re.search(r"circle[.](\\w+)", statement)[1] for statement in found], "hidden" in str(found))
+
+for autocommit in (False, True):
+    with database.session(autocommit=autocommit) as session:
+        run = RunRepository(session).create(1, {{"secret": "hidden"}})
+        spans("create")
+    with database.session(autocommit=autocommit) as session:
+        assert RunRepository(session).get(run.id).trigger_data == {{"secret": "hidden"}}
+        spans("get")
+
+async def asynchronous():
+    async with database.async_session() as session:
+        await AsyncRunRepository(session).cancel(run.id)
+        spans("cancel")
+    await database.adispose()
+
+asyncio.run(asynchronous())
+database.dispose()
+"""
+    environment = {"GATHERING_DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
+    with Database(database_url) as database, database.session() as session:
+        store(session, "a")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *["create ['create_run'] False", "get ['pipeline_runs'] False"] * 2,
+        "cancel ['conclude_run'] False",
+    ]
 
 
 def test_scale_page_claims_and_follows(database_url: str, session: Session) -> None:

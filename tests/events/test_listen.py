@@ -78,7 +78,7 @@ def test_alisten_after_broken_connection_continues(
         events = database.alisten(run_id, poll=timedelta(seconds=0.05))
         seen = [(await anext(events)).type]
         raw.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
         raw.execute("UPDATE circle.pipeline_runs SET status = 'completed' WHERE id = %s", [run_id])
         seen.append((await anext(events)).type)

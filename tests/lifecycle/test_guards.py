@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import Database, RunRepository, RunStatus
@@ -103,6 +103,13 @@ def test_node_runs_of_a_live_run_are_not_deleted(
     session.commit()
     for where in (f"run_id = {running}", f"run_id = {pending}", "node_id = 'c'", "true"):
         refused("23000", f"DELETE FROM circle.pipeline_node_runs WHERE {where}")
+    for end in ("completed", "failed"):
+        refused(
+            "23000",
+            "WITH gone AS (DELETE FROM circle.pipeline_node_runs WHERE run_id = %(id)s)"
+            f" UPDATE circle.pipeline_runs SET status = '{end}' WHERE id = %(id)s",
+            {"id": running},
+        )
     # with its run, also in one statement, and once it is over
     raw.execute(
         "WITH gone AS (DELETE FROM circle.pipeline_node_runs WHERE run_id = %(id)s)"
@@ -182,15 +189,40 @@ def test_poisoned_token_is_refused_and_stops_no_claim(raw: psycopg.Connection, s
     assert [run.id for run in runs.claim("worker", LEASE, 5)] == [run_id]
 
 
-@pytest.mark.parametrize("time", ["infinity", "-infinity"])
-def test_time_that_is_not_finite_is_refused_by_its_check(raw: psycopg.Connection, running: int, time: str) -> None:
+@pytest.mark.parametrize("time", ["infinity", "-infinity", "0044-03-15 BC", "0001-01-01", "9999-12-31", "20000-01-01"])
+def test_time_that_python_cannot_read_is_refused_by_its_check(raw: psycopg.Connection, running: int, time: str) -> None:
+    raw.execute("SET TimeZone = 'UTC'")
     for statement in (
+        *(
+            f"UPDATE circle.pipeline_runs SET {column} = %s"
+            for column in ("created_at", "started_at", "run_at", "waits_until")
+        ),
+        "UPDATE circle.pipeline_runs SET worker_id = 'w', lease_expires_at = %s",
+        *(f"UPDATE circle.pipelines SET {column} = %s" for column in ("created_at", "updated_at", "last_run")),
+        "UPDATE circle.pipeline_node_runs SET available_at = %s WHERE node_id = 'b'",
+        "INSERT INTO circle.pipeline_run_logs (run_id, entry, created_at) VALUES (1, '0', %s)",
+        "INSERT INTO circle.pipeline_run_history (run_id, kind, at) VALUES (1, 'claimed', %s)",
         "UPDATE circle.pipeline_runs SET status = 'failed', completed_at = %s",
         "UPDATE circle.pipeline_node_runs SET status = 'completed', started_at = %s WHERE node_id = 'a'",
         "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, started_at) VALUES (1, 'late', 'agent', 'completed', %s)",
     ):
         with pytest.raises(psycopg.errors.CheckViolation):
             raw.execute(statement.encode(), [time])
+
+
+@pytest.mark.parametrize("zone", ["Etc/GMT-14", "Etc/GMT+12"])
+def test_earliest_and_latest_time_are_read_in_each_time_zone(
+    database_url: str, raw: psycopg.Connection, running: int, zone: str
+) -> None:
+    url = make_url(database_url).update_query_dict({"options": f"-c TimeZone={zone}"})
+    raw.execute("SET TimeZone = 'UTC'")
+    for time in ("0001-01-02", "9999-12-30 23:59:59.999999"):
+        raw.execute("UPDATE circle.pipeline_runs SET run_at = %s", [time])
+        raw.execute("UPDATE circle.pipeline_node_runs SET available_at = %s", [time])
+        with Database(url) as database, database.session() as session:
+            runs = RunRepository(session)
+            assert runs.get(running).run_at == runs.nodes(running)[0].available_at
+            assert [run.id for run in runs.search().items] == [running]
 
 
 def test_numbers_at_the_edge_stop_no_call(raw: psycopg.Connection, session: Session) -> None:
@@ -403,6 +435,7 @@ def test_failed_node_is_the_first_that_failed(
 ) -> None:
     for value in ("'zzz'", "'a'"):
         refused("23000", f"UPDATE circle.pipeline_runs SET failed_node = {value}")
+        refused("23000", f"INSERT INTO circle.pipeline_runs (pipeline_id, failed_node) VALUES (1, {value})")
     raw.execute("UPDATE circle.pipeline_node_runs SET status = 'failed' WHERE node_id = 'a'")
     assert scalar(raw, "SELECT failed_node FROM circle.pipeline_runs") == "a"
     for value in ("NULL", "'b'"):

@@ -143,6 +143,31 @@ def test_raw_insert_of_finished_nodes_is_stored(raw: psycopg.Connection) -> None
     ]
 
 
+@pytest.mark.parametrize("call", ["finish", "advance"])
+@pytest.mark.parametrize(
+    ("a", "b", "end"),
+    [
+        ("completed", "completed", RunStatus.COMPLETED),
+        ("skipped", "skipped", RunStatus.COMPLETED),
+        ("completed", "cancelled", RunStatus.CANCELLED),
+        ("cancelled", None, RunStatus.CANCELLED),
+    ],
+)
+def test_call_after_raw_insert_of_finished_nodes_ends_the_run(
+    raw: psycopg.Connection, database: Database, call: str, a: str, b: str | None, end: RunStatus
+) -> None:
+    run_id = rows(raw, CREATE_RUN, id=new_pipeline(raw), data="{}")[0]["id"]
+    for node_id, status in {"a": a, "b": b}.items():
+        if status is not None:
+            raw.execute(
+                "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status) VALUES (%s, %s, 'agent', %s)",
+                [run_id, node_id, status],
+            )
+    with database.session(autocommit=True) as session:
+        assert getattr(RunRepository(session), call)(run_id).status == end
+        assert [node.position for node in RunRepository(session).nodes(run_id)] == [0, 1]
+
+
 TOO_DEEP, TOO_LARGE = "[" * 65 + "]" * 65, '{"k": [1e309]}'
 WRITES_OF_JSON = {
     "a run's insert": "INSERT INTO circle.pipeline_runs (pipeline_id, status, trigger_data) VALUES (%(id)s, 'pending', %(json)s)",

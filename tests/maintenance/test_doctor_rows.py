@@ -395,6 +395,25 @@ def test_graph_without_its_version_gets_one(database: Database, raw: psycopg.Con
     assert found(database) == []
 
 
+def test_clock_behind_the_tokens_is_reported(database: Database, raw: psycopg.Connection) -> None:
+    """As where a copy is restored to a server whose clock is wrong: tokens only grow, to at most the clock."""
+    pipeline(database, runs=3)
+    assert found(database) == []
+    with unguarded(raw, "pipeline_runs"):
+        raw.execute(
+            "UPDATE circle.pipeline_runs SET claim_token = (extract(epoch FROM now()) + 90 * n) * 1000000"
+            " FROM (SELECT id AS i, row_number() OVER (ORDER BY id) - 1 AS n FROM circle.pipeline_runs) r WHERE id = i"
+        )
+    (finding,) = doctor(database.engine, repair=True)
+    _, second, _ = (row[0] for row in raw.execute("SELECT id FROM circle.pipeline_runs ORDER BY id"))
+    assert (finding.code, finding.object, finding.outcome) == (
+        "clock_behind",
+        f"circle.pipeline_runs id {second}",
+        None,
+    )
+    assert finding.message.startswith("2 runs have fencing tokens up to 00:0"), finding.message
+
+
 def test_events_of_another_cluster_are_repaired(database: Database, raw: psycopg.Connection) -> None:
     raw.execute(
         """CREATE TABLE IF NOT EXISTS circle.pipeline_events (

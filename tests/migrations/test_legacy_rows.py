@@ -95,12 +95,13 @@ UNREPAIRABLE = {
     "UPDATE circle.pipelines SET retry_backoff_base = 'NaN' WHERE id = 2": "circle.pipelines id 2: retry_backoff",
     "UPDATE circle.pipelines SET retry_backoff_max = 'Infinity' WHERE id = 2": "circle.pipelines id 2: retry_backoff",
     "UPDATE circle.pipelines SET error_count = -1 WHERE id = 1": "circle.pipelines id 1: a counter is negative",
-    "UPDATE circle.pipelines SET last_run = 'infinity' WHERE id = 2": "circle.pipelines id 2: a timestamp is infinite",
+    "UPDATE circle.pipelines SET last_run = 'infinity' WHERE id = 2": "circle.pipelines id 2: a timestamp is before",
     "UPDATE circle.pipeline_runs SET status = NULL WHERE id = 1": "circle.pipeline_runs id 1: status is NULL",
     "UPDATE circle.pipeline_runs SET completed_at = now() WHERE id = 3": "id 3: completed_at is set, but the run",
     "UPDATE circle.pipeline_runs SET completed_at = '1999-01-01' WHERE id = 1": "id 1: completed_at is before",
     "UPDATE circle.pipeline_runs SET duration_seconds = -5 WHERE id = 2": "circle.pipeline_runs id 2: duration_seconds",
-    "UPDATE circle.pipeline_runs SET started_at = '-infinity' WHERE id = 3": "id 3: a timestamp is infinite",
+    "UPDATE circle.pipeline_runs SET started_at = '-infinity' WHERE id = 3": "id 3: a timestamp is before",
+    "UPDATE circle.pipeline_runs SET created_at = '10000-01-01' WHERE id = 3": "id 3: a timestamp is before",
     "UPDATE circle.pipeline_runs SET created_at = NULL, started_at = NULL, completed_at = NULL WHERE id = 2": (
         "circle.pipeline_runs id 2: the status is terminal, but no timestamp shows since when"
     ),

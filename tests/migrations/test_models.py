@@ -17,7 +17,9 @@ pytestmark = pytest.mark.once  # Alembic compares; test_schema_text.py reads the
 VIEWS_AND_TYPES = ("pending_node_runs.", "startable_node_runs.", "pipeline_version_nodes.", "node_result.")
 
 
-FUNCTIONS_OF_CHECKS = ("circle.is_valid_", "circle.nested_too_deep(", "circle.number_too_large(")
+FUNCTIONS_OF_CHECKS = tuple(
+    f"circle.{name}" for name in ("are_readable_times(", "is_valid_", "nested_too_deep(", "number_too_large(")
+)
 
 
 def create_what_tables_use(raw: psycopg.Connection) -> None:

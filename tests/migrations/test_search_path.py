@@ -26,7 +26,16 @@ CREATE OPERATOR public.<> (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = pub
 CREATE OPERATOR public.>= (LEFTARG = integer, RIGHTARG = integer, FUNCTION = public.isless);
 """
 INLINED = {
-    *("begins_well", "blocked_by", "branch_label", "elapsed_ms", "event_types", "event_xid", "graph_issue"),
+    *(
+        "are_readable_times",
+        "begins_well",
+        "blocked_by",
+        "branch_label",
+        "elapsed_ms",
+        "event_types",
+        "event_xid",
+        "graph_issue",
+    ),
     *("holds_run", "is_dead", "is_read_committed", "is_readable", "is_repeat", "is_replica", "nested_too_deep"),
     *("next_token", "node_answer", "node_event", "node_event_data", "node_may_become", "node_types", "nodes_at"),
     *("number_too_large", "retry_due", "run_event", "run_may_become", "surely_trimmed", "trimmed", "was_reported"),

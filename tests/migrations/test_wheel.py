@@ -74,7 +74,7 @@ def test_wheel_alone_has_the_command(python: Path, empty_database_url: str, data
     assert "0 steps to" in run("db", "preflight")
     assert run("db", "sql") == migrations.script()
     (tmp_path / "p.json").write_text(json.dumps(values(status="active")), encoding="utf-8")
-    assert run("import", "p.json") == "created 1: p\n"
+    assert run("import", "p.json") == "created 1: p (active)\n"
     run_psql(empty_database_url, "SELECT circle.create_run(1, '{}')")
     assert run("runs", "report", "1", "-o", "report.html") == "report.html\n"
     assert catalog(empty_database_url) == catalog(database_url)

@@ -170,7 +170,7 @@ def test_moved_database_goes_on(tmp_path: Path) -> None:
             with connect(old.url) as admin:
                 admin.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
                 admin.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
                 )
             assert databases.claim("worker", LEASE) == []
             assert isinstance(databases.recover().failed["north"], DatabaseUnavailableError)

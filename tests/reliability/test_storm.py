@@ -91,9 +91,9 @@ WEIGHTS: dict[float, str] = {
     5: "start_node fail_node record read_run",
     4: "create_with_key finish read_events",
     3: "record_run heartbeat release start lose_lease update pause",
-    2: "create_later skip_node complete cancel recover",
-    1: "append_log grow_old fail expire purge read_counts",
-    0.3: "delete",
+    2: "create_later create_unless_live skip_node complete cancel recover resume",
+    1: "append_log grow_old fail expire sweep purge read_counts rerun",
+    0.3: "delete resume_all cancel_all purge_versions",
 }
 """The calls of a storm, by how often each is made."""
 
@@ -294,6 +294,23 @@ class Caller:
         run_at = datetime.now(UTC) + timedelta(milliseconds=self.chance.choice([-100, 50, 200, 10**8]))
         self.created(self.call(self.runs.create, self.pipeline(), run_at=run_at))
 
+    def create_unless_live(self) -> None:
+        tags = self.chance.choice([None, {"by": str(self.number)}])
+        self.created(self.call(self.runs.create, self.pipeline(), unless_live=True, tags=tags))
+
+    def resume(self) -> None:
+        self.created(self.call(self.runs.resume, self.a_run()))
+
+    def resume_all(self) -> None:
+        changed = self.call(self.runs.resume_all, self.chance.choice([None, self.pipeline()]), limit=5)
+        if not isinstance(changed, PipelineError):
+            for run in changed.runs:
+                self.created(run)
+
+    def rerun(self) -> None:
+        key = self.chance.choice([None, None, f"again {self.chance.randint(1, 9)}"])
+        self.created(self.call(self.runs.rerun, self.a_run(), idempotency_key=key))
+
     def record_run(self) -> None:
         at = self.chance.randrange(len(PIPELINES))
         nodes, _ = graph(PIPELINES[at][0])
@@ -419,6 +436,12 @@ class Caller:
     def cancel(self) -> None:
         self.call(self.runs.cancel, self.a_run(), "enough")
 
+    def cancel_all(self) -> None:
+        self.call(self.runs.cancel_all, self.pipeline(), limit=3, reason="enough", tags={"by": str(self.number)})
+
+    def sweep(self) -> None:
+        self.call(self.runs.sweep)
+
     def recover(self) -> None:
         self.call(self.runs.recover, self.chance.choice([1, 60]), self.chance.choice([3, 10]))
 
@@ -432,7 +455,7 @@ class Caller:
         run_id = self.a_run()
         reads: list[Callable[..., Any]] = [
             *(self.runs.get, self.runs.get, self.runs.nodes, self.runs.ready_nodes),
-            self.runs.definition,
+            *(self.runs.definition, self.runs.outputs, self.runs.explain, self.runs.logs),
         ]
         self.call(self.chance.choice(reads), run_id)
 
@@ -487,6 +510,9 @@ class Caller:
         for pipeline in self.chance.sample(self.storm.pipelines, 2):
             self.call(self.pipelines.activate, pipeline)
 
+    def purge_versions(self) -> None:
+        self.call(self.pipelines.purge_versions, timedelta(0), self.chance.choice([1, 10]))
+
     def delete(self) -> None:
         at = self.chance.randrange(len(PIPELINES))
         if self.call(self.pipelines.delete, self.storm.pipelines[at], self.chance.random() < 0.7) is None:
@@ -535,6 +561,11 @@ RAW_STATEMENTS = [
     "UPDATE circle.pipeline_node_runs SET run_id = %(other)s WHERE run_id = %(run)s AND node_id = %(node)s",
     "UPDATE circle.pipeline_node_runs SET node_id = 'z', position = 77, predecessors = '{5}' WHERE run_id = %(run)s AND node_id = %(node)s",
     "UPDATE circle.pipeline_node_runs SET position = NULL, successors = NULL WHERE run_id = %(run)s AND node_id = %(node)s",
+    # where a run was resumed from
+    "INSERT INTO circle.pipeline_runs (pipeline_id, resumed_from) VALUES (%(pipeline)s, %(run)s)",
+    "UPDATE circle.pipeline_runs SET resumed_from = %(other)s WHERE id = %(run)s",
+    "UPDATE circle.pipeline_node_runs SET taken_from = id WHERE run_id = %(run)s",
+    "INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, status, taken_from) VALUES (%(run)s, 'raw', 'action', 'completed', 1)",
     # what isn't taken
     *[
         "UPDATE circle.pipeline_node_runs SET status = %(status)s, untaken = successors[:1] WHERE run_id = %(run)s AND node_id = %(node)s"

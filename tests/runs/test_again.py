@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
+    Database,
     EventRepository,
     IllegalTransitionError,
     InvalidDataError,
@@ -21,13 +24,15 @@ from gathering_pipeline import (
     PipelineRepository,
     PipelineUpdate,
     RunNotFoundError,
+    RunRead,
     RunReport,
     RunRepository,
     RunStatus,
 )
-from tests.support.databases import scalar, unguarded
+from tests.support.databases import Connect, scalar, unguarded
 from tests.support.graphs import DIAMOND, graph
 from tests.support.runs import LEASE, counters, done, started, statuses, store
+from tests.support.sessions import BLOCKED
 
 
 def failed(runs: RunRepository, session: Session, spec: str = DIAMOND, completed: str = "a", **create: Any) -> int:
@@ -40,6 +45,49 @@ def failed(runs: RunRepository, session: Session, spec: str = DIAMOND, completed
 
 def taken(nodes: list[NodeRunRead]) -> list[str]:
     return [node.node_id for node in nodes if node.taken_from is not None]
+
+
+@pytest.mark.parametrize("call", ["resume", "rerun"])
+@pytest.mark.parametrize(
+    "delete",
+    [
+        "DELETE FROM circle.pipeline_runs WHERE id = %s",
+        "SELECT circle.delete_pipeline(pipeline_id, true) FROM circle.pipeline_runs WHERE id = %s",
+    ],
+    ids=["run", "pipeline"],
+)
+def test_run_that_is_deleted_meanwhile_does_not_exist(
+    call: str,
+    delete: LiteralString,
+    database: Database,
+    runs: RunRepository,
+    session: Session,
+    raw: psycopg.Connection,
+    connect: Connect,
+    database_url: str,
+) -> None:
+    old = failed(runs, session)
+    session.commit()
+    holder = connect(database_url)
+    holder.execute("BEGIN")
+    holder.execute(delete, [old])
+
+    def call_again() -> RunRead:
+        with database.session() as other:
+            again: RunRead = getattr(RunRepository(other), call)(old)
+            return again
+
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(call_again)
+        waits = call == "resume" or "pipeline(" in delete  # a rerun doesn't refer to the old run
+        while waits and raw.execute(BLOCKED).fetchone() is None:
+            time.sleep(0.005)
+        if not waits:
+            assert answer.result(30).status == RunStatus.PENDING
+            return
+        holder.execute("COMMIT")
+        with pytest.raises(RunNotFoundError):
+            answer.result(30)
 
 
 def test_resume_goes_on_where_the_run_ended(runs: RunRepository, session: Session, raw: psycopg.Connection) -> None:
@@ -92,7 +140,7 @@ def test_resume_twice_returns_the_last_of_the_chain(runs: RunRepository, session
     runs.advance(third.id)
     runs.advance(third.id, [done("d")])
     assert runs.resume(old).status == RunStatus.COMPLETED
-    with pytest.raises(IllegalTransitionError, match="only a failed, cancelled or timed-out run can be resumed"):
+    with pytest.raises(IllegalTransitionError, match="only a failed, cancelled or timed-out run can be"):
         runs.resume(third.id)
 
 

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import (
-    RunRepository,
-)
+from gathering_pipeline import NodeResult, RunRepository
 from gathering_pipeline.errors import (
     InvalidDataError,
     NodeRunNotFoundError,
@@ -167,6 +165,41 @@ def test_call_with_unstorable_json_names_the_place(
             with refuses(InvalidDataError) as caught:
                 results(run_id, [done("b"), {"node_id": "a", "status": "completed", "output": value}])
             assert "results" in str(caught.value)
+
+
+BAD_RESULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "another status": ({"status": "running"}, "results[0].status"),
+    "an id that is no text": ({"node_id": 5}, "results[0].node_id"),
+    "an output that is no object": ({"output": [1]}, "results[0].output"),
+    "a negative duration": ({"duration_ms": -1}, "results[0].duration_ms"),
+    "an attempt that is no number": ({"attempt": "x"}, "results[0].attempt"),
+    "a branch that is no text": ({"branch": 5}, "results[0].branch"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_RESULTS)
+@pytest.mark.parametrize("made", ["changed", "made without a check"])
+def test_call_with_unchecked_result_names_the_place(
+    runs: RunRepository, session: Session, refuses: Callable[..., Any], what: str, made: str
+) -> None:
+    fields, place = BAD_RESULTS[what]
+    make: Any = NodeResult.model_construct
+    pipeline = store(session, "a b")
+    run_id = runs.start(runs.create(pipeline).id).id
+    good = {"node_id": "a", "status": "completed"}
+    result = make(**good | fields)
+    if made == "changed":
+        result = NodeResult.model_validate(good)
+        for name, value in fields.items():
+            setattr(result, name, value)
+    for call in (runs.advance, runs.record):
+        with refuses(InvalidDataError) as caught:
+            call(run_id, [result])
+        assert str(caught.value).startswith(place)
+    with refuses(InvalidDataError):
+        runs.record_run(pipeline, [result])
+    with refuses(InvalidDataError):
+        runs.advance(run_id, [make()])
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800", 7])

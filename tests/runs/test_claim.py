@@ -220,6 +220,8 @@ def test_claim_by_many_workers_hands_out_each_run_once(
         ({"run_at": datetime(2030, 1, 1)}, "run_at must be a datetime with an offset"),  # noqa: DTZ001
         ({"run_at": "2030-01-01"}, "run_at must be a datetime"),
         ({"run_at": datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=14)))}, "run_at must be within the years"),
+        ({"run_at": datetime.min.replace(tzinfo=UTC)}, "run_at must be from 1970-01-01 to 9999-12-30"),
+        ({"run_at": datetime.max.replace(tzinfo=UTC)}, "run_at must be from 1970-01-01 to 9999-12-30"),
     ],
 )
 def test_create_with_bad_time_or_priority_raises_invalid_data(

@@ -396,7 +396,10 @@ SITUATIONS = {
             C.RELEASED: ["Worker w-1 released it at"],
         },
         {
-            "a": (C.NODE_WAITS_FOR_RETRY, ["starts again at", "attempt 2 of 4: the model does not answer."]),
+            "a": (
+                C.NODE_WAITS_FOR_RETRY,
+                ["starts again at", "attempt 2 of 4; attempt 1 failed: the model does not answer."],
+            ),
             "b": HELD_BY_RUN["b"],
         },
     ),
@@ -516,7 +519,7 @@ SITUATIONS = {
     "waits for a retry": Situation(
         waits_for_retry,
         {C.LEASED: ["w-1"], C.WAITS_FOR_RETRY: ["It waits until 2", "(in 9 min) for the retry of node a."]},
-        {"a": (C.NODE_WAITS_FOR_RETRY, ["(in 9 min), attempt 2 of 4: boom."]), **B_WAITS},
+        {"a": (C.NODE_WAITS_FOR_RETRY, ["(in 9 min), attempt 2 of 4; attempt 1 failed: boom."]), **B_WAITS},
     ),
     "draining": Situation(
         draining,
@@ -601,7 +604,7 @@ SITUATIONS = {
     "cancelled": Situation(cancelled, {C.CANCELLED: ["Role ", " cancelled it at 2", ": not needed any more."]}),
     "cancelled with its node": Situation(cancelled_with_its_node, {C.CANCELLED: ["It was cancelled at 2"]}),
     "timed out": Situation(
-        timed_out, {C.TIMED_OUT: ["It timed out at 2", "60 min after its start: timed out after 60"]}
+        timed_out, {C.TIMED_OUT: ["It timed out at 2", "1 h 00 min after its start: timed out after 60"]}
     ),
     "completed": Situation(completed, {C.COMPLETED: ["It completed at 2", " after its start."]}),
 }

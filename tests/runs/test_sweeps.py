@@ -167,7 +167,11 @@ def test_purge_reaches_runs_behind_many_that_are_kept(
 
 
 @pytest.mark.parametrize(
-    "cursor", ["", "x", 5, "2026-01-01", "2026-01-01T00:00:00+00:00/-1", "2026-01-01T00:00:00+00:00"]
+    "cursor",
+    [
+        *("", "x", 5, "2026-01-01", "2026-01-01T00:00:00+00:00/-1", "2026-01-01T00:00:00+00:00"),
+        *("2026-13-01T00:00:00+00:00/1", "2026-01-01T25:00:00+00:00/1"),
+    ],
 )
 def test_purge_with_bad_cursor_raises_invalid_cursor(runs: RunRepository, cursor: Any) -> None:
     with pytest.raises(InvalidCursorError):

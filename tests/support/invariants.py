@@ -57,7 +57,7 @@ ALWAYS = {
         SELECT p.id, p.version, v.versions, v.first, v.last FROM circle.pipelines p CROSS JOIN LATERAL (
             SELECT count(*) AS versions, min(version) AS first, max(version) AS last FROM circle.pipeline_versions
             WHERE pipeline_id = p.id) v
-        WHERE (v.versions, v.first, v.last) <> (p.version, 1, p.version)""",
+        WHERE v.last IS DISTINCT FROM p.version OR v.first < 1 OR v.versions > v.last  -- old ones may be purged""",
     "a pipeline whose version has another graph": """
         SELECT p.id FROM circle.pipelines p JOIN circle.pipeline_versions v ON v.pipeline_id = p.id AND v.version = p.version
         WHERE p.nodes <> v.nodes OR p.edges <> v.edges""",
@@ -125,6 +125,7 @@ class Replay:
     Attributes:
         predecessors: Those of each node, where the run's graph is known; then each start is judged, too.
         dead: The edges that completed nodes didn't take.
+        nodes: The status of each node that has one by an event, or that was taken over from another run.
         foreign: Whether raw statements wrote, too: they may start nodes that aren't ready, and insert node runs that have ended.
     """
 
@@ -143,6 +144,8 @@ class Replay:
         if node is None:
             status = type.removeprefix("pipeline_run.")
             if status == "started":
+                if "resumed_from" in data and len(self.nodes) < data["taken_over"]:
+                    self.predecessors = None  # it is deleted, and with it what was taken over
                 # a run that was released is pending again, without an event of its own
                 running = [name for name, status in self.nodes.items() if status == "running"]
                 if running and not self.foreign:  # raw SQL may have cancelled them, which has no event
@@ -213,6 +216,11 @@ def faults(raw: psycopg.Connection, *, foreign: bool, versions: dict[int, tuple[
     nodes: dict[int, dict[str, str]] = defaultdict(dict)
     for run_id, node, status in raw.execute("SELECT run_id, node_id, status FROM circle.pipeline_node_runs"):
         nodes[run_id][node] = status
+    taken: dict[int, dict[str, str]] = defaultdict(dict)
+    for run_id, node, status in raw.execute(
+        "SELECT run_id, node_id, status FROM circle.pipeline_node_runs WHERE taken_from IS NOT NULL"
+    ):
+        taken[run_id][node] = status
     dead: dict[int, set[tuple[str, str]]] = defaultdict(set)
     for run_id, *edge in raw.execute(
         "SELECT n.run_id, n.node_id, s.node_id FROM circle.pipeline_node_runs n"
@@ -225,11 +233,11 @@ def faults(raw: psycopg.Connection, *, foreign: bool, versions: dict[int, tuple[
     ):
         if run_id not in replays:
             graph = stored[run_id][1] if run_id in stored else (versions or {}).get(run_id, (0, 0))
-            replays[run_id] = Replay(graphs.get(graph), foreign, dead[run_id])
+            replays[run_id] = Replay(graphs.get(graph), foreign, dead[run_id], nodes=taken[run_id])
         if violated := replays[run_id].event(node, event, data):
             found.append(f"run {run_id}: {node or 'run'} {event} {violated}")
     for run_id, (status, graph) in stored.items():
-        replay = replays.get(run_id) or Replay(graphs.get(graph), foreign)
+        replay = replays.get(run_id) or Replay(graphs.get(graph), foreign, nodes=taken[run_id])
         found += [f"run {run_id}: {difference}" for difference in replay.differs(status, nodes[run_id])]
     return found
 

@@ -74,6 +74,10 @@ def test_each_issue_is_readable_and_picklable(fault: Fault) -> None:
         assert pickle.loads(pickle.dumps(issue)) == issue  # noqa: S301 - it was pickled here
 
 
+FORK: list[dict[str, Any]] = [
+    {"id": "a", "type": "condition", "name": "A", "config": {"condition": "x"}},
+    *({"id": name, "type": "trigger", "name": name} for name in "bc"),
+]
 WARNINGS: dict[IssueCode, tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[str | int, ...]]] = {
     IssueCode.ORPHAN: ([{"id": "a", "type": "delay", "name": "A"}], [], ("nodes", 0)),
     IssueCode.MISSING_ACTION: (
@@ -96,6 +100,16 @@ WARNINGS: dict[IssueCode, tuple[list[dict[str, Any]], list[dict[str, Any]], tupl
         [{"id": name, "type": "trigger", "name": "A"} for name in "ab"],
         [{"id": name, "from": "a", "to": "b"} for name in "ef"],
         ("edges", 1),
+    ),
+    IssueCode.UNLABELLED_FORK: (
+        FORK,
+        [{"id": name, "from": "a", "to": name} for name in "bc"],
+        ("nodes", 0),
+    ),
+    IssueCode.UNUSED_LABEL: (
+        FORK,
+        [{"id": name, "from": "a", "to": name, "label": label} for name, label in (("b", "true"), ("c", "false"))],
+        ("edges", 1, "label"),
     ),
 }
 

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,7 @@ def test_who_only_validates_loads_no_database_library(statement: str) -> None:
 
 def test_the_package_itself_loads_nothing() -> None:
     assert loaded_by("import gathering_pipeline") & (HEAVY | {"pydantic"}) == set()
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    assert gathering_pipeline.__version__ == version("gathering-pipeline")

@@ -264,6 +264,37 @@ class TestWarnings:
         assert (issue.severity, issue.code, issue.edge_id) == ("warning", "parallel_edges", "e2")
 
     @pytest.mark.parametrize(
+        ("kind", "ends", "extra", "expected"),
+        [
+            ("condition", "bc", {}, ["unlabelled_fork"]),
+            ("condition", "bc", {"condition": " "}, ["unlabelled_fork"]),
+            ("condition", "bc", {"label": ""}, ["unlabelled_fork"]),
+            ("condition", "bc", {"branch": "x"}, ["unused_label", "unused_label"]),
+            ("condition", "bc", {"label": True}, ["unused_label", "unused_label"]),
+            ("condition", "bc", {"label": "x", "condition": "x"}, []),
+            ("condition", "b", {}, ["orphan"]),  # a gate; c has no edge
+            ("condition", "b", {"label": "x"}, ["orphan", "unused_label"]),
+            ("condition", "bb", {}, ["parallel_edges", "orphan"]),
+            ("parallel", "bc", {}, []),
+            ("parallel", "bc", {"label": "x"}, ["unused_label", "unused_label"]),
+            ("parallel", "b", {"label": "a caption"}, ["orphan"]),
+        ],
+        ids=repr,
+    )
+    def test_fork_without_branches(self, kind: str, ends: str, extra: dict[str, Any], expected: list[str]) -> None:
+        nodes = [node("a", kind, config={"condition": "x"}), node("b"), node("c", "parallel")]
+        edges = [{"id": f"e{at}", "from": "a", "to": end, **extra} for at, end in enumerate(ends)]
+        for issues in (find_issues(parse_pipeline_definition(nodes, edges)), find_json_issues(nodes, edges)):
+            assert [("warning", code) for code in expected] == [(issue.severity, issue.code) for issue in issues]
+
+    def test_fork_with_one_condition_is_no_warning(self) -> None:
+        nodes = [node("a", "condition", config={"condition": "x"}), node("b"), node("c")]
+        edges = [
+            {"id": name, "from": "a", "to": name, "condition": label} for name, label in (("b", "yes"), ("c", None))
+        ]
+        assert find_json_issues(nodes, edges) == []
+
+    @pytest.mark.parametrize(
         ("following", "expected"),
         [
             (None, []),

@@ -119,9 +119,11 @@ def test_command_ends_on_sigterm_after_its_handlers_and_on_a_second_one_at_once(
     ("place", "message"),
     [
         ("no_such_module:ALL", "there is no module 'no_such_module': write MODULE:HANDLERS"),
-        ("mine", "module 'mine' has no '': write MODULE:HANDLERS"),
+        ("mine", "'mine' names no handlers: write MODULE:HANDLERS, as in mine:HANDLERS"),
+        ("mine:", "'mine:' names no handlers: write MODULE:HANDLERS, as in mine:HANDLERS"),
+        (".mine:ALL", "'.mine:ALL' names no handlers: write MODULE:HANDLERS, as in mine:HANDLERS"),
         ("mine:ALLES", "module 'mine' has no 'ALLES': write MODULE:HANDLERS"),
-        ("", "module '' has no '': write MODULE:HANDLERS"),
+        ("", "'' names no handlers: write MODULE:HANDLERS, as in mine:HANDLERS"),
     ],
 )
 def test_handlers_that_do_not_exist_are_told_in_one_sentence(
@@ -143,6 +145,7 @@ def test_module_that_handlers_import_and_that_is_missing_is_not_hidden(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([""], "'' names no handlers: write MODULE:HANDLERS"),
         (["mine:SOME"], "handlers has no function for nodes of type agent, condition"),
         (["mine:NONE"], "handlers must be a dict of node types and functions, not int"),
         (["mine:ALL", "--concurrency", "0"], "concurrency must be a whole number from 1, not 0"),

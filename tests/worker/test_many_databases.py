@@ -7,21 +7,30 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+from psycopg.pq import TransactionStatus
 
 from gathering_pipeline import Databases, InvalidDataError, NodeContext, RunRepository, RunStatus
+from tests.support.databases import Connect
 from tests.support.runs import store
 from tests.support.servers import Server
-from tests.support.workers import made, new_run, outcome, run_once
+from tests.support.workers import made, new_run, outcome, run_once, until
+
+WAITING = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
 pytestmark = pytest.mark.once  # a worker calls the repositories, which tests/runs shows on both servers
 
 
 @pytest.fixture
-def databases(database_url: str, server: Server, template: str) -> Iterator[Databases]:
+def other_url(server: Server, template: str) -> Iterator[str]:
     name = server.create(template)
-    with Databases({"a": database_url, "b": server.database_url(name)}) as opened:
-        yield opened
+    yield server.database_url(name)
     server.drop(name)
+
+
+@pytest.fixture
+def databases(database_url: str, other_url: str) -> Iterator[Databases]:
+    with Databases({"a": database_url, "b": other_url}) as opened:
+        yield opened
 
 
 def test_worker_of_two_databases_executes_the_runs_of_both(databases: Databases) -> None:
@@ -58,6 +67,21 @@ def test_worker_without_a_free_slot_sweeps_all_databases(databases: Databases) -
 
     run_once(made(databases, handle, concurrency=1, poll=timedelta(milliseconds=50)))
     assert seen == ["a", "b"]
+
+
+def test_sweep_that_waits_keeps_no_worker_from_stopping(databases: Databases, connect: Connect, other_url: str) -> None:
+    run_id = new_run(databases["a"], "a")
+    locker, watcher = connect(other_url), connect(other_url)
+
+    async def handle(_context: NodeContext) -> None:
+        locker.execute("BEGIN; LOCK TABLE circle.pipeline_runs")
+        await until(lambda: watcher.execute(WAITING).fetchone() is not None)
+        worker.stop()
+
+    worker = made(databases, handle, concurrency=1)
+    run_once(worker)
+    assert outcome(databases["a"], run_id)[0].status == RunStatus.COMPLETED
+    assert locker.info.transaction_status == TransactionStatus.INTRANS
 
 
 def test_run_once_leaves_no_run_of_a_database_that_pauses(databases: Databases) -> None:

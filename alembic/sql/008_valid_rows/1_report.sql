@@ -12,8 +12,9 @@ BEGIN
             ('retry_backoff_base or retry_backoff_max is not between 0 and 31536000',
              p.retry_backoff_base NOT BETWEEN 0 AND 31536000 OR p.retry_backoff_max NOT BETWEEN 0 AND 31536000),
             ('a counter is negative', least(p.run_count, p.success_count, p.error_count) < 0),
-            ('a timestamp is infinite',
-             NOT (isfinite(p.created_at) AND isfinite(p.updated_at) AND isfinite(p.last_run)))) f (what, wrong)
+            ('a timestamp is before 0001-01-02 or after 9999-12-30',
+             least(p.created_at, p.updated_at, p.last_run) < '0001-01-02 00:00:00+00'
+             OR greatest(p.created_at, p.updated_at, p.last_run) >= '9999-12-31 00:00:00+00')) f (what, wrong)
         WHERE f.wrong
         UNION ALL
         SELECT 'pipeline_runs', r.id, f.what FROM circle.pipeline_runs r CROSS JOIN LATERAL (VALUES
@@ -25,8 +26,9 @@ BEGIN
             ('duration_seconds is negative', r.duration_seconds < 0),
             ('the status is terminal, but no timestamp shows since when',
              r.status NOT IN ('pending', 'running') AND coalesce(r.completed_at, r.started_at, r.created_at) IS NULL),
-            ('a timestamp is infinite',
-             NOT (isfinite(r.created_at) AND isfinite(r.started_at) AND isfinite(r.completed_at)))) f (what, wrong)
+            ('a timestamp is before 0001-01-02 or after 9999-12-30',
+             least(r.created_at, r.started_at, r.completed_at) < '0001-01-02 00:00:00+00'
+             OR greatest(r.created_at, r.started_at, r.completed_at) >= '9999-12-31 00:00:00+00')) f (what, wrong)
         WHERE f.wrong
         UNION ALL
         SELECT 'pipeline_node_runs', n.id, f.what
@@ -44,7 +46,9 @@ BEGIN
              -- no join, which would write a big table to temporary files on the disk that commits wait for
              AND coalesce(n.completed_at, n.started_at, (SELECT coalesce(r.completed_at, r.started_at, r.created_at)
                                                          FROM circle.pipeline_runs r WHERE r.id = n.run_id)) IS NULL),
-            ('a timestamp is infinite', NOT (isfinite(n.started_at) AND isfinite(n.completed_at)))) f (what, wrong)
+            ('a timestamp is before 0001-01-02 or after 9999-12-30',
+             least(n.started_at, n.completed_at) < '0001-01-02 00:00:00+00'
+             OR greatest(n.started_at, n.completed_at) >= '9999-12-31 00:00:00+00')) f (what, wrong)
         WHERE f.wrong
         UNION ALL
         SELECT 'pipeline_node_runs', max(n.id), format('node %s occurs more than once in run %s', n.node_id, n.run_id)

@@ -1,12 +1,21 @@
 -- == create the functions of the checks
 -- PL/pgSQL, which is prepared once in a transaction: PostgreSQL parses and compiles the expression of a CHECK in every statement that
 -- changes the table, which costs more than the rest of a small update. So a table has one CHECK, and it is a call.
+--
+-- Python holds times of the years 1 to 9999. A day at each end is left out: the session's time zone may be ahead of UTC, or behind. (Some
+-- time zones have seconds in the offsets of times before 1972, which only sessions in other ones can read.) The arguments are the least
+-- and the greatest of some times. Inlined.
+CREATE OR REPLACE FUNCTION circle.are_readable_times(p_first timestamptz, p_last timestamptz) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT p_first >= '0001-01-02 00:00:00+00' AND p_last < '9999-12-31 00:00:00+00'
+$$;
 CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds integer, p_created_at timestamptz,
                                                p_started_at timestamptz, p_completed_at timestamptz)
 RETURNS boolean LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at);
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_created_at, p_started_at, p_completed_at), greatest(p_created_at, p_started_at, p_completed_at));
 END $$;
 CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer,
                                                     p_started_at timestamptz, p_completed_at timestamptz)
@@ -14,7 +23,8 @@ RETURNS boolean LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 BEGIN
     RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
         AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_started_at) AND isfinite(p_completed_at);
+        AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at), greatest(p_started_at, p_completed_at));
 END $$;
 
 -- == create the functions that fill in what writers omit

@@ -8,7 +8,8 @@ BEGIN
                 AND retry_backoff_base >= 0 AND retry_backoff_base <= 31536000
                 AND retry_backoff_max >= 0 AND retry_backoff_max <= 31536000
                 AND run_count >= 0 AND success_count >= 0 AND error_count >= 0
-                AND isfinite(created_at) AND isfinite(updated_at) AND isfinite(last_run)) NOT VALID,
+                AND circle.are_readable_times(least(created_at, updated_at, last_run),
+                                              greatest(created_at, updated_at, last_run))) NOT VALID,
             ADD CONSTRAINT tmp_pipelines_not_null CHECK (
                 status IS NOT NULL AND nodes IS NOT NULL AND edges IS NOT NULL AND run_count IS NOT NULL
                 AND success_count IS NOT NULL AND error_count IS NOT NULL AND max_retries_per_node IS NOT NULL

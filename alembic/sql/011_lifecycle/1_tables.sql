@@ -40,9 +40,11 @@ CREATE OR REPLACE FUNCTION circle.is_valid_run(p_status text, p_duration_seconds
 RETURNS boolean LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
 BEGIN
     RETURN p_duration_seconds >= 0 AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL)
-        AND p_completed_at >= p_started_at AND isfinite(p_created_at) AND isfinite(p_started_at) AND isfinite(p_completed_at)
-        AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0 AND isfinite(p_run_at) AND isfinite(p_waits_until)
-        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL AND isfinite(p_lease_expires_at));
+        AND p_completed_at >= p_started_at AND p_claim_token >= 0 AND p_claim_count >= 0 AND p_lapsed_claims >= 0
+        AND circle.are_readable_times(
+            least(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at),
+            greatest(p_created_at, p_started_at, p_completed_at, p_run_at, p_waits_until, p_lease_expires_at))
+        AND (p_lease_expires_at IS NULL OR p_completed_at IS NULL AND p_worker_id IS NOT NULL);
 END $$;
 DO $checks$
 BEGIN
@@ -60,6 +62,33 @@ ALTER TABLE circle.pipeline_runs VALIDATE CONSTRAINT ck_pipeline_runs_leased;
 -- == pipeline_runs: drop the check of revision 008, which the new one has in it
 -- squawk-ignore ban-drop-constraint
 ALTER TABLE circle.pipeline_runs DROP CONSTRAINT IF EXISTS ck_pipeline_runs;
+
+-- == pipeline_node_runs: add a check of due times, NOT VALID
+-- It is merged with that of revision 008, as that of runs is.
+CREATE OR REPLACE FUNCTION circle.is_valid_node_run(p_node_type text, p_status text, p_retry_count integer, p_duration_ms integer,
+                                                    p_started_at timestamptz, p_completed_at timestamptz, p_available_at timestamptz)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
+BEGIN
+    RETURN p_node_type = ANY ('{trigger,agent,condition,action,parallel,delay}') AND p_retry_count >= 0 AND p_duration_ms >= 0
+        AND (p_status = ANY ('{pending,running}')) = (p_completed_at IS NULL) AND p_completed_at >= p_started_at
+        AND circle.are_readable_times(least(p_started_at, p_completed_at, p_available_at),
+                                      greatest(p_started_at, p_completed_at, p_available_at));
+END $$;
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_node_runs'::regclass
+                                               AND conname = 'ck_pipeline_node_runs_due') THEN
+        ALTER TABLE circle.pipeline_node_runs ADD CONSTRAINT ck_pipeline_node_runs_due CHECK (
+            circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at, available_at)) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipeline_node_runs: validate the check
+ALTER TABLE circle.pipeline_node_runs VALIDATE CONSTRAINT ck_pipeline_node_runs_due;
+
+-- == pipeline_node_runs: drop the check of revision 008, which the new one has in it
+-- squawk-ignore ban-drop-constraint
+ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT IF EXISTS ck_pipeline_node_runs;
 
 -- == create pipeline_counters
 -- How many runs of a pipeline have each status, and what is to be added to its columns run_count, success_count, error_count and
@@ -99,7 +128,8 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_run_logs (
     entry JSONB NOT NULL,
     created_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (run_id, id),
-    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE)
+    CONSTRAINT ck_pipeline_run_logs CHECK ((circle.nested_too_deep(entry) OR circle.number_too_large(entry)) IS NOT TRUE
+                                           AND circle.are_readable_times(created_at, created_at))
 );
 
 -- == create pipeline_run_history
@@ -114,7 +144,8 @@ CREATE TABLE IF NOT EXISTS circle.pipeline_run_history (
     token BIGINT,
     reason TEXT,
     PRIMARY KEY (run_id, id),
-    CONSTRAINT ck_pipeline_run_history CHECK (kind IN ('claimed', 'released', 'recovered', 'cancelled', 'resumed'))
+    CONSTRAINT ck_pipeline_run_history CHECK (kind IN ('claimed', 'released', 'recovered', 'cancelled', 'resumed')
+                                              AND circle.are_readable_times(at, at))
 );
 
 -- == create pipeline_sweep

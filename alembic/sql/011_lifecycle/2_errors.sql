@@ -13,7 +13,7 @@ DECLARE
     entity text := CASE WHEN p_node_id IS NULL THEN 'run' ELSE 'node run' END;
     id jsonb := coalesce(to_jsonb(p_run_id || '/' || p_node_id), to_jsonb(p_run_id));
 BEGIN
-    RAISE EXCEPTION '% % is % and can''t become %', entity, id #>> '{}', p_current,
+    RAISE EXCEPTION '% % is % and can''t % %', entity, id #>> '{}', p_current, CASE WHEN p_requested LIKE '%ed' THEN 'be' ELSE 'become' END,
         concat_ws(': ', coalesce(p_requested, 'NULL'), nullif(p_reason, ''))
         USING ERRCODE = 'PL001', DETAIL = jsonb_build_object('entity', entity, 'id', id, 'current', p_current,
                                                              'requested', p_requested, 'reason', coalesce(p_reason, ''));
@@ -23,7 +23,7 @@ CREATE OR REPLACE FUNCTION circle.refuse_run_over(p_run_id bigint, p_status text
                                                   p_requested text)
 RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'run % is % since %: neither it nor its nodes can become %', p_run_id, p_status, p_completed_at, p_requested
+    RAISE EXCEPTION 'run % is terminal (% at %): it and its nodes can''t change', p_run_id, p_status, p_completed_at
         USING ERRCODE = 'PL012', DETAIL = jsonb_build_object('run_id', p_run_id, 'status', p_status, 'completed_at', p_completed_at,
                                                              'error', left(p_error, 1000), 'requested', p_requested);
 END $$;

@@ -134,9 +134,9 @@ BEGIN
         NEW.completed_at := coalesce(NEW.completed_at, greatest(clock_timestamp(), NEW.started_at));
         NEW.lease_expires_at := NULL;
         IF coalesce(NEW.duration_seconds, 0) = 0 THEN
-            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them
+            -- times that are not finite have no difference: ck_pipeline_runs_leased refuses them, and an end before the start
             NEW.duration_seconds := CASE WHEN isfinite(NEW.completed_at) AND isfinite(NEW.started_at)
-                THEN least(extract(epoch FROM NEW.completed_at - NEW.started_at), 2147483647)::integer ELSE 0 END;
+                THEN least(greatest(extract(epoch FROM NEW.completed_at - NEW.started_at), 0), 2147483647)::integer ELSE 0 END;
         END IF;
     END IF;
     RETURN NEW;
@@ -167,10 +167,12 @@ BEGIN
         PERFORM circle.refuse_other_table('pipeline_runs_after_insert', TG_RELID);
     END IF;
     FOR c IN SELECT pipeline_id, status, count(*) AS number, min(id) AS first,
-                    max(claim_token) > circle.next_token(0) AS ahead
+                    max(claim_token) > circle.next_token(0) AS ahead, min(id) FILTER (WHERE failed_node IS NOT NULL) AS blamed
              FROM new_rows GROUP BY pipeline_id, status ORDER BY pipeline_id, status LOOP
         IF c.status NOT IN ('pending', 'running') OR c.ahead THEN
             PERFORM circle.refuse_transition(c.first, NULL, 'new', c.status, CASE WHEN c.ahead THEN 'its claim token is ahead of the clock' END);
+        ELSIF c.blamed IS NOT NULL THEN   -- a new run has no node that failed
+            PERFORM circle.refuse_change('run ' || c.blamed, 'failed_node, the first node that failed,');
         END IF;
         PERFORM circle.count_runs(c.pipeline_id, NULL, c.status, c.number);
         started := started OR c.status = 'running';
@@ -431,8 +433,9 @@ LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN circle.event_xid();
 END $$;
--- Old and new rows are compared by EXCEPT, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
--- of a node that starts is locked, so that it isn't released concurrently; functions of this package hold the lock already.
+-- Old and new rows are compared by groups, which takes O(rows) whatever plan is cached; a join, planned for one row, would not. The run
+-- of a node that starts is locked, so that it isn't released concurrently; if this transaction wrote its row, as the functions of this
+-- package do, it is.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_update() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -441,24 +444,32 @@ BEGIN
     END IF;
     INSERT INTO circle.pipeline_events (xid, run_id, node_id, type, data)
     -- one number for all, taken when the sort below has ended, and so every wait for a run
-    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status), (
-        SELECT circle.node_event_data(n.status, r.worker_id, n.retry_count, n.started_at, n.duration_ms, n.error_message, n.available_at)
-        FROM circle.pipeline_node_runs n JOIN circle.pipeline_runs r ON r.id = n.run_id WHERE n.id = e.id)
-    FROM (SELECT m.* FROM (SELECT id, run_id, node_id, status FROM new_rows EXCEPT SELECT id, run_id, node_id, status FROM old_rows) m
+    SELECT (SELECT circle.event_xid_now()), e.run_id, e.node_id, circle.node_event(e.status),
+           circle.node_event_data(e.status, e.run[2], e.retry_count, e.started_at, e.duration_ms, e.error_message, e.available_at)
+    FROM (SELECT m.* FROM (
+        SELECT c.*, CASE c.status
+            WHEN 'running' THEN coalesce(
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id AND r.xmin = pg_current_xact_id()::xid),
+                (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id FOR NO KEY UPDATE))
+            ELSE (SELECT ARRAY[r.status, r.worker_id] FROM circle.pipeline_runs r WHERE r.id = c.run_id) END AS run   -- its status and worker
+        FROM (
+            -- a group has the old and the new row, or one of them: then the status changed, and a maximum is the value of the row
+            SELECT id, run_id, node_id, status, max(retry_count) AS retry_count, max(started_at) AS started_at,
+                   max(duration_ms) AS duration_ms, max(error_message) AS error_message, max(available_at) AS available_at
+            FROM (SELECT 1 AS side, id, run_id, node_id, status, retry_count, started_at, duration_ms, error_message, available_at FROM new_rows
+                  UNION ALL SELECT 2, id, run_id, node_id, status, NULL, NULL, NULL, NULL, NULL FROM old_rows) b
+            GROUP BY id, run_id, node_id, status HAVING sum(side) = 1) c
+        OFFSET 0) m
     WHERE CASE
-        WHEN CASE m.status
-                 WHEN 'running' THEN (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id FOR NO KEY UPDATE)
-                 ELSE (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) END = 'running'
-             AND circle.is_read_committed()
+        WHEN m.run[1] = 'running' AND circle.is_read_committed()
         THEN m.status <> 'cancelled' AND (m.status <> 'failed' OR circle.note_failure(m.run_id))
         -- with its run, or raised: looking for the old status takes O(rows)
-        WHEN m.status = 'cancelled' AND circle.is_read_committed()
-             AND (SELECT r.status FROM circle.pipeline_runs r WHERE r.id = m.run_id) = ANY ('{failed,cancelled,timeout}') THEN false
+        WHEN m.status = 'cancelled' AND circle.is_read_committed() AND m.run[1] = ANY ('{failed,cancelled,timeout}') THEN false
         ELSE circle.judge_node(m.run_id, m.node_id, (SELECT o.status FROM old_rows o WHERE o.id = m.id), m.status) END
     ORDER BY m.run_id, m.id OFFSET 0) e;   -- ids are given in execution order
     RETURN NULL;
 END $$;
--- Node runs go with their run, or once it is over.
+-- Node runs go with their run, or once they and it are over.
 CREATE OR REPLACE FUNCTION circle.pipeline_node_runs_after_delete() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -467,12 +478,15 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
     END IF;
-    SELECT r.id, r.status INTO live FROM (SELECT DISTINCT run_id FROM old_rows) o
+    -- a statement may end the run of live nodes that it deletes
+    SELECT r.id, r.status INTO live
+    FROM (SELECT run_id, bool_or(status IN ('pending', 'running')) AS live FROM old_rows GROUP BY run_id) o
     -- by the primary key: a join would read all live runs
     CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
-    WHERE r.status IN ('pending', 'running') LIMIT 1;
+    WHERE o.live OR r.status IN ('pending', 'running') LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id, live.status
+        RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id,
+            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same statement' END
             USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
     END IF;
     RETURN NULL;

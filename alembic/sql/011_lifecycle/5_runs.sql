@@ -115,8 +115,10 @@ BEGIN
     ELSIF r.failed_node IS NOT NULL THEN
         RETURN circle.end_run(p_run_id, 'failed', (SELECT error_message FROM circle.pipeline_node_runs
                                                    WHERE run_id = p_run_id AND node_id = r.failed_node));
-    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) OR circle.fill_run(p_run_id) > 0 THEN
+    ELSIF r.pending AND EXISTS (SELECT FROM circle.startable_node_runs WHERE run_id = p_run_id) THEN
         RETURN NULL;
+    ELSIF circle.fill_run(p_run_id) > 0 THEN
+        RETURN circle.end_run_if_done(p_run_id);   -- the rows of a raw writer may be all of its nodes
     END IF;
     -- pending nodes that can't start wait for a cancelled one
     RETURN circle.end_run(p_run_id, CASE WHEN r.pending OR r.cancelled THEN 'cancelled' ELSE 'completed' END, NULL);

@@ -46,11 +46,19 @@ BEGIN
             old := r;
             SELECT * INTO r FROM circle.pipeline_runs WHERE resumed_from = old.id;
         END LOOP;
+        PERFORM FROM circle.pipeline_runs WHERE id = old.id FOR KEY SHARE;
+        IF NOT FOUND THEN   -- deleted since, and its pipeline perhaps, too
+            SELECT * INTO r FROM circle.pipeline_runs WHERE id = p_run_id;
+            IF NOT FOUND THEN
+                PERFORM circle.refuse_lease(p_run_id);
+            END IF;
+            CONTINUE;
+        END IF;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
             PERFORM pg_logical_emit_message(true, 'circle', '');   -- writes WAL: the commit waits for a synchronous standby, as the first one did
             RETURN old;
         ELSIF old.completed_at IS NULL OR old.status = 'completed' THEN
-            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be resumed');
+            PERFORM circle.refuse_transition(old.id, NULL, old.status, 'resumed', 'only a failed, cancelled or timed-out run can be');
         ELSIF old.pipeline_version IS NULL THEN
             PERFORM circle.refuse_graph('no_version', format('run %s is bound to no version of its pipeline''s graph: create it again', old.id));
         END IF;
@@ -66,6 +74,9 @@ BEGIN
         END IF;
         r := old;
     END LOOP;
+    IF r.id = old.id THEN   -- a trigger of the host discards every row
+        PERFORM circle.refuse_create(old.pipeline_id);
+    END IF;
     taken := circle.positions_to_take_over(old.id);
     INSERT INTO circle.pipeline_node_runs (run_id, node_id, node_type, position, predecessors, successors, status, input_data, output_data,
                                            untaken, retry_count, duration_ms, started_at, completed_at, taken_from)
@@ -90,6 +101,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET plan_cache_mode = for
 DECLARE
     old circle.pipeline_runs;
 BEGIN
+    -- as insert_run: delete_pipeline waits for this lock before it takes any other
+    PERFORM pg_advisory_xact_lock_shared(1734964328, hashint8(pipeline_id)) FROM circle.pipeline_runs WHERE id = p_run_id;
     SELECT * INTO old FROM circle.pipeline_runs WHERE id = p_run_id;
     IF NOT FOUND THEN
         PERFORM circle.refuse_lease(p_run_id);

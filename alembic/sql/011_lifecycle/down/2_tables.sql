@@ -30,7 +30,21 @@ BEGIN
     END IF;
 END $fold$;
 
--- == pipeline_node_runs: drop the due time of retries, the successors that aren't taken, and the index
+-- == pipeline_node_runs: add the check of revision 008, NOT VALID
+DO $checks$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_constraint WHERE conrelid = 'circle.pipeline_node_runs'::regclass
+                                               AND conname = 'ck_pipeline_node_runs') THEN
+        ALTER TABLE circle.pipeline_node_runs ADD CONSTRAINT ck_pipeline_node_runs CHECK (
+            circle.is_valid_node_run(node_type, status, retry_count, duration_ms, started_at, completed_at)) NOT VALID;
+    END IF;
+END $checks$;
+
+-- == pipeline_node_runs: validate the check
+ALTER TABLE circle.pipeline_node_runs VALIDATE CONSTRAINT ck_pipeline_node_runs;
+
+-- == pipeline_node_runs: drop the check of due times, the due time of retries, the successors that aren't taken, and the index
+ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT IF EXISTS ck_pipeline_node_runs_due;
 DROP INDEX IF EXISTS circle.idx_pipeline_node_runs_run_position;
 ALTER TABLE circle.pipeline_node_runs DROP COLUMN IF EXISTS available_at, DROP COLUMN IF EXISTS untaken,
     DROP COLUMN IF EXISTS taken_from;

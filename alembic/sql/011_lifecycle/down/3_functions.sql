@@ -36,6 +36,7 @@ DROP FUNCTION IF EXISTS circle.is_dead(text,integer[],integer);
 DROP FUNCTION IF EXISTS circle.is_read_committed();
 DROP FUNCTION IF EXISTS circle.is_readable(jsonb);
 DROP FUNCTION IF EXISTS circle.is_repeat(circle.pipeline_node_runs,bigint,text,integer,jsonb,text);
+DROP FUNCTION IF EXISTS circle.is_valid_node_run(text,text,integer,integer,timestamp with time zone,timestamp with time zone,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.is_valid_run(text,integer,timestamp with time zone,timestamp with time zone,timestamp with time zone,bigint,integer,integer,text,timestamp with time zone,timestamp with time zone,timestamp with time zone);
 DROP FUNCTION IF EXISTS circle.judge_node(bigint,text,text,text);
 DROP FUNCTION IF EXISTS circle.last_claim(bigint);
