@@ -113,7 +113,7 @@ def database_url(server: servers.Server, template: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def module_database_url(server: servers.Server, template: str) -> Iterator[str]:
-    """A database at head that the tests of a module share; see ``databases.empty``."""
+    """A database at head that the tests of a module share; see ``tests.support.shared``."""
     name = server.create(template)
     yield server.database_url(name)
     server.drop(name)

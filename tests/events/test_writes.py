@@ -19,14 +19,11 @@ from gathering_pipeline.lifecycle import (
     RUN_TRANSITIONS,
 )
 from tests.support import databases
+from tests.support import shared as fixtures
 from tests.support.events import NODE, forget, names, raw_run, read_all, stored
 from tests.support.runs import LEASE, claimed, done, lose_lease, store
 
-
-@pytest.fixture
-def database_url(module_database_url: str) -> str:
-    databases.empty(module_database_url)
-    return module_database_url
+shared, database_url, database, raw = fixtures.shared, fixtures.database_url, fixtures.database, fixtures.raw
 
 
 @pytest.mark.parametrize("new", RunStatus)
