@@ -118,6 +118,8 @@ def result_of(outcome: object, started: StartedNode) -> Result:
     if isinstance(outcome, NodeExecutionResult):
         if outcome.node_id != started.node_id:
             raise PermanentError(f"the handler returned a result of node {outcome.node_id!r:.100}")
+        if outcome.status == "skipped":  # would be refused, and the node executed again and again
+            raise PermanentError("the handler returned skipped: a node that was started can't be skipped")
         return outcome.model_dump(exclude_unset=True) | {"attempt": started.attempt}
     if isinstance(outcome, bool | str):
         return result | {"branch": outcome}
