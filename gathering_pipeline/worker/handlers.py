@@ -118,6 +118,8 @@ def result_of(outcome: object, started: StartedNode) -> Result:
     if isinstance(outcome, NodeExecutionResult):
         if outcome.node_id != started.node_id:
             raise PermanentError(f"the handler returned a result of node {outcome.node_id!r:.100}")
+        if outcome.status == "skipped":  # would be refused, and the node executed again and again
+            raise PermanentError("the handler returned skipped: a node that was started can't be skipped")
         return outcome.model_dump(exclude_unset=True) | {"attempt": started.attempt}
     if isinstance(outcome, bool | str):
         return result | {"branch": outcome}
@@ -133,7 +135,7 @@ def result_of(outcome: object, started: StartedNode) -> Result:
 def failure_of(error: BaseException, node_id: str, attempt: int) -> Result:
     """Make the result to report from what a handler raised: retryable unless it is a ``PermanentError``."""
     is_permanent = isinstance(error, PermanentError)
-    text = str(error) if is_permanent else f"{type(error).__name__}: {error}"
+    text = _message(error) if is_permanent else f"{type(error).__name__}: {_message(error)}"
     storable = text[:MAX_TEXT].replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     return {
         "node_id": node_id,
@@ -142,6 +144,13 @@ def failure_of(error: BaseException, node_id: str, attempt: int) -> Result:
         "error": storable,
         "retryable": not is_permanent,
     }
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - of a class of a user, and the failure is to be reported
+        return "its message can't be read"
 
 
 def result_without_handler(node: PipelineNode, started: StartedNode) -> Result:
@@ -204,7 +213,7 @@ async def in_thread(call: Callable[[], T], at_end: Callable[[], None]) -> T:
         try:
             result = context.run(call)
         except BaseException as error:  # noqa: BLE001 - it is raised where the function was called
-            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure = RuntimeError(f"{type(error).__name__}: {_message(error)}")
             if isinstance(error, Exception) and not isinstance(error, StopIteration):  # others would end more than that
                 failure = error
         with suppress(RuntimeError):  # the loop is closed: nothing waits

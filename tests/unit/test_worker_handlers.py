@@ -58,6 +58,26 @@ def test_failure_of_an_exception_is_retryable_and_storable() -> None:
     assert failure_of(ValueError("\0\ud800" + "x" * 100_000), "a", 2)["error"].startswith("ValueError: \\0\\ud800xx")
 
 
+class Unreadable:
+    def __str__(self) -> str:
+        raise AttributeError("text")
+
+
+@pytest.mark.parametrize("base", [Exception, PermanentError, SystemExit])
+def test_failure_whose_message_cannot_be_read_is_reported(base: type[BaseException]) -> None:
+    error: BaseException = type("Broken", (Unreadable, base), {})()
+    assert "its message can't be read" in failure_of(error, "a", 2)["error"]
+
+    def call() -> None:
+        raise error
+
+    async def awaited() -> None:
+        await asyncio.wait_for(in_thread(call, lambda: None), 5)
+
+    with pytest.raises(RuntimeError if base is SystemExit else type(error)):
+        asyncio.run(awaited())
+
+
 def test_node_without_handler_passes_its_inputs_on_or_fails() -> None:
     trigger = PipelineNode(id="a", type="parallel", name="A")
     assert result_without_handler(trigger, STARTED) == DONE | {"output": {"t": {"x": 1}}}

@@ -150,6 +150,7 @@ def test_retry_that_comes_due_while_another_node_runs_is_not_delayed(database: D
         ({"x": "\0"}, "output.x"),
         (7, "the handler returned int"),
         (NodeResult(node_id="other", status="completed"), "a result of node 'other'"),
+        (NodeResult(node_id="b", status="skipped"), "a node that was started can't be skipped"),
     ],
 )
 def test_outcome_that_cannot_be_stored_fails_the_node_and_no_other(
