@@ -96,7 +96,7 @@ class AsyncPipelineRepository(AsyncRepository):
         check_type(data, PipelineCreate, "data", "PipelineCreate(name=..., nodes=..., edges=...) makes one")
         values = data.model_dump(exclude={"nodes", "edges"}) | {"nodes": data.nodes, "edges": data.edges}
         statement = insert(Pipeline).values(values).returning(_RETURNED)
-        row = await self._row(statement, {"allow_incomplete": allow_incomplete})
+        row = await self._row(statement, {"allow_incomplete": check_flag(allow_incomplete, "allow_incomplete")})
         assert row is not None, "an INSERT returns its row"
         return PipelineRead.model_validate_json(row[0])
 
@@ -162,7 +162,10 @@ class AsyncPipelineRepository(AsyncRepository):
             revision = literal(check_id(expected_revision, "expected_revision"), BigInteger)
             statement = statement.where(Pipeline.revision == revision)
         statement = statement.values(values | {"updated_at": func.clock_timestamp()}).returning(_RETURNED)
-        options = {"allow_incomplete": allow_incomplete, "synchronize_session": False}
+        options = {
+            "allow_incomplete": check_flag(allow_incomplete, "allow_incomplete"),
+            "synchronize_session": False,
+        }
         row = await self._row(statement, options, pipeline_id)
         if row is None:
             raise StaleVersionError(pipeline_id, expected_revision or 0, (await self.get(pipeline_id)).revision)

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from gathering_pipeline import (
     InvalidDataError,
+    PipelineCreate,
     PipelineNotFoundError,
     PipelineRepository,
     PipelineUpdate,
@@ -43,3 +44,15 @@ def test_call_with_id_of_wrong_type_raises_invalid_data(each: Session, bad: Any)
     with pytest.raises(InvalidDataError, match="^expected_revision must be a whole number"):
         pipelines.update(made.id, PipelineUpdate(name="q"), bad)
     assert pipelines.get(made.id) == made
+
+
+@pytest.mark.parametrize("bad", ["false", 0, 1, None])
+def test_write_with_flag_of_wrong_type_raises_invalid_data(each: Session, bad: Any) -> None:
+    pipelines = PipelineRepository(each)
+    made = pipelines.create(new())
+    refused = pytest.raises(InvalidDataError, match="^allow_incomplete must be True or False")
+    with refused:
+        pipelines.create(PipelineCreate(name="q"), allow_incomplete=bad)
+    with refused:
+        pipelines.update(made.id, PipelineUpdate(nodes=[]), allow_incomplete=bad)
+    assert pipelines.search().items == (made,)
