@@ -592,7 +592,7 @@ def test_update_token_to_less_is_refused(ways: Ways, raw: psycopg.Connection, pi
 
 
 def test_update_status_without_times_fills_them_in(ways: Ways, raw: psycopg.Connection, pipeline: int) -> None:
-    for started_at in ("now() - interval '90 s'", "now() + interval '1 day'", "timestamptz '0001-01-01'"):
+    for started_at in ("now() - interval '90 s'", "now() + interval '1 day'", "timestamptz '0001-01-02 12:00+00'"):
         raw.execute(
             f"INSERT INTO circle.pipeline_runs (pipeline_id, status, started_at) VALUES ({pipeline}, 'running', {started_at})"
         )
