@@ -1922,15 +1922,15 @@ BEGIN
     IF TG_RELID <> 'circle.pipeline_node_runs'::regclass THEN
         PERFORM circle.refuse_other_table('pipeline_node_runs_after_delete', TG_RELID);
     END IF;
-    -- a statement may end the run of live nodes that it deletes
+    -- a statement may end the run of live nodes that it deletes; those of runs that ended before are leftovers
     SELECT r.id, r.status INTO live
     FROM (SELECT run_id, bool_or(status IN ('pending', 'running')) AS live FROM old_rows GROUP BY run_id) o
     -- by the primary key: a join would read all live runs
-    CROSS JOIN LATERAL (SELECT t.id, t.status FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
-    WHERE o.live OR r.status IN ('pending', 'running') LIMIT 1;
+    CROSS JOIN LATERAL (SELECT t.id, t.status, t.xmin FROM circle.pipeline_runs t WHERE t.id = o.run_id OFFSET 0) r
+    WHERE r.status IN ('pending', 'running') OR o.live AND age(r.xmin) <= age(pg_current_xact_id()::xid) LIMIT 1;
     IF FOUND THEN
         RAISE EXCEPTION 'nodes of run % can''t be deleted: the run is %', live.id,
-            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same statement' END
+            CASE WHEN live.status IN ('pending', 'running') THEN live.status ELSE 'ended by the same transaction' END
             USING ERRCODE = 'integrity_constraint_violation', HINT = 'Cancel the run first, or delete the run.';
     END IF;
     RETURN NULL;
@@ -3742,6 +3742,7 @@ BEGIN
             IF NOT FOUND THEN
                 PERFORM circle.refuse_lease(p_run_id);
             END IF;
+            old := r;
             CONTINUE;
         END IF;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN

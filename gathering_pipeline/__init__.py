@@ -234,7 +234,11 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            return import_module("importlib.metadata").version("gathering-pipeline")
+            metadata = import_module("importlib.metadata")
+            try:
+                return metadata.version("gathering-pipeline")
+            except metadata.PackageNotFoundError as error:  # a copy of the sources
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}: it is not installed") from error
         if name in __all__:
             for module in _MODULES:
                 value = getattr(import_module(f".{module}", __name__), name, None)

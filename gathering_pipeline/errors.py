@@ -97,7 +97,7 @@ class IssueCode(StrEnum):
         SIMILAR_IDS: Warning. Two ids look the same (equal under NFKC), but name different nodes.
         PARALLEL_EDGES: Warning. Two edges connect the same nodes in the same direction.
         UNLABELLED_FORK: Warning. A condition has several successors, and no edge from it has a ``condition``.
-        UNUSED_LABEL: Warning. An edge at a fork has no ``condition``, but a ``branch`` or ``label``, which is not used.
+        UNUSED_LABEL: Warning. An edge at a fork or a condition has a ``branch`` or ``label`` but no ``condition``.
     """
 
     NOT_A_LIST = "not_a_list"

@@ -166,7 +166,8 @@ class Explanation(_Frozen):
         nodes = [node for node in self.nodes if node.error or node.code is not ReasonCode.NODE_WAITS_FOR_RUN]
         if nodes:
             lines += [node.text for node in nodes[:_SHOWN]]
-            if rest := len(nodes[_SHOWN:]) + self.more_nodes:
+            hides_some = len(nodes) < len(self.nodes)
+            if rest := len(nodes[_SHOWN:]) + (0 if hides_some else self.more_nodes):
                 lines.append(f"And {_count(rest, 'more node')}.")
         return "\n".join(lines)
 
@@ -312,9 +313,7 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
     found = list(say(facts))
     if run.status in _RESUMABLE and run.resumed_as is None:
         code, text = found.pop()
-        found.append(
-            (code, f"{text} resume() continues it with its own graph, rerun() starts anew with the current one.")
-        )
+        found.append((code, f"{text} {_how_to_go_on(facts)}"))
     if not run.status.is_terminal and 0 < run.lapsed_claims >= max_claims - _NEAR:
         text = f"Its lease ran out {run.lapsed_claims} times: it fails when that has happened {max_claims} times."
         found.append((ReasonCode.NEAR_MAX_CLAIMS, text))
@@ -327,7 +326,11 @@ def explain(facts: Facts, max_claims: int) -> Explanation:
         reasons=tuple(Reason(code=code, text=text) for code, text in found),
         nodes=tuple(
             NodeExplanation(
-                node_id=node.node_id, status=node.status, code=code, text=text, error=_in_one_line(node.error) or None
+                node_id=node.node_id,
+                status=node.status,
+                code=code,
+                text=text,
+                error=_in_one_line(node.error) or None if _has_failed(node) else None,
             )
             for node, code, text in nodes
         ),
@@ -537,6 +540,19 @@ def _blocked(facts: Facts, node: _Node, name: str, attempt: str) -> Found:
             code = ReasonCode.NODE_READY
             text = f"{name} can start, {attempt}{_after_failure(node)}"
     return code, text
+
+
+def _how_to_go_on(facts: Facts) -> str:
+    """The calls that start a run again which failed, was cancelled or timed out."""
+    calls = "rerun() starts anew with the current graph."
+    if facts.run.pipeline_version is not None:
+        calls = "resume() continues it with its own graph, rerun() starts anew with the current one."
+    return calls if facts.pipeline.status is PipelineStatus.ACTIVE else f"Once its pipeline is active, {calls}"
+
+
+def _has_failed(node: _Node) -> bool:
+    """Whether its last attempt did."""
+    return node.status is NodeStatus.FAILED or (node.status is NodeStatus.PENDING and node.attempt > 1)
 
 
 def _after_failure(node: _Node) -> str:

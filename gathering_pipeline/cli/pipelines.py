@@ -115,7 +115,7 @@ def _stored_line(result: dict[str, Any]) -> str:
     if not (ids := result["same_name"]):
         return line
     if len(ids) == 1:
-        return f"{line}; pipeline {ids[0]} has the same name, import --update changes it"
+        return f"{line}; pipeline {ids[0]} has the same name: import --update would have changed it"
     return f"{line}; {len(ids)} others have the same name: {', '.join(map(str, ids[:10]))}"
 
 

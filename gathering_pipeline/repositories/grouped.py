@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, ExitStack
+from functools import partial
 from typing import Any, Generic, NoReturn, Self, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -161,10 +162,14 @@ class AsyncGroupCommit(AsyncRunRepository):
                 await self._closed.wait()
         finally:
             self._queue.fail(_CLOSED)
-            for sender in list(self._senders):  # the wait was cancelled
+            senders = list(self._senders)  # none, unless the wait was cancelled
+            for sender in senders:
                 sender.cancel()
-                await asyncio.wait([sender])
-            await self._opened.aclose()
+            try:
+                if senders:
+                    await asyncio.wait(senders)
+            finally:
+                await self._opened.aclose()
 
     async def advance(
         self, run_id: int, results: Results = (), *, retry: bool = False, inputs: bool = False, token: int | None = None
@@ -200,27 +205,32 @@ class AsyncGroupCommit(AsyncRunRepository):
 
     def _send_waiting(self) -> None:
         if self._idle and self._queue:
-            sender = asyncio.create_task(self._send_batches(self._idle.pop()))
+            runs = self._idle.pop()
+            sender = asyncio.create_task(self._send_batches(runs))
             self._senders.add(sender)
-            sender.add_done_callback(self._senders.discard)
+            sender.add_done_callback(partial(self._give_back, runs))
+
+    def _give_back(self, runs: AsyncRunRepository, sender: asyncio.Task[None]) -> None:
+        """Let the connection of a sender that has ended, or was cancelled before it began, be used again."""
+        self._senders.discard(sender)
+        self._idle.append(runs)
+        if not sender.cancelled():
+            self._send_waiting()
 
     async def _send_batches(self, runs: AsyncRunRepository) -> None:
-        try:
-            # a share of all calls, so that the others are sent, or their callers go on, meanwhile
-            while batch := self._queue.take_batch(max(SMALLEST_SHARE, -(-self._calls // CONNECTIONS))):
-                self._send_waiting()
-                try:
-                    _answer(batch, await runs._advance_many([report for report, _ in batch]))  # noqa: SLF001
-                except (CommitIndeterminateError, DatabaseUnavailableError) as error:
-                    _fail(batch, error)
-                except Exception:  # noqa: BLE001 - nothing was changed: each gets its own answer, or its own error
-                    _answer(batch, [None] * len(batch))
-                except BaseException as error:
-                    _fail(batch, error)
-                    raise
-                await asyncio.sleep(0)  # the callers go on, and what they call at once is sent together
-        finally:
-            self._idle.append(runs)
+        # a share of all calls, so that the others are sent, or their callers go on, meanwhile
+        while batch := self._queue.take_batch(max(SMALLEST_SHARE, -(-self._calls // CONNECTIONS))):
+            self._send_waiting()
+            try:
+                _answer(batch, await runs._advance_many([report for report, _ in batch]))  # noqa: SLF001
+            except (CommitIndeterminateError, DatabaseUnavailableError) as error:
+                _fail(batch, error)
+            except Exception:  # noqa: BLE001 - nothing was changed: each gets its own answer, or its own error
+                _answer(batch, [None] * len(batch))
+            except BaseException as error:
+                _fail(batch, error)
+                raise
+            await asyncio.sleep(0)  # the callers go on, and what they call at once is sent together
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_import_of_a_stored_name_says_so(database_url: str, tmp_path: Path) -> N
     assert succeed("import", path, url=database_url) == "created 1: p (draft)\n"
     assert (
         succeed("import", path, url=database_url)
-        == "created 2: p (draft); pipeline 1 has the same name, import --update changes it\n"
+        == "created 2: p (draft); pipeline 1 has the same name: import --update would have changed it\n"
     )
     assert succeed("import", path, url=database_url).endswith("; 2 others have the same name: 1, 2\n")
     (result,) = read("import", path, url=database_url)

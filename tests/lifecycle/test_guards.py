@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from threading import Event, Thread
 from typing import Any
 
@@ -137,6 +138,27 @@ def test_no_node_run_is_inserted_into_a_terminal_run(
         [run_id, status],
     )
     assert message.endswith(f"its run is {end}")
+
+
+def test_live_nodes_that_an_older_release_left_in_a_terminal_run_are_deleted(
+    raw: psycopg.Connection, running: int
+) -> None:
+    with unguarded(raw, "pipeline_runs"):
+        raw.execute("UPDATE circle.pipeline_runs SET status = 'failed', completed_at = now()")
+    raw.execute("DELETE FROM circle.pipeline_node_runs")
+    assert scalar(raw, "SELECT count(*) FROM circle.pipeline_node_runs") == 0
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+def test_live_nodes_of_a_run_that_ends_in_the_same_transaction_are_not_deleted(
+    raw: psycopg.Connection, running: int, savepoint: bool
+) -> None:
+    with pytest.raises(psycopg.errors.IntegrityError, match="ended by the same transaction"), raw.transaction():
+        with raw.transaction() if savepoint else nullcontext():
+            raw.execute(
+                "WITH gone AS (DELETE FROM circle.pipeline_node_runs)"
+                " UPDATE circle.pipeline_runs SET status = 'completed'"
+            )
 
 
 def test_statement_that_ends_nodes_and_run_together_is_legal(raw: psycopg.Connection, running: int) -> None:

@@ -718,6 +718,39 @@ def test_explain_sees_the_claims_before_a_long_queue(world: World) -> None:
     assert [reason.code for reason in world.runs.explain(last).reasons] == [C.CLAIMABLE]
 
 
+def test_explain_has_the_error_of_an_attempt_that_failed_and_not_of_the_next_one(world: World) -> None:
+    def errors() -> dict[str, str | None]:
+        return {node.node_id: node.error for node in world.runs.explain(run.id).nodes}
+
+    run = world.claim("a b", retry_backoff_base=0.0)
+    world.runs.advance(run.id, token=run.token)
+    world.runs.fail_node(run.id, "a", "boom", token=run.token)
+    assert errors() == {"a": "boom", "b": None}
+    world.runs.start_node(run.id, "a", token=run.token)
+    assert errors() == {"a": None, "b": None}
+
+
+def test_explain_of_a_failed_run_names_calls_that_succeed(world: World) -> None:
+    run_id = world.new("a")
+    pipelines = PipelineRepository(world.session)
+    pipeline = world.runs.fail(run_id, "no luck").pipeline_id
+    pipelines.pause(pipeline)
+    assert "Once its pipeline is active, resume() continues it" in str(world.runs.explain(run_id))
+    pipelines.activate(pipeline)
+    assert "Once" not in str(world.runs.explain(run_id))
+    assert world.runs.resume(run_id).resumed_from == run_id
+
+
+def test_explanation_as_text_counts_no_nodes_that_have_nothing_to_tell(world: World) -> None:
+    run = world.claim(" ".join(f"n{at}" for at in range(150)), retry_backoff_base=600, retry_backoff_max=600)
+    world.runs.advance(run.id, token=run.token)
+    assert str(world.runs.explain(run.id)).endswith("more nodes.")
+    world.runs.fail_node(run.id, "n7", "boom", token=run.token)
+    world.runs.release(run.id, token=run.token)
+    (line,) = str(world.runs.explain(run.id)).splitlines()[1:]
+    assert "n7" in line
+
+
 def test_explain_in_a_transaction_sees_its_own_changes(database: Database) -> None:
     with database.session() as session:
         runs = RunRepository(session)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from gathering_pipeline import InvalidDataError, NodeResult, PermanentError, PipelineNode, StartedNode
-from gathering_pipeline.models import NodeExecutionResult
 from gathering_pipeline.worker.handlers import (
     NEEDED,
     Cancellation,
@@ -38,7 +37,6 @@ DONE = {"node_id": "a", "status": "completed", "attempt": 2}
             NodeResult(node_id="a", status="failed", attempt=1, retryable=False),
             {"status": "failed", "retryable": False},
         ),
-        (NodeExecutionResult(node_id="a", status="skipped"), {"status": "skipped"}),
     ],
 )
 def test_result_of_an_outcome(outcome: object, more: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ BEGIN
             IF NOT FOUND THEN
                 PERFORM circle.refuse_lease(p_run_id);
             END IF;
+            old := r;
             CONTINUE;
         END IF;
         IF old.id <> p_run_id AND old.status IN ('pending', 'running', 'completed') THEN
