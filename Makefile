@@ -25,7 +25,7 @@ setup: $(READY) ## The virtual environment, with the package and its tools
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "installing into $(VENV), about a minute on first use"
+	@echo "installing into $(VENV), with the tools of the tests: one to six minutes on first use"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

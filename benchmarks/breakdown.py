@@ -42,7 +42,7 @@ FLOOR_CALLS = {
 CHECKS = """
     ALTER TABLE circle.pipeline_runs DROP CONSTRAINT ck_pipeline_runs_leased,
         DROP CONSTRAINT pipeline_runs_status_check;
-    ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT ck_pipeline_node_runs,
+    ALTER TABLE circle.pipeline_node_runs DROP CONSTRAINT ck_pipeline_node_runs_due,
         DROP CONSTRAINT pipeline_node_runs_status_check"""
 ROW_GUARDS = """
     CREATE OR REPLACE TRIGGER pipeline_runs_before BEFORE INSERT ON circle.pipeline_runs

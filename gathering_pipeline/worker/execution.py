@@ -345,7 +345,9 @@ class Execution:
             elif node.type == DELAY:
                 attempt = self._delay(node, started)
             else:
-                self._end(result_without_handler(node, started))
+                result = result_without_handler(node, started)
+                self._log_failure(result, started.attempt)
+                self._end(result)
                 continue
             task = attempts.create_task(attempt)
             self._tasks.add(task)
@@ -388,7 +390,6 @@ class Execution:
             attempt=started.attempt,
             cancelled=self._cancelled,
         )
-        place = self.run.id, node.id, started.attempt
         begun = monotonic()
         shown: BaseException | None = None
         try:
@@ -401,9 +402,13 @@ class Execution:
             result = failure_of(error, node.id, started.attempt)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the node's failure
             shown, result = error, failure_of(error, node.id, started.attempt)
-        if result["status"] == "failed":
-            logger.warning("run %s: node %s failed in attempt %s: %s", *place, result.get("error"), exc_info=shown)
+        self._log_failure(result, started.attempt, shown)
         return {"duration_ms": round((monotonic() - begun) * 1000)} | result
+
+    def _log_failure(self, result: Result, attempt: int, shown: BaseException | None = None) -> None:
+        if result["status"] == "failed":
+            place = self.run.id, result["node_id"], attempt
+            logger.warning("run %s: node %s failed in attempt %s: %s", *place, result.get("error"), exc_info=shown)
 
     async def _outcome(self, handler: Handler, context: NodeContext) -> object:
         release = self._shared.slots.release

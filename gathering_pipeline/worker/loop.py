@@ -94,6 +94,7 @@ class Worker:
         It is called in the event loop of ``run``, as by ``loop.add_signal_handler``.
         """
         self._is_hurried = self._stopping.is_set()
+        logger.info("worker %s %s", self.name, "releases its runs" if self._is_hurried else "stops")
         self._stopping.set()
         self._changed.set()
         for execution in self._held:
@@ -109,6 +110,7 @@ class Worker:
             PipelineError: The database can't be used; one that is merely unavailable is waited for.
         """
         self._reset()
+        logger.info("worker %s claims runs, for up to %s handlers at a time", self.name, self._concurrency)
         try:
             async with asyncio.TaskGroup() as tasks:
                 heartbeats = tasks.create_task(self._extend_leases())
