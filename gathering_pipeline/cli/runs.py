@@ -275,11 +275,17 @@ def why(run_id: int, as_json: bool, url: str | None) -> None:
     if as_json:
         print_json(_dump(explanation))
         return
-    echo(str(explanation))
+    echo(_with_commands(str(explanation), run_id))
     for entry in explanation.history:
         who = "" if entry.worker_id is None else f" {entry.worker_id}"
         because = "" if entry.reason is None else f": {one_line(entry.reason)}"
         echo(f"{as_text(entry.at)} {entry.kind}{who}{because}")
+
+
+def _with_commands(text: str, run_id: int) -> str:
+    """An explanation, with the commands instead of the calls that it recommends."""
+    text = re.sub(r"\bactivate\((\d+)\)", r"'gathering-pipeline activate \1'", text)
+    return re.sub(r"\b(resume|rerun|cancel)\(\)", rf"'gathering-pipeline runs \1 {run_id}'", text)
 
 
 @runs.command()

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from sqlalchemy.orm import Session
 
-from gathering_pipeline import Database, RunRepository
+from gathering_pipeline import Database, PipelineRepository, RunRepository
 from gathering_pipeline.embedded import EmbeddedServer
 from tests.support import servers
 from tests.support.commands import PATIENCE, in_terminal, read, run, sentence, start, succeed
@@ -190,9 +190,14 @@ def test_why_names_failed_attempts_and_what_to_do(database_url: str, database: D
     assert "Node b" not in shown
     runs.cancel(run_id)
     shown = succeed("runs", "why", str(run_id), url=database_url)
-    assert " resume() continues it with its own graph, rerun() starts anew with the current one." in shown
+    assert f" 'gathering-pipeline runs resume {run_id}' continues it with its own graph, " in shown
+    assert f" 'gathering-pipeline runs rerun {run_id}' starts anew with the current one." in shown
     runs.resume(run_id)
-    assert "rerun()" not in succeed("runs", "why", str(run_id), url=database_url)
+    assert "rerun" not in succeed("runs", "why", str(run_id), url=database_url)
+    waiting = runs.create(patient).id
+    with database.session() as session:
+        PipelineRepository(session).pause(patient)
+    assert f" 'gathering-pipeline activate {patient}' lets" in succeed("runs", "why", str(waiting), url=database_url)
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
