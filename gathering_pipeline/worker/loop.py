@@ -110,7 +110,6 @@ class Worker:
             PipelineError: The database can't be used; one that is merely unavailable is waited for.
         """
         self._reset()
-        logger.info("worker %s claims runs, for up to %s handlers at a time", self.name, self._concurrency)
         try:
             async with asyncio.TaskGroup() as tasks:
                 heartbeats = tasks.create_task(self._extend_leases())
@@ -137,7 +136,7 @@ class Worker:
         asyncio.run(work())
 
     async def _claim_runs(self, tasks: asyncio.TaskGroup, *, once: bool) -> None:
-        pauses, asked_all = pauses_between_attempts(), False
+        pauses, asked_all, has_claimed = pauses_between_attempts(), False, False
         while not self._stopping.is_set():
             self._changed.clear()
             pause = jittered(self._poll.total_seconds())
@@ -145,6 +144,9 @@ class Worker:
             try:
                 found = await self._claim(tasks)
                 pauses = pauses_between_attempts()
+                if not has_claimed:
+                    logger.info("worker %s claims runs, for up to %s handlers at a time", self.name, self._concurrency)
+                    has_claimed = True
             except Exception as error:
                 if once or not may_pass(error):
                     raise
