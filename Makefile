@@ -11,7 +11,8 @@ ONCE := benchmarks cli documentation examples reliability unit
 # What a statement answers doesn't depend on the pooler: these modules send the statements of others with other data.
 NOT_POOLED := $(addprefix runs/test_,arguments branches explain recorded_workflows repeats retries stuck) \
 	$(addprefix pipelines/test_,arguments recorded_pipelines revisions unknown_keys)
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# A session takes the rights on the folder of temporary files from others, and so from the servers that another part started in it.
+PYTEST := PYTEST_DEBUG_TEMPROOT=$$(mktemp -d) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test parts lint types pytest pytest-all pytest-embedded pytest-pgbouncer lowest reliability migration-load widen-load chaos ha fuzz bench bench-peers \
